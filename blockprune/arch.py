@@ -1,0 +1,284 @@
+"""Values: the blocks of a U-Net, their graph, and architectures (which blocks are removed). Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from blockprune.errors import UserError
+
+CONVENTIONS = ("thop", "conv_linear", "with_attention")
+UNITS = ("stage", "pair", "block", "layer")
+KINDS = {
+    "R": "ResNet block",
+    "A": "attention",
+    "T": "transformer layer",
+    "M": "mid stage",
+    "S": "innermost stage",
+    "D": "downsampler",
+    "U": "upsampler",
+    "F": "fixed",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, state-dict keys, and multiply-adds (one multiply-add = 1 MAC, batch 1) in three conventions.
+
+    `thop`: convolutions, linear layers and 4 per LayerNorm element; `conv_linear`: convolutions and linear layers alone;
+    `with_attention`: those plus the two attention matrix products.
+    """
+
+    params: int = 0
+    keys: int = 0
+    thop: int = 0
+    conv_linear: int = 0
+    with_attention: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(a - b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+
+    def astuple(self) -> tuple[int, int, int, int, int]:
+        return self.params, self.keys, self.thop, self.conv_linear, self.with_attention
+
+    def macs(self, convention: str) -> int:
+        if convention not in CONVENTIONS:
+            raise UserError(f"unknown MAC convention {convention!r}: choose one of {', '.join(CONVENTIONS)}")
+        return int(getattr(self, convention))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"params": self.params, "keys": self.keys, "macs": {c: self.macs(c) for c in CONVENTIONS}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cost:
+        return cls(data["params"], data["keys"], **data["macs"])
+
+
+def _inside(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(outer + ".")
+
+
+def _around(name: str) -> Iterator[str]:
+    """The modules around a module, innermost first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A student: the teacher module paths that are removed, none lying inside another."""
+
+    removed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        names = frozenset(self.removed)
+        for name in names:
+            if not isinstance(name, str) or not all(part.isidentifier() or part.isdigit() for part in name.split(".")):
+                raise UserError(f"a removed block is a module path such as 'mid_block': got {name!r}")
+        object.__setattr__(self, "removed", frozenset(n for n in names if not any(outer in names for outer in _around(n))))
+
+    def __or__(self, other: Architecture) -> Architecture:
+        return Architecture(self.removed | other.removed)
+
+    def __sub__(self, other: Architecture) -> Architecture:
+        """The architecture with the blocks of `other` put back."""
+        for name in other.removed:
+            if any(name != outer and _inside(name, outer) for outer in self.removed):
+                raise UserError(f"cannot put back {name!r} alone: the block around it is removed; put that back first")
+        return Architecture(frozenset(n for n in self.removed if not any(_inside(n, o) for o in other.removed)))
+
+    def __le__(self, other: Architecture) -> bool:
+        """True when `other` removes everything that this removes."""
+        return all(any(_inside(n, o) for o in other.removed) for n in self.removed)
+
+    def __contains__(self, name: str) -> bool:
+        """True when the module `name` is removed, alone or with a block around it."""
+        return any(_inside(name, outer) for outer in self.removed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.removed))
+
+    def __len__(self) -> int:
+        return len(self.removed)
+
+    @property
+    def key(self) -> str:
+        """A 12-digit content hash: directory name and cache key."""
+        return hashlib.sha256("\n".join(self).encode()).hexdigest()[:12]
+
+    def describe(self) -> str:
+        return "full" if not self.removed else "without " + ", ".join(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": 1, "removed": list(self)}
+
+    @classmethod
+    def from_json(cls, data: object) -> Architecture:
+        """The architecture of `to_json`, or of a larger record that holds one under "architecture".
+
+        Raises UserError on any other shape.
+        """
+        if isinstance(data, Mapping) and "architecture" in data:
+            data = data["architecture"]
+        if not isinstance(data, Mapping) or not isinstance(data.get("removed"), list):
+            raise UserError('an architecture is JSON like {"format": 1, "removed": ["mid_block"]}: got something else')
+        if data.get("format") != 1:
+            raise UserError(f"architecture format {data.get('format')!r} is unknown: this version reads format 1")
+        return cls(frozenset(data["removed"]))
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One node of the U-Net.
+
+    Shapes are (channels, height, width) of the hidden state at batch 1. `saves` is what leaves with the block: its cost less what its
+    stand-in keeps; None when the block cannot be removed, `why_fixed` then says why. `skips` names the blocks whose
+    outputs it takes over a skip connection; `requires` the blocks that must be removed together with it.
+    """
+
+    name: str
+    kind: str
+    stage: str
+    shape_in: tuple[int, int, int]
+    shape_out: tuple[int, int, int]
+    cost: Cost
+    saves: Cost | None
+    stand_in: str = ""
+    why_fixed: str = ""
+    skips: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+
+    @property
+    def removable(self) -> bool:
+        return self.saves is not None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"cost": self.cost.to_json(), "saves": self.saves.to_json() if self.saves else None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Block:
+        lists = {k: tuple(data[k]) for k in ("shape_in", "shape_out", "skips", "requires")}
+        costs = {"cost": Cost.from_json(data["cost"]), "saves": Cost.from_json(data["saves"]) if data["saves"] else None}
+        return cls(**{**data, **lists, **costs})
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """The blocks of one U-Net in forward order, with its total cost and its skip connections.
+
+    `rescaled` holds what each block of the mid stage saves once the innermost stage is gone and the mid stage runs at the
+    resolution outside it; `rescaling` is what that move adds to the cost of the full mid stage.
+    """
+
+    blocks: tuple[Block, ...]
+    total: Cost
+    latent: tuple[int, int, int]
+    n_tokens: int
+    innermost: frozenset[str] = frozenset()
+    rescaled: Mapping[str, Cost] = field(default_factory=dict)
+    rescaling: Cost = Cost()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {b.name: b for b in self.blocks})
+
+    def __getitem__(self, name: str) -> Block:
+        """The block of that name; UserError with the nearest names when there is none."""
+        by_name: dict[str, Block] = self.__dict__["_by_name"]
+        if name in by_name:
+            return by_name[name]
+        near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.5)
+        raise UserError(f"no block {name!r} in this U-Net: {'did you mean ' + ', '.join(near) if near else 'see `blockprune graph`'}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.__dict__["_by_name"]
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    @property
+    def skip_edges(self) -> tuple[tuple[str, str], ...]:
+        """(producer, consumer) pairs by name."""
+        return tuple((source, b.name) for b in self.blocks for source in b.skips)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "blocks": [b.to_json() for b in self.blocks],
+            "total": self.total.to_json(),
+            "latent": list(self.latent),
+            "n_tokens": self.n_tokens,
+            "innermost": sorted(self.innermost),
+            "rescaled": {name: cost.to_json() for name, cost in self.rescaled.items()},
+            "rescaling": self.rescaling.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BlockGraph:
+        return cls(
+            blocks=tuple(Block.from_json(b) for b in data["blocks"]),
+            total=Cost.from_json(data["total"]),
+            latent=tuple(data["latent"]),
+            n_tokens=data["n_tokens"],
+            innermost=frozenset(data["innermost"]),
+            rescaled={name: Cost.from_json(cost) for name, cost in data["rescaled"].items()},
+            rescaling=Cost.from_json(data["rescaling"]),
+        )
+
+    def check(self, arch: Architecture) -> Architecture:
+        """`arch` itself; UserError names a block that is unknown, cannot be removed, or lacks what it requires."""
+        for name in arch:
+            block = self[name]
+            if not block.removable:
+                raise UserError(f"cannot remove {name!r}: {block.why_fixed}")
+            missing = [r for r in block.requires if r not in arch]
+            if missing:
+                raise UserError(f"removing {name!r} alone breaks the U-Net: remove {', '.join(missing)} with it")
+        return arch
+
+    def cost(self, arch: Architecture) -> Cost:
+        """The exact cost of the U-Net with `arch` removed, by arithmetic: the total less what each removed block saves."""
+        if not self.innermost or not self.innermost <= arch.removed:
+            return self.total - sum_costs(self[n].saves or Cost() for n in arch.removed)
+        saved = (self.rescaled.get(n) or self[n].saves or Cost() for n in arch.removed)
+        return self.total + self.rescaling - sum_costs(saved)
+
+    def units(self, unit: str) -> dict[str, Architecture]:
+        """Every removal at one granularity, label => Architecture, in forward order."""
+        if unit not in UNITS:
+            raise UserError(f"unknown unit {unit!r}: choose one of {', '.join(UNITS)}")
+        groups: dict[str, list[str]] = {}
+        for block in self.blocks:
+            if block.removable and (label := _label(block, unit)):
+                groups.setdefault(label, []).append(block.name)
+        return {label: Architecture(frozenset(names)) for label, names in groups.items()}
+
+
+def _label(block: Block, unit: str) -> str:
+    """The unit of removal to which a block belongs, or "" for none."""
+    inside_mid = block.stage == "mid_block" and block.kind != "M"
+    if block.kind == "T" or unit == "layer":
+        return block.name if block.kind == "T" and unit == "layer" else ""
+    if block.requires:
+        return "innermost" if unit == "stage" else ""
+    if block.kind == "M" or unit == "block":
+        return block.name
+    if inside_mid:
+        return ""
+    return block.stage if unit == "stage" else f"{block.stage}.pair.{block.name.rsplit('.', 1)[1]}"
+
+
+def sum_costs(costs: Iterable[Cost]) -> Cost:
+    rows = [c.astuple() for c in costs]
+    return Cost(*map(sum, zip(*rows, strict=True))) if rows else Cost()
+
+

@@ -1,0 +1,68 @@
+"""Values: measures with their unit and direction, and the rows that every stage yields. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from blockprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a number means: its unit, whether "down" or "up" is better, and a line for tables and figures."""
+
+    unit: str
+    direction: str
+    title: str
+
+
+MEASURES: dict[str, Measure] = {
+    "eps_mse": Measure("", "down", "denoising error against the teacher"),
+    "fid": Measure("", "down", "FID"),
+    "kid": Measure("", "down", "KID"),
+    "is": Measure("", "up", "Inception Score"),
+    "clip_score": Measure("cosine", "up", "CLIP score"),
+    "feature_distance": Measure("", "down", "feature distance to the teacher's image"),
+    "params": Measure("parameters", "down", "U-Net parameters"),
+    "macs": Measure("MACs", "down", "U-Net step MACs"),
+    "latency": Measure("s", "down", "U-Net step latency"),
+    "memory": Measure("bytes", "down", "peak memory of a U-Net step"),
+}
+
+
+def measure(name: str) -> Measure:
+    """The measure of that name; UserError lists those there are."""
+    if name not in MEASURES:
+        raise UserError(f"unknown measure {name!r}: choose from {', '.join(MEASURES)}")
+    return MEASURES[name]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number about one architecture.
+
+    `arch` is `Architecture.key`, `label` its readable name; `n` counts samples (images, or image-timestep pairs); `low` and `high`
+    bound a 95 % bootstrap interval where there is one. A measurement that failed has `value` None and says why in `error`.
+    """
+
+    arch: str
+    label: str
+    measure: str
+    value: float | None
+    n: int
+    seed: int
+    low: float | None = None
+    high: float | None = None
+    detail: str = ""
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        kind = measure(self.measure)
+        return asdict(self) | {"unit": kind.unit, "direction": kind.direction}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Score:
+        names = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in names})

@@ -1,0 +1,141 @@
+"""The run directory: what was asked, rows as they come, tensors, pictures. The only module that writes one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blockprune.errors import UserError
+
+FORMAT = 1
+
+
+class Run:
+    """A run directory: `run.json` says what was asked, `rows.jsonl` holds the rows; the same request again resumes it.
+
+    Raises UserError when the directory holds another run (naming the differences), or when another process writes to it.
+    """
+
+    def __init__(self, path: Path, command: str, asked: Mapping[str, Any], note: Mapping[str, Any]) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out must be a directory: {str(path)!r} is a file")
+        if path.is_dir() and not (path / "run.json").exists() and any(p.name != ".lock" for p in path.iterdir()):
+            raise UserError(f"{str(path)!r} is not empty and holds no run: choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        self._begin({"format": FORMAT, "command": command, "asked": _plain(asked), **_plain(note)})
+        self._trim()
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _locked(self) -> int:
+        lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"another process is writing to {str(self.path)!r}: wait for it or choose another --out") from None
+        return lock
+
+    def _begin(self, wanted: Mapping[str, Any]) -> None:
+        if not (self.path / "run.json").exists():
+            self.write("run.json", json.dumps(wanted, indent=2) + "\n")
+            return
+        held = read_run(self.path)
+        if held.get("command") != wanted["command"]:
+            raise UserError(f"{str(self.path)!r} holds a {held.get('command')} run: choose another --out")
+        if changes := list(_differences(held["asked"], wanted["asked"])):
+            raise UserError(f"{str(self.path)!r} holds another run ({'; '.join(changes)}): choose another --out or ask the same")
+
+    def _trim(self) -> None:
+        """Cuts a last row that was torn when a process was killed, so that the next row starts on its own line."""
+        rows = self.path / "rows.jsonl"
+        if rows.exists() and not (text := rows.read_bytes()).endswith(b"\n"):
+            os.truncate(rows, text.rfind(b"\n") + 1)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return read_rows(self.path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row; it is on the disk when this returns. A row that did not fit on the disk leaves no part of itself."""
+        line = (json.dumps(_plain(row)) + "\n").encode()
+        fd = os.open(self.path / "rows.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(fd).st_size
+            try:
+                if os.write(fd, line) != len(line):
+                    raise OSError(28, "No space left on device", str(self.path / "rows.jsonl"))
+                os.fsync(fd)
+            except OSError:
+                os.ftruncate(fd, size)
+                raise
+        finally:
+            os.close(fd)
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Writes a whole file, atomically; folders in `name` are made."""
+        with self.writing(name) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        return self.path / name
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A temporary path that becomes `name` when the context ends well, and disappears when it does not."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.stem}.part{target.suffix}")
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What `run.json` of a run directory says; UserError when there is none or it cannot be read."""
+    try:
+        data = json.loads((path / "run.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{str(path)!r} is not a run directory: it has no run.json") from None
+    except ValueError as err:
+        raise UserError(f"{str(path / 'run.json')!r} is damaged ({err}): choose another --out") from None
+    if data.get("format") != FORMAT:
+        raise UserError(f"{str(path)!r} is a run of format {data.get('format')!r}: this version reads format {FORMAT}")
+    return data
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run directory in the order of writing; a last row torn by a kill is left out."""
+    rows = path / "rows.jsonl"
+    if not rows.exists():
+        return []
+    complete, _, _ = rows.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted({*held, *asked}):
+        if held.get(name) != asked.get(name):
+            yield f"{name} is {_short(held.get(name))} there, {_short(asked.get(name))} asked"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
