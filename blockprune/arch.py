@@ -142,8 +142,8 @@ class Architecture:
 class Block:
     """One node of the U-Net.
 
-    Shapes are (channels, height, width) of the hidden state at batch 1. `saves` is what leaves with the block: its cost less what its
-    stand-in keeps; None when the block cannot be removed, `why_fixed` then says why. `skips` names the blocks whose
+    Shapes are (channels, height, width) of the hidden state at batch 1. `saves` is what leaves with the block: its cost
+    less what its stand-in keeps; None when the block cannot be removed, `why_fixed` then says why. `skips` names the blocks whose
     outputs it takes over a skip connection; `requires` the blocks that must be removed together with it.
     """
 
@@ -198,7 +198,9 @@ class BlockGraph:
         if name in by_name:
             return by_name[name]
         near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.5)
-        raise UserError(f"no block {name!r} in this U-Net: {'did you mean ' + ', '.join(near) if near else 'see `blockprune graph`'}")
+        raise UserError(
+            f"no block {name!r} in this U-Net: {'did you mean ' + ', '.join(near) if near else 'see `blockprune graph`'}"
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.__dict__["_by_name"]
@@ -280,5 +282,3 @@ def _label(block: Block, unit: str) -> str:
 def sum_costs(costs: Iterable[Cost]) -> Cost:
     rows = [c.astuple() for c in costs]
     return Cost(*map(sum, zip(*rows, strict=True))) if rows else Cost()
-
-

@@ -92,4 +92,6 @@ def take(condition: Condition, rows: Any) -> Condition:
 
 def _zip(fn: Callable[..., Tensor], *conditions: Condition) -> Condition:
     first = conditions[0]
-    return {k: _zip(fn, *(c[k] for c in conditions)) if isinstance(first[k], dict) else fn(*(c[k] for c in conditions)) for k in first}
+    return {
+        k: _zip(fn, *(c[k] for c in conditions)) if isinstance(first[k], dict) else fn(*(c[k] for c in conditions)) for k in first
+    }

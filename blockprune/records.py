@@ -28,6 +28,7 @@ MEASURES: dict[str, Measure] = {
     "params": Measure("parameters", "down", "U-Net parameters"),
     "macs": Measure("MACs", "down", "U-Net step MACs"),
     "latency": Measure("s", "down", "U-Net step latency"),
+    "latency_ratio": Measure("x teacher", "down", "U-Net step latency relative to the teacher, interleaved"),
     "memory": Measure("bytes", "down", "peak memory of a U-Net step"),
 }
 
@@ -44,7 +45,8 @@ class Score:
     """One number about one architecture.
 
     `arch` is `Architecture.key`, `label` its readable name; `n` counts samples (images, or image-timestep pairs); `low` and `high`
-    bound a 95 % bootstrap interval where there is one. A measurement that failed has `value` None and says why in `error`.
+    bound a 95 % bootstrap interval where there is one; `delta` is the paired difference to the teacher on the same seeds, with its
+    interval. A measurement that failed has `value` None and says why in `error`.
     """
 
     arch: str
@@ -55,7 +57,9 @@ class Score:
     seed: int
     low: float | None = None
     high: float | None = None
-    detail: str = ""
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class Protocol:
             if getattr(self, name) < least:
                 raise UserError(f"{name.replace('_', '-')} must be at least {least}: got {getattr(self, name)}")
         if self.scheduler and self.scheduler not in SCHEDULERS:
-            raise UserError(f"unknown scheduler {self.scheduler!r}: choose from {', '.join(SCHEDULERS)}, or leave it out for the model's own")
+            raise UserError(
+                f"unknown scheduler {self.scheduler!r}: choose from {', '.join(SCHEDULERS)}, or leave it out for the model's own"
+            )
 
 
 def scheduler_of(pipe: Any, name: str = "") -> Any:
@@ -139,7 +141,7 @@ def _upcast(vae: Any) -> Iterator[None]:
 def draw(
     pipe: Any, protocol: Protocol, condition: Condition, blank: Condition, batch_size: int, tick: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(latents, images NCHW uint8) batch by batch, image i from prompt i and seed `protocol.seed + i`; `tick` hears how many are done."""
+    """(latents, images NCHW uint8) batch by batch, image i from prompt i and seed `protocol.seed + i`; `tick` hears of each."""
     n_prompts = condition["encoder_hidden_states"].shape[0]
     for start in range(0, protocol.n_images, batch_size):
         index = range(start, min(start + batch_size, protocol.n_images))

@@ -29,8 +29,12 @@ class Run:
             raise UserError(f"{str(path)!r} is not empty and holds no run: choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
-        self._begin({"format": FORMAT, "command": command, "asked": _plain(asked), **_plain(note)})
-        self._trim()
+        try:
+            self._begin({"format": FORMAT, "command": command, "asked": _plain(asked), **_plain(note)})
+            self._trim()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         os.close(self._lock)

@@ -1,0 +1,164 @@
+"""`blockprune scan`: score every removal without retraining."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockprune.arch import Architecture, BlockGraph
+from blockprune.cli import options
+from blockprune.errors import UserError
+from blockprune.records import MEASURES, Score, measure
+
+if TYPE_CHECKING:
+    from blockprune.cli.console import WorkProgress
+    from blockprune.imaging import Judges
+    from blockprune.scan import Plan
+    from blockprune.store import Run
+    from blockprune.workbench import Bench
+
+N_PICTURES = 6
+
+
+def scan(
+    model: options.Model = "tiny-digits",
+    unit: Annotated[str | None, typer.Option(help="what to remove one by one: stage, pair, block (default) or layer")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="an architecture to score: preset, block names or JSON file; repeatable")
+    ] = None,
+    measures: Annotated[str | None, typer.Option(help="comma-separated; default: all that have what they need")] = None,
+    n_images: Annotated[int | None, typer.Option(help="images per architecture")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1 for none")] = None,
+    scheduler: Annotated[str, typer.Option(help="ddim, pndm, euler, dpm++, …; default: the model's own")] = "",
+    eps_samples: Annotated[int | None, typer.Option(help="noisy samples for eps_mse, timesteps stratified")] = None,
+    data: Annotated[str | None, typer.Option(help="folder of images for eps_mse; default: the teacher's own samples")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompts: .txt, .csv or .jsonl")] = None,
+    reference: Annotated[str | None, typer.Option(help="real images for fid and kid: a folder or `blockprune stats` file")] = None,
+    detector: Annotated[str | None, typer.Option(help="inception, a transformers folder or hub id")] = None,
+    inception_weights: Annotated[str | None, typer.Option(help="inception-2015-12-05.pt")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP model for clip_score: folder or hub id")] = None,
+    seed: Annotated[int, typer.Option(help="image i uses seed + i")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="images at a time; changes speed and memory only")] = None,
+    resolution: options.Resolution = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    out: Annotated[Path | None, typer.Option(help="run directory; the same command again resumes it")] = None,
+) -> None:
+    """Score the teacher and every single removal, without retraining."""
+    opts = dict(locals())
+    from blockprune import workbench
+
+    if opts["measures"]:
+        opts["measures"] = [measure(name.strip()) and name.strip() for name in opts["measures"].split(",")]
+    bench = workbench.load_bench(model, resolution, options.device_of(device), options.dtype_of(dtype))
+    opts |= {name: value for name, value in bench.defaults.items() if opts.get(name) is None}
+    archs = _archs(bench.graph, unit, arch or [])
+    plan = _plan(bench, opts)
+    with _open(bench, opts, plan, archs) as run:
+        _run(run, bench, archs, plan)
+
+
+def _archs(graph: BlockGraph, unit: str | None, texts: list[str]) -> dict[str, Architecture]:
+    """The removals of `unit` and the architectures named on the command line; every block where neither is given."""
+    from blockprune.presets import parse
+
+    chosen = graph.units(unit or "block") if unit or not texts else {}
+    if (unit or not texts) and not chosen:
+        raise UserError(f"this U-Net has no removable unit {unit!r}: see `blockprune graph`")
+    for text in texts:
+        label = Path(text).stem if text.endswith(".json") else text
+        if (known := chosen.get(label)) is not None and known != parse(text, graph):
+            raise UserError(f"two architectures are called {label!r}: rename one file")
+        chosen[label] = parse(text, graph)
+    return {label: arch for label, arch in chosen.items() if arch}
+
+
+def _plan(bench: Bench, opts: Mapping[str, Any]) -> Plan:
+    from blockprune import workbench
+    from blockprune.imaging import check_judges
+    from blockprune.sampling import Protocol
+    from blockprune.scan import Plan
+
+    batch_size = options.at_least("--batch-size", opts["batch_size"], 1)
+    n_noisy = options.at_least("--eps-samples", opts["eps_samples"], 1)
+    protocol = Protocol(opts["n_images"], opts["steps"], opts["cfg_scale"], opts["seed"], bench.latent, opts["scheduler"])
+    prompts = workbench.prompts_of(opts["prompts"], bench)
+    judges = workbench.judges_of(bench, *(opts[name] for name in ("detector", "inception_weights", "clip", "reference")))
+    measures = opts["measures"] or _possible(judges)
+    check_judges(measures, judges)
+    clean = workbench.clean_latents(bench, opts["data"], n_noisy, batch_size) if "eps_mse" in measures else None
+    return Plan(measures, protocol, prompts, n_noisy, clean, judges, batch_size, min(N_PICTURES, protocol.n_images))
+
+
+def _possible(judges: Judges) -> list[str]:
+    """Every measure that has the judge it needs."""
+    from blockprune.imaging import lacks
+
+    return [name for name in MEASURES if not lacks(name, judges)]
+
+
+def _open(bench: Bench, opts: Mapping[str, Any], plan: Plan, archs: Mapping[str, Architecture]) -> Run:
+    """The run directory. Only what changes the numbers is compared when it is opened again."""
+    from blockprune import workbench
+    from blockprune.store import Run
+
+    device = bench.pipe.device
+    same = ("model", "n_images", "steps", "cfg_scale", "scheduler", "seed", "eps_samples", "dtype")
+    asked = {name: opts[name] for name in same} | {"teacher": bench.identity, "latent": bench.latent, "device": device.type}
+    asked |= {"measures": plan.measures, "prompts": workbench.fingerprint(plan.prompts), **workbench.describe(plan.judges)}
+    asked |= {"data": opts["data"] or "the teacher's own samples"}
+    asked |= {"removals": workbench.fingerprint([f"{label}:{arch.key}" for label, arch in archs.items()])}
+    note = {
+        "made_with": workbench.made_with(device),
+        "archs": {label: list(arch) for label, arch in {"full": Architecture(), **archs}.items()},
+        "graph": bench.graph.to_json(),
+        "pictured_prompts": [plan.prompts[i % len(plan.prompts)] for i in range(plan.n_pictures)],
+    }
+    return Run(opts["out"] or Path("runs") / f"scan-{Path(opts['model']).name}", "scan", asked, note)
+
+
+def _run(run: Run, bench: Bench, archs: Mapping[str, Architecture], plan: Plan) -> None:
+    """Runs or resumes the scan, keeps every record as it comes, then writes and prints the reports."""
+    from dataclasses import replace
+
+    from blockprune.cli import console, outputs
+    from blockprune.scan import Part, Picture, Scan
+
+    done = {(row["label"], row["measure"]) for row in run.rows()}
+    out, err = console.make_console(), console.make_console(stderr=True)
+    with console.WorkProgress(err, _steps(plan, archs, done)) as progress:
+        scan = Scan(
+            bench.pipe, bench.graph, archs, replace(plan, tick=progress.tick), done, lambda n: outputs.recall_arrays(run.path, n)
+        )
+        for record in scan:
+            if isinstance(record, Part):
+                outputs.keep_arrays(run, record.name, record.arrays)
+            elif isinstance(record, Picture):
+                outputs.keep_picture(run, record.label, record.images)
+            else:
+                run.append(record.to_json())
+                _say(progress, record)
+    console.print_ranking(outputs.write_reports(run), out)
+    out.print(f"rows, tables, figures and report.md are in {run.path}")
+
+
+def _steps(plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> dict[str, int]:
+    """What is left to do, in images or samples."""
+    steps = {"eps_mse": plan.n_noisy * len(archs)} if "eps_mse" in plan.measures else {}
+    if "latency" in plan.measures:
+        steps["latency"] = sum((label, "latency") not in done for label in ("full", *archs))
+    left = [label for label in ("full", *archs) if any((label, m) not in done for m in plan.image_measures)]
+    return steps | dict.fromkeys(left, plan.protocol.n_images)
+
+
+def _say(progress: WorkProgress, score: Score) -> None:
+    """One line for each row that took work to get."""
+    if score.error:
+        progress.say(f"{score.label}: {score.measure} failed: {score.error}", "red")
+    elif score.measure in ("eps_mse", "fid"):
+        spread = f" ({score.low:.4g} to {score.high:.4g})" if score.low is not None and score.high is not None else ""
+        progress.say(f"{score.label}: {score.measure} {score.value:.4g}{spread}")

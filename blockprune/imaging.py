@@ -1,0 +1,101 @@
+"""Scores of generated images: what detectors see in them, and each measure as a statistic of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blockprune import metrics
+from blockprune.errors import UserError
+from blockprune.metrics import Detector, Statistic, Stats
+from blockprune.records import Score
+
+Observed = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who looks at the images: a detector with the reference it is compared to, and a CLIP scorer. Either may be missing."""
+
+    detector: Detector | None = None
+    reference: Stats | None = None
+    scorer: Any = None
+
+    def look(self, images: Tensor, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """NCHW uint8 and their prompts => what was seen, arrays with one row per image."""
+        seen: dict[str, NDArray[Any]] = {}
+        if self.detector:
+            features, probs = self.detector.features_and_probs(images)
+            seen |= {"features": features} | ({} if probs is None else {"probs": probs})
+        if self.scorer:
+            seen |= {"image": self.scorer.image(images), "text": self.scorer.text(prompts)}
+        return seen
+
+
+def stack(batches: Iterable[Observed]) -> dict[str, NDArray[Any]]:
+    """The observations of all batches, one below the other."""
+    rows = list(batches)
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+# measure => (what is seen of the student, of the teacher's images of the same seeds, judges) => a statistic; `lacks` nothing
+STATISTICS: dict[str, Callable[[Observed, Observed, Any], Statistic]] = {
+    "fid": lambda seen, teacher, judges: metrics.fid_statistic(seen["features"], judges.reference),
+    "kid": lambda seen, teacher, judges: metrics.kid_statistic(seen["features"], judges.reference.features),
+    "is": lambda seen, teacher, judges: metrics.inception_statistic(_need_probs(seen)),
+    "clip_score": lambda seen, teacher, judges: metrics.mean_statistic(metrics.clip_score(seen["image"], seen["text"])),
+    "feature_distance": lambda seen, teacher, judges: metrics.mean_statistic(
+        metrics.feature_distance(seen["features"], teacher["features"])
+    ),
+}
+OPTIONS = {"reference": "--reference DIR or stats.npz", "detector": "--detector", "scorer": "--clip DIR or id"}
+NEEDS = {"fid": "reference", "kid": "reference", "is": "detector", "clip_score": "scorer", "feature_distance": "detector"}
+
+
+def lacks(measure: str, judges: Judges) -> str:
+    """What a measure needs and does not have, in words that say which option gives it; "" when nothing."""
+    need = NEEDS.get(measure)
+    if need and getattr(judges, need) is None:
+        return f"a {need}: give {OPTIONS[need]}"
+    if measure == "kid" and judges.reference is not None and judges.reference.features is None:
+        return "a reference with its features: make one with `blockprune stats`"
+    return ""
+
+
+def check_judges(measures: Iterable[str], judges: Judges) -> None:
+    """Raises UserError for a measure that lacks its detector, scorer or reference."""
+    for measure in measures:
+        if need := lacks(measure, judges):
+            raise UserError(f"measure {measure!r} needs {need}, or leave it out of --measures")
+
+
+def _need_probs(seen: Observed) -> NDArray[Any]:
+    if "probs" not in seen:
+        raise UserError(
+            "the Inception Score needs a detector with classes: choose another --detector, or leave 'is' out of --measures"
+        )
+    return seen["probs"]
+
+
+def judge(
+    arch: str, label: str, measures: Iterable[str], seen: Observed, teacher: Observed, judges: Judges, seed: int
+) -> Iterable[Score]:
+    """A Score for each image measure, with its interval and the paired difference to the teacher."""
+    for measure in measures:
+        statistic = STATISTICS[measure](seen, teacher, judges)
+        base = STATISTICS[measure](teacher, teacher, judges)
+        n = len(next(iter(seen.values())))
+        value, before = (float(s(np.arange(n)[None])[0]) for s in (statistic, base))
+        low, high = metrics.interval(statistic, n, seed) or (None, None)
+        below, above = metrics.paired_interval(statistic, base, n, seed) or (None, None)
+        yield Score(arch, label, measure, value, n, seed, low, high, value - before, below, above)
+
+
+def failed(arch: str, label: str, measures: Iterable[str], n: int, seed: int, error: str) -> Iterable[Score]:
+    """A failed row for each measure."""
+    return (Score(arch, label, measure, None, n, seed, error=error) for measure in measures)

@@ -1,0 +1,215 @@
+"""Stage: score the teacher and every removal without retraining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from diffusers import DDPMScheduler
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
+
+from blockprune import latency, metrics, surgery
+from blockprune.arch import Architecture, BlockGraph
+from blockprune.denoising import NoisySamples, denoising_errors
+from blockprune.errors import UserError
+from blockprune.families import Condition
+from blockprune.imaging import STATISTICS, Judges, check_judges, failed, judge, stack
+from blockprune.pricing import unet_inputs
+from blockprune.records import Score
+from blockprune.sampling import NotFinite, Protocol, draw, encode
+
+Arrays = dict[str, NDArray[Any]]
+FULL = "full"
+SPEED = ("latency", "latency_ratio", "memory")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Work done that later rows are computed from; the caller keeps it and `recall` gives it back to a resumed scan."""
+
+    name: str
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The first images of one architecture, (k, H, W, 3) uint8, at the same seeds and prompts for all."""
+
+    label: str
+    images: NDArray[np.uint8]
+
+
+Record = Score | Part | Picture
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scan measures: `measures` by name, images by `protocol`, `n_noisy` samples for the denoising error.
+
+    `clean` are data latents (M, C, h, w) with their captions; None stands for the teacher's own images of `protocol`.
+    `tick` hears how many images or samples were just done, and of what.
+    """
+
+    measures: Sequence[str]
+    protocol: Protocol
+    prompts: Sequence[str]
+    n_noisy: int = 256
+    clean: tuple[Tensor, Sequence[str]] | None = None
+    judges: Judges = field(default_factory=Judges)
+    batch_size: int = 16
+    n_pictures: int = 6
+    n_timings: int = 10
+    tick: Callable[[str, int], None] = lambda what, n: None
+
+    @property
+    def image_measures(self) -> list[str]:
+        return [m for m in self.measures if m in STATISTICS]
+
+
+class Scan:
+    """One scan: a teacher pipeline, its graph, labelled removals, a plan, and what an earlier attempt left.
+
+    `done` holds the (label, measure) pairs that have a row already; `recall` returns the arrays of a Part, or None.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        graph: BlockGraph,
+        archs: Mapping[str, Architecture],
+        plan: Plan,
+        done: Collection[tuple[str, str]] = (),
+        recall: Callable[[str], Arrays | None] = lambda name: None,
+    ) -> None:
+        check_judges(plan.image_measures, plan.judges)
+        self.pipe, self.graph, self.plan = pipe, graph, plan
+        self.archs = {FULL: Architecture(), **archs}
+        self.done, self.recall = set(done), recall
+        self.prompts = [plan.prompts[i % len(plan.prompts)] for i in range(plan.protocol.n_images)]
+
+    def __iter__(self) -> Iterator[Record]:
+        """Costs at once; the teacher; the denoising error of all; timings; the images of each, in this order."""
+        yield from self._new(self._costs())
+        yield from self._teacher()
+        yield from self._denoising()
+        yield from self._speed()
+        yield from self._images()
+
+    def _new(self, scores: Iterable[Score]) -> Iterator[Score]:
+        return (s for s in scores if s.measure in self.plan.measures and (s.label, s.measure) not in self.done)
+
+    def _missing(self, measures: Iterable[str]) -> dict[str, list[str]]:
+        """label => those of the measures that have no row yet."""
+        wanted = [m for m in measures if m in self.plan.measures]
+        missing = {label: [m for m in wanted if (label, m) not in self.done] for label in self.archs}
+        return {label: names for label, names in missing.items() if names}
+
+    def _costs(self) -> Iterator[Score]:
+        for label, arch in self.archs.items():
+            cost = self.graph.cost(arch)
+            yield Score(arch.key, label, "params", cost.params, 0, self.plan.protocol.seed)
+            yield Score(arch.key, label, "macs", cost.thop, 0, self.plan.protocol.seed)
+
+    def _conditions(self, prompts: Sequence[str]) -> tuple[Condition, Condition]:
+        return encode(self.pipe, prompts, self.plan.protocol.latent)
+
+    def _observe(self, arch: Architecture, label: str, conditions: tuple[Condition, Condition]) -> tuple[Arrays, NDArray[np.uint8]]:
+        """What the judges see of an architecture's images, with their latents, and the first images. Raises NotFinite."""
+        plan, seen, first = self.plan, [], []
+        with surgery.removed(self.pipe.unet, arch):
+            batches = draw(self.pipe, plan.protocol, *conditions, plan.batch_size, lambda n: plan.tick(label, n))
+            for i, (latents, images) in enumerate(batches):
+                start = i * plan.batch_size
+                look = plan.judges.look(images, self.prompts[start : start + len(images)])
+                seen.append({**look, "latents": latents.float().cpu().numpy()})
+                first += list(images.permute(0, 2, 3, 1).numpy())[: max(0, plan.n_pictures - len(first))]
+        return stack(seen), np.stack(first)
+
+    def _teacher(self) -> Iterator[Record]:
+        """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
+        needed = self.plan.image_measures or ("eps_mse" in self.plan.measures and self.plan.clean is None)
+        if not needed or self.recall("teacher") is not None:
+            return
+        try:
+            seen, pictures = self._observe(Architecture(), FULL, self._conditions(self.prompts))
+        except NotFinite as err:
+            raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
+        yield Picture(FULL, pictures)
+        yield Part("teacher", seen)
+
+    def _seen_of_teacher(self) -> Arrays:
+        return self.recall("teacher") or {}
+
+    def _denoising(self) -> Iterator[Record]:
+        labels = [label for label in self._missing(["eps_mse"]) if label != FULL]
+        if not labels:
+            return
+        plan, parts = self.plan, list[Arrays]()
+        archs = {label: self.archs[label] for label in self.archs if label != FULL}
+        while (part := self.recall(f"eps-{len(parts):05d}")) is not None and set(part) == set(archs):
+            parts.append(part)
+        start = sum(len(next(iter(part.values()))) for part in parts)
+        for errors in denoising_errors(self.pipe.unet, self.graph, archs, self._noisy(), plan.batch_size, start):
+            yield Part(f"eps-{len(parts):05d}", errors)
+            parts.append(errors)
+            plan.tick("eps_mse", len(next(iter(errors.values()))) * len(archs))
+        for label, values in stack(parts).items():
+            yield from self._new([self._eps_score(label, values)])
+
+    def _eps_score(self, label: str, values: NDArray[np.float64]) -> Score:
+        key, n, seed = self.archs[label].key, len(values), self.plan.protocol.seed
+        if not np.isfinite(values).all():
+            return Score(key, label, "eps_mse", None, n, seed, error="the U-Net's output is not finite")
+        low, high = metrics.interval(metrics.mean_statistic(values), n, seed) or (None, None)
+        return Score(key, label, "eps_mse", float(values.mean()), n, seed, low, high)
+
+    def _noisy(self) -> NoisySamples:
+        schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        if self.plan.clean is None:
+            latents, prompts = from_numpy(self._seen_of_teacher()["latents"]), self.prompts
+        else:
+            latents, prompts = self.plan.clean
+        return NoisySamples(latents, self._conditions(prompts)[0], schedule, self.plan.n_noisy, self.plan.protocol.seed)
+
+    def _speed(self) -> Iterator[Score]:
+        """Step latency and memory at batch 1, each architecture in turn with the teacher, round by round."""
+        unet, plan = self.pipe.unet, self.plan
+        inputs = unet_inputs(unet.config, plan.protocol.latent, self.graph.n_tokens, 1, unet.device, unet.dtype)
+        for label in self._missing(SPEED):
+            arch = self.archs[label]
+            models = {FULL: partial(nullcontext, unet), label: partial(surgery.removed, unet, arch)}
+            timings = latency.measure(models, inputs, plan.n_timings, 2, unet.device)
+            own, (ratio, low, high) = timings[label], latency.ratio(timings[FULL], timings[label])
+            row = (arch.key, label)
+            n, seed = len(own.latency_s), plan.protocol.seed
+            yield from self._new(
+                [
+                    Score(*row, "latency", own.median_s, n, seed, *latency.median_interval(own.latency_s)),
+                    Score(*row, "latency_ratio", ratio, n, seed, low, high),
+                    Score(*row, "memory", own.mem_bytes, 1, seed),
+                ]
+            )
+            plan.tick("latency", 1)
+
+    def _images(self) -> Iterator[Record]:
+        missing = self._missing(STATISTICS)
+        if not missing:
+            return
+        plan, teacher, conditions = self.plan, self._seen_of_teacher(), self._conditions(self.prompts)
+        for label, measures in missing.items():
+            arch = self.archs[label]
+            row = (arch.key, label)
+            try:
+                seen, pictures = (teacher, None) if label == FULL else self._observe(arch, label, conditions)
+                scores = list(judge(*row, plan.image_measures, seen, teacher, plan.judges, plan.protocol.seed))
+            except NotFinite as err:
+                yield from self._new(failed(*row, measures, plan.protocol.n_images, plan.protocol.seed, str(err)))
+                continue
+            if pictures is not None:
+                yield Picture(label, pictures)
+            yield from self._new(scores)
