@@ -90,6 +90,7 @@ class Scan:
         self.pipe, self.graph, self.plan = pipe, graph, plan
         self.archs = {FULL: Architecture(), **archs}
         self.done, self.recall = set(done), recall
+        self.parts: dict[str, Arrays] = {}
         self.prompts = [plan.prompts[i % len(plan.prompts)] for i in range(plan.protocol.n_images)]
 
     def __iter__(self) -> Iterator[Record]:
@@ -133,17 +134,24 @@ class Scan:
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
         needed = self.plan.image_measures or ("eps_mse" in self.plan.measures and self.plan.clean is None)
-        if not needed or self.recall("teacher") is not None:
+        if not needed or self._part("teacher") is not None:
             return
         try:
             seen, pictures = self._observe(Architecture(), FULL, self._conditions(self.prompts))
         except NotFinite as err:
             raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
         yield Picture(FULL, pictures)
-        yield Part("teacher", seen)
+        yield self._made("teacher", seen)
 
-    def _seen_of_teacher(self) -> Arrays:
-        return self.recall("teacher") or {}
+    def _part(self, name: str) -> Arrays | None:
+        """A part of this scan or of an earlier attempt at it; None when it is still to be made."""
+        if name not in self.parts and (kept := self.recall(name)) is not None:
+            self.parts[name] = kept
+        return self.parts.get(name)
+
+    def _made(self, name: str, arrays: Arrays) -> Part:
+        self.parts[name] = arrays
+        return Part(name, arrays)
 
     def _denoising(self) -> Iterator[Record]:
         labels = [label for label in self._missing(["eps_mse"]) if label != FULL]
@@ -151,11 +159,11 @@ class Scan:
             return
         plan, parts = self.plan, list[Arrays]()
         archs = {label: self.archs[label] for label in self.archs if label != FULL}
-        while (part := self.recall(f"eps-{len(parts):05d}")) is not None and set(part) == set(archs):
+        while (part := self._part(f"eps-{len(parts):05d}")) is not None:
             parts.append(part)
         start = sum(len(next(iter(part.values()))) for part in parts)
         for errors in denoising_errors(self.pipe.unet, self.graph, archs, self._noisy(), plan.batch_size, start):
-            yield Part(f"eps-{len(parts):05d}", errors)
+            yield self._made(f"eps-{len(parts):05d}", errors)
             parts.append(errors)
             plan.tick("eps_mse", len(next(iter(errors.values()))) * len(archs))
         for label, values in stack(parts).items():
@@ -171,7 +179,7 @@ class Scan:
     def _noisy(self) -> NoisySamples:
         schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         if self.plan.clean is None:
-            latents, prompts = from_numpy(self._seen_of_teacher()["latents"]), self.prompts
+            latents, prompts = from_numpy((self._part("teacher") or {})["latents"]), self.prompts
         else:
             latents, prompts = self.plan.clean
         return NoisySamples(latents, self._conditions(prompts)[0], schedule, self.plan.n_noisy, self.plan.protocol.seed)
@@ -200,7 +208,7 @@ class Scan:
         missing = self._missing(STATISTICS)
         if not missing:
             return
-        plan, teacher, conditions = self.plan, self._seen_of_teacher(), self._conditions(self.prompts)
+        plan, teacher, conditions = self.plan, self._part("teacher") or {}, self._conditions(self.prompts)
         for label, measures in missing.items():
             arch = self.archs[label]
             row = (arch.key, label)

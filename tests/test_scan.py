@@ -1,0 +1,168 @@
+"""The scan stage: complete, paired, resumable at any point, and blind to the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from blockprune import scan as stage
+from blockprune import surgery
+from blockprune.arch import Architecture
+from blockprune.denoising import NoisySamples, denoising_errors
+from blockprune.errors import UserError
+from blockprune.imaging import Judges
+from blockprune.metrics import Stats
+from blockprune.records import Score
+from blockprune.sampling import Protocol
+from blockprune.scan import Part, Plan, Scan
+from blockprune.trace import trace
+
+PLAN = Plan(
+    measures=["params", "macs", "eps_mse", "fid", "is", "clip_score", "feature_distance", "kid"],
+    protocol=Protocol(n_images=5, n_steps=2, cfg_scale=3.0, seed=1, latent=(8, 8)),
+    prompts=["a cat", "two dogs", "a kite"],
+    n_noisy=7,
+    batch_size=2,
+    n_pictures=3,
+)
+
+
+class Eye:
+    """A detector and scorer of mean colours; its two classes are dark and bright."""
+
+    name, n_features = "eye", 3
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        return images.float().mean((2, 3)).numpy()
+
+    def features_and_probs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        bright = images.float().mean((1, 2, 3)).numpy() / 255
+        return self(images), np.stack([1 - bright, bright], axis=1)[:, None]
+
+    image = __call__
+
+    def text(self, prompts: list[str]) -> np.ndarray:
+        return np.array([[len(p), 1.0, p.count("o")] for p in prompts], dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_folder: Callable[[str], Path]) -> Any:
+    from blockprune.checkpoints import load
+
+    return load(str(tiny_folder("sd1")))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    real = np.random.default_rng(0).uniform(0, 255, (20, 3))
+    return replace(PLAN, judges=Judges(Eye(), Stats.of(real, keep=True), Eye()))
+
+
+GRAPH = trace(tiny.config("sd1"), (8, 8), tiny.N_TOKENS)
+ARCHS = {label: arch for label, arch in GRAPH.units("stage").items() if label in ("mid_block", "up_blocks.3", "innermost")}
+
+
+def values(records: list[Any]) -> dict[tuple[str, str], float | None]:
+    return {(r.label, r.measure): r.value for r in records if isinstance(r, Score)}
+
+
+@pytest.fixture(scope="module")
+def whole(pipe: Any, plan: Plan) -> list[Any]:
+    return list(Scan(pipe, GRAPH, ARCHS, plan))
+
+
+def test_every_row_once_and_the_teacher_first(whole: list[Any], plan: Plan) -> None:
+    rows = [r for r in whole if isinstance(r, Score)]
+    wanted = {(label, m) for label in ("full", *ARCHS) for m in plan.measures} - {("full", "eps_mse")}
+    assert len(rows) == len(wanted) == len(values(whole))
+    assert values(whole).keys() == wanted
+    assert rows[0].label == "full"
+    by_name = values(whole)
+    assert by_name["full", "feature_distance"] == 0
+    assert by_name["mid_block", "params"] == GRAPH.cost(ARCHS["mid_block"]).params
+    assert all(by_name[label, "feature_distance"] > 0 and by_name[label, "eps_mse"] > 0 for label in ARCHS)
+    assert {r.n for r in rows if r.measure == "fid"} == {5}
+    assert all(r.delta == 0 for r in rows if r.label == "full" and r.measure in ("fid", "clip_score"))
+
+
+def test_pictures_are_the_first_images(whole: list[Any]) -> None:
+    pictures = [r for r in whole if isinstance(r, stage.Picture)]
+    assert [p.label for p in pictures] == ["full", *ARCHS]
+    assert {p.images.shape for p in pictures} == {(3, 16, 16, 3)}
+
+
+@pytest.mark.parametrize("n_kept", [0, 3, 9, 10, 12, 17, 25, 40])
+def test_resumes_anywhere_with_the_same_rows(pipe: Any, plan: Plan, whole: list[Any], n_kept: int) -> None:
+    kept = whole[:n_kept]
+    done = {(r.label, r.measure) for r in kept if isinstance(r, Score)}
+    parts = {r.name: r.arrays for r in kept if isinstance(r, Part)}
+    rest = []
+    for record in Scan(pipe, GRAPH, ARCHS, plan, done, parts.get):
+        rest.append(record)
+        if isinstance(record, Part):
+            parts[record.name] = record.arrays
+    assert [r for r in whole if isinstance(r, Score)] == [r for r in kept + rest if isinstance(r, Score)]
+
+
+def test_batch_size_changes_nothing(pipe: Any, plan: Plan, whole: list[Any]) -> None:
+    other = values(list(Scan(pipe, GRAPH, ARCHS, replace(plan, batch_size=5))))
+    for key, value in values(whole).items():
+        assert other[key] == pytest.approx(value, rel=2e-2, abs=1e-6), key
+
+
+def test_replay_equals_the_plain_way_bit_for_bit(pipe: Any) -> None:
+    condition = {"encoder_hidden_states": torch.randn(3, tiny.N_TOKENS, 8, generator=torch.Generator().manual_seed(0))}
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    samples = NoisySamples(latents, condition, stage.DDPMScheduler.from_config(pipe.scheduler.config), 6, 0)
+    archs = GRAPH.units("block")
+    ways = [list(denoising_errors(pipe.unet, GRAPH, archs, samples, 4, replay=replay)) for replay in (True, False)]
+    for fast, plain in zip(*ways, strict=True):
+        assert fast.keys() == plain.keys() == archs.keys()
+        assert all(np.array_equal(fast[label], plain[label]) for label in archs)
+
+
+def test_timesteps_are_stratified() -> None:
+    samples = NoisySamples(torch.zeros(1, 4, 8, 8), {}, stage.DDPMScheduler(), 50, 3)
+    assert sorted((samples.timesteps // 20).tolist()) == list(range(50))
+    assert samples.timesteps.tolist() != sorted(samples.timesteps.tolist())
+
+
+def test_a_mask_that_gives_nan_is_a_failed_row(pipe: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nan(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return hidden * torch.nan
+
+    real = surgery.stand_in
+    monkeypatch.setattr(surgery, "stand_in", lambda unet, name: Nan() if name == "mid_block" else real(unet, name))
+    rows = [r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)]
+    failed = {r.measure for r in rows if r.value is None}
+    assert failed == {"eps_mse", "fid", "is", "clip_score", "feature_distance", "kid"}
+    assert all(r.label == "mid_block" and "not finite" in r.error for r in rows if r.value is None)
+    assert len(rows) == 4 * 8 - 1
+
+
+def test_a_broken_teacher_stops_the_scan(tiny_folder: Callable[[str], Path], plan: Plan) -> None:
+    from blockprune.checkpoints import load
+
+    pipe = load(str(tiny_folder("sd1")))
+    pipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="teacher itself fails"):
+        list(Scan(pipe, GRAPH, ARCHS, plan))
+
+
+def test_measures_without_a_judge_are_refused(pipe: Any) -> None:
+    with pytest.raises(UserError, match="--reference"):
+        Scan(pipe, GRAPH, ARCHS, PLAN)
+
+
+def test_clean_data_needs_no_images(pipe: Any) -> None:
+    plan = replace(PLAN, measures=["eps_mse"], clean=(torch.randn(2, 4, 8, 8), ["a cat", ""]))
+    records = list(Scan(pipe, GRAPH, {"mid": Architecture(frozenset({"mid_block"}))}, plan))
+    assert [type(r).__name__ for r in records] == ["Part"] * 4 + ["Score"]
