@@ -1,0 +1,275 @@
+"""What comes from files: prompts, folders of images with captions, reference statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blockprune.errors import UserError
+from blockprune.metrics import Detector, Stats
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PROMPT_COLUMNS = ("prompt", "caption", "text")
+
+_log = logging.getLogger("blockprune")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, blank ones left out: .txt one per line; .csv and .jsonl in the column prompt, caption or text.
+
+    A CSV of a single column needs no header. UserError when the file cannot be read or holds no prompt.
+    """
+    path = Path(path)
+    readers = {".txt": _lines, ".csv": _csv_prompts, ".jsonl": _jsonl_prompts}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"a prompts file is .txt, .csv or .jsonl: got {str(path)!r}")
+    prompts = [p.strip() for p in readers[path.suffix.lower()](path) if p.strip()]
+    if not prompts:
+        raise UserError(f"a prompts file needs at least one prompt: {str(path)!r} has none; write one per line")
+    return prompts
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"cannot read {str(path)!r}: {reason}; give a readable text file") from error
+
+
+def _lines(path: Path) -> list[str]:
+    return _text(path).splitlines()
+
+
+def _csv_rows(path: Path) -> list[list[str]]:
+    try:
+        return [row for row in csv.reader(_text(path).splitlines(keepends=True), strict=True) if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{str(path)!r} is not valid CSV: {error}; quote the fields that hold commas or quotes") from error
+
+
+def _csv_prompts(path: Path) -> list[str]:
+    rows = _csv_rows(path)
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    column = next((header.index(name) for name in PROMPT_COLUMNS if name in header), None)
+    if column is not None:
+        return [row[column] for row in rows[1:] if len(row) > column]
+    if any(len(row) > 1 for row in rows):
+        raise UserError(
+            f"a prompts CSV has a column named {', '.join(PROMPT_COLUMNS)}, or a single column: "
+            f"{str(path)!r} has {', '.join(header)}; rename the column"
+        )
+    return [row[0] for row in rows]
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{str(path)!r} line {number} is not JSON: {error}; mend or drop it") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{str(path)!r} line {number} must be a JSON object: got {line.strip()[:40]!r}")
+            yield number, row
+
+
+def _jsonl_prompts(path: Path) -> list[str]:
+    prompts = []
+    for number, row in _json_lines(path):
+        found = [row[key] for key in PROMPT_COLUMNS if isinstance(row.get(key), str)]
+        if not found:
+            raise UserError(f"{str(path)!r} line {number} has no text under {', '.join(PROMPT_COLUMNS)}: add one of them")
+        prompts.append(found[0])
+    return prompts
+
+
+class Picture(NamedTuple):
+    """An image (3, H, W) uint8 RGB, its path relative to the folder, and its caption or None."""
+
+    image: Tensor
+    name: str
+    caption: str | None
+
+
+class ImageFolder:
+    """The images of a folder and of all folders below it, sorted by path, as RGB.
+
+    Captions come from `metadata.csv` (column 0 file, column 1 caption) or `metadata.jsonl` (file_name, text or caption).
+    An image that cannot be read is left out; `skipped` lists those of the last iteration. UserError when the folder has no
+    image, the metadata name none of them, or an iteration skips more than `max_skipped` (None: 10, or 1 % if that is more)
+    or reads none.
+    """
+
+    def __init__(self, folder: str | Path, max_skipped: int | None = None) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"no folder of images at {str(self.folder)!r}: give a folder that exists")
+        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        self.names = sorted(p.relative_to(self.folder).as_posix() for p in found)
+        if not self.names:
+            raise UserError(f"no images in {str(self.folder)!r}: it needs files such as .png or .jpg")
+        self.captions = self._read_captions()
+        self.max_skipped = max(10, len(self.names) // 100) if max_skipped is None else max_skipped
+        self.skipped: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Picture]:
+        self.skipped = []
+        for name in self.names:
+            image = read_image(self.folder / name)
+            if image is not None:
+                yield Picture(image, name, self.captions.get(name))
+                continue
+            self.skipped.append(name)
+            if len(self.skipped) > self.max_skipped:
+                raise UserError(
+                    f"more than {self.max_skipped} images of {str(self.folder)!r} cannot be read, "
+                    f"such as {name!r}: mend or remove them"
+                )
+        if len(self.skipped) == len(self.names):
+            raise UserError(f"none of the {len(self)} images of {str(self.folder)!r} can be read, such as {self.names[0]!r}")
+
+    def _read_captions(self) -> dict[str, str]:
+        table, lines = self.folder / "metadata.csv", self.folder / "metadata.jsonl"
+        captions: dict[str, str] = {}
+        if table.is_file():
+            captions = {row[0]: row[1] for row in _csv_rows(table) if len(row) > 1}
+        elif lines.is_file():
+            for number, row in _json_lines(lines):
+                caption = row.get("text", row.get("caption"))
+                if not isinstance(row.get("file_name"), str) or not isinstance(caption, str):
+                    raise UserError(f"{str(lines)!r} line {number} needs file_name and text or caption: add them")
+                captions[row["file_name"]] = caption
+        known = {name: captions[name] for name in self.names if name in captions}
+        if captions and not known:
+            raise UserError(f"the metadata of {str(self.folder)!r} name none of its images, but {next(reversed(captions))!r}")
+        return known
+
+
+def read_image(path: Path) -> Tensor | None:
+    """(3, H, W) uint8 RGB as stored (no EXIF rotation, as clean-fid reads it); None when it is unreadable or truncated."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    # Pillow's decoders raise all of these on broken files
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
+        return None
+
+
+def resize_centre_crop(image: Tensor, size: int) -> Tensor:
+    """(3, H, W) uint8 => (3, size, size): the shorter side resized to `size` (bicubic, antialiased), then the centre."""
+    height, width = image.shape[1:]
+    scale = size / min(height, width)
+    new = (max(size, round(width * scale)), max(size, round(height * scale)))
+    resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(new, Image.Resampling.BICUBIC)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    cropped = np.array(resized.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(cropped).permute(2, 0, 1).contiguous()
+
+
+def features_of_folder(folder: ImageFolder, detector: Detector, batch_size: int = 32) -> np.ndarray[Any, Any]:
+    """(N, D) float32 features of the readable images in the order of the folder; images may differ in size."""
+    rows: dict[int, np.ndarray[Any, Any]] = {}
+    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+
+    def flush(shape: tuple[int, ...]) -> None:
+        places, images = zip(*waiting.pop(shape), strict=True)
+        rows.update(zip(places, detector(torch.stack(images)), strict=True))
+
+    for place, picture in enumerate(folder):
+        group = waiting.setdefault(tuple(picture.image.shape), [])
+        group.append((place, picture.image))
+        if len(group) == batch_size:
+            flush(tuple(picture.image.shape))
+        elif sum(map(len, waiting.values())) >= 4 * batch_size:
+            # many sizes, each with few images: bounds what waits in memory
+            flush(max(waiting, key=lambda shape: len(waiting[shape])))
+    for shape in list(waiting):
+        flush(shape)
+    return np.stack([rows[place] for place in sorted(rows)])
+
+
+def stats_of_folder(folder: str | Path | ImageFolder, detector: Detector, batch_size: int = 32, keep: bool = True) -> Stats:
+    """The statistics of a folder's images, with their features where `keep`; images that were skipped are logged."""
+    images = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
+    stats = Stats.of(features_of_folder(images, detector, batch_size), keep=keep)
+    if images.skipped:
+        shown = ", ".join(images.skipped[:3])
+        _log.warning("skipped %d of %d images in %s: cannot read %s", len(images.skipped), len(images), images.folder, shown)
+    return stats
+
+
+def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -> Stats:
+    """The reference of a folder of images, or of a .npz made by `write_stats` or published with `mu` and `sigma` alone.
+
+    UserError when it is neither, or was made by another detector.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return stats_of_folder(path, detector, batch_size)
+    if not path.is_file():
+        raise UserError(f"no reference at {str(path)!r}: give a folder of images or a file made by `blockprune stats`")
+    arrays = _read_arrays(path)
+    made_by = str(arrays["detector"]) if "detector" in arrays else detector.name
+    if made_by != detector.name:
+        raise UserError(f"{str(path)!r} was made by the detector {made_by!r}, not {detector.name!r}: use one for both")
+    mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
+    if mu.shape != (detector.n_features,):
+        raise UserError(
+            f"{str(path)!r} holds features of shape {mu.shape}, the detector {detector.name!r} gives "
+            f"{detector.n_features}: make the reference with that detector"
+        )
+    numbers = [mu, sigma] if features is None else [mu, sigma, features]
+    sound = sigma.shape == mu.shape * 2 and (features is None or features.shape[1:] == mu.shape)
+    if not sound or not all(np.issubdtype(a.dtype, np.number) and np.isfinite(a).all() for a in numbers):
+        raise UserError(f"{str(path)!r} holds no usable mu (D,) and sigma (D, D): make it again with `blockprune stats`")
+    kept = None if features is None else features.astype(np.float64)
+    n = int(arrays["n"]) if "n" in arrays and np.issubdtype(arrays["n"].dtype, np.integer) and arrays["n"].shape == () else 0
+    return Stats(mu.astype(np.float64), sigma.astype(np.float64), n, kept)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{str(path)!r} is not a readable .npz: make it again with `blockprune stats`") from error
+    if not {"mu", "sigma"} <= set(arrays):
+        raise UserError(f"a reference .npz holds mu and sigma: {str(path)!r} has {', '.join(arrays) or 'neither'}")
+    return arrays
+
+
+def write_stats(path: str | Path, stats: Stats, detector_name: str) -> None:
+    """Writes a .npz for `read_reference`, whole or not at all. UserError when the place cannot be written."""
+    path = Path(path)
+    arrays = {"mu": stats.mu, "sigma": stats.sigma, "n": np.array(stats.n), "detector": np.array(detector_name)}
+    if stats.features is not None:
+        arrays["features"] = stats.features.astype(np.float32)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; free space or choose another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()

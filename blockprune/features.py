@@ -1,0 +1,251 @@
+"""Detectors and scorers: images and prompts in, features out. A detector is any `metrics.Detector`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockprune.errors import UserError
+from blockprune.metrics import Detector
+
+Features = NDArray[np.float32]
+
+BUILT_IN = Path(__file__).parent / "models" / "tiny-digits"
+INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
+
+
+class HubDetector:
+    """The pooled output of a transformers image model, flattened; images are prepared as its image processor says.
+
+    A CLIP-like model gives its projected image embedding. A classifier also gives probabilities: one group of labels, or
+    several where its config lists their widths as `head_sizes` (the softmax of each, padded with 0 to the widest).
+    UserError when the model is not to be had, incomplete, or has no pooled output.
+    """
+
+    def __init__(self, source: str | Path, device: str = "cpu", name: str | None = None) -> None:
+        from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+        self.name = name or (Path(source).resolve().name if Path(source).is_dir() else str(source))
+        self.device = device
+        classifies = any("ForImageClassification" in a for a in _config(source).architectures or ())
+        self.model = _load_model(AutoModelForImageClassification if classifies else AutoModel, source, device)
+        self.processor = _load(AutoImageProcessor, source, "preprocessor_config.json")
+        config = self.model.config
+        self.head_sizes: list[int] = list(getattr(config, "head_sizes", [])) or [config.num_labels]
+        if classifies and sum(self.head_sizes) != config.num_labels:
+            raise UserError(
+                f"head_sizes of {str(source)!r} must add up to its {config.num_labels} labels: "
+                f"got {self.head_sizes}; mend its config.json"
+            )
+        size = getattr(getattr(config, "vision_config", config), "image_size", 64)
+        side = size if isinstance(size, int) else max(size)
+        self.n_features = self(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        return self.features_and_probs(images)[0]
+
+    @torch.inference_mode()
+    def features_and_probs(self, images: torch.Tensor) -> tuple[Features, Features | None]:
+        pixels = _prepare(self.processor, images, self.device)
+        if hasattr(self.model, "get_image_features"):
+            return _array(_pooled(self.model.get_image_features(pixel_values=pixels), self.name)), None
+        taken: list[Any] = []
+        handle = self.model.base_model.register_forward_hook(lambda module, args, output: taken.append(output))
+        try:
+            output = self.model(pixel_values=pixels)
+        finally:
+            handle.remove()
+        features = _array(_pooled(taken[0], self.name))
+        if not hasattr(output, "logits"):
+            return features, None
+        heads = [head.softmax(1) for head in output.logits.float().split(self.head_sizes, dim=1)]
+        width = max(self.head_sizes)
+        padded = [torch.nn.functional.pad(head, (0, width - head.shape[1])) for head in heads]
+        return features, _array(torch.stack(padded, dim=1), flat=False)
+
+
+class InceptionDetector:
+    """clean-fid's Inception-v3: 2048 pooled features of images resized in its clean mode (bicubic, antialiased, 299 x 299).
+
+    Probabilities are the softmax over 1008 classes without the bias of the last layer, as Inception Score has always
+    been computed. UserError when the file cannot be loaded.
+    """
+
+    def __init__(self, weights: Path, device: str = "cpu") -> None:
+        from cleanfid.resize import build_resizer
+
+        self.name, self.device = "inception", device
+        try:
+            with warnings.catch_warnings():
+                # TorchScript is deprecated, but these weights exist in no other form
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model = torch.jit.load(str(weights), map_location=device).eval()
+            self.head = dict(self.model.named_parameters())["output.weight"]
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{str(weights)!r} is not a whole {INCEPTION_FILE}: fetch it again from {INCEPTION_URL}") from error
+        self.n_features = self.head.shape[1]
+        self.resize: Callable[[NDArray[np.uint8]], Features] = build_resizer("clean")
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        return self.features_and_probs(images)[0]
+
+    @torch.inference_mode()
+    def features_and_probs(self, images: torch.Tensor) -> tuple[Features, Features | None]:
+        resized = np.stack([self.resize(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()])
+        x = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)
+        features = self.model.layers((x - 128) / 128).reshape(len(x), self.n_features)
+        probs = (features @ self.head.T).softmax(1)
+        return _array(features), _array(probs[:, None], flat=False)
+
+
+def inception_weights(path: Path | None = None) -> Path:
+    """The Inception-v3 file: `path`, or else where clean-fid keeps it. Downloads nothing; UserError when there is none."""
+    cached = Path("./" if os.name == "nt" else "/tmp") / INCEPTION_FILE
+    wanted = path or cached
+    if not wanted.is_file():
+        raise UserError(
+            f"the inception detector needs {INCEPTION_FILE}, not found at {str(wanted)!r}: "
+            f"download {INCEPTION_URL} and give it with --inception-weights PATH"
+        )
+    return wanted
+
+
+# name => factory(device, Inception weights or None for the usual cache)
+DETECTORS: dict[str, Callable[[str, Path | None], Detector]] = {
+    "tiny-digits": lambda device, weights: HubDetector(BUILT_IN / "detector", device, "tiny-digits"),
+    "inception": lambda device, weights: InceptionDetector(inception_weights(weights), device),
+}
+
+
+def load_detector(name: str, device: str = "cpu", weights: Path | None = None) -> Detector:
+    """The detector of that name in DETECTORS, else of a local folder or hub id in transformers layout. UserError if none."""
+    return DETECTORS[name](device, weights) if name in DETECTORS else HubDetector(name, device)
+
+
+class Scorer:
+    """A CLIP model: L2-normalised embeddings of images and prompts in one space. A prompt past its length is cut there."""
+
+    def __init__(self, source: str | Path, device: str = "cpu", name: str | None = None) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        if _config(source).model_type != "clip":
+            raise UserError(f"a scorer is a CLIP model: {str(source)!r} is {_config(source).model_type!r}; choose another")
+        self.name = name or (Path(source).resolve().name if Path(source).is_dir() else str(source))
+        self.device = device
+        self.model = _load_model(CLIPModel, source, device)
+        self.processor = _load(AutoImageProcessor, source, "preprocessor_config.json")
+        self.tokenizer = _load(AutoTokenizer, source, "tokenizer files")
+
+    @torch.inference_mode()
+    def image(self, images: torch.Tensor) -> Features:
+        """NCHW uint8 => (N, D) float32 of length 1."""
+        pixels = _prepare(self.processor, images, self.device)
+        return _unit(_pooled(self.model.get_image_features(pixel_values=pixels), self.name))
+
+    @torch.inference_mode()
+    def text(self, prompts: Sequence[str]) -> Features:
+        """N prompts => (N, D) float32 of length 1."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(
+            self.device
+        )
+        output = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return _unit(_pooled(output, self.name))
+
+
+def load_scorer(source: str = "tiny-digits", device: str = "cpu") -> Scorer:
+    """The built-in scorer, or a CLIP model from a local folder or hub id. UserError when it is not to be had."""
+    return Scorer(BUILT_IN / "scorer", device, source) if source == "tiny-digits" else Scorer(source, device)
+
+
+def _prepare(processor: Any, images: torch.Tensor, device: str) -> torch.Tensor:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be NCHW uint8 with 3 channels: got {tuple(images.shape)} {images.dtype}")
+    pixels = processor(images=images.cpu(), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    return torch.as_tensor(pixels).to(device)
+
+
+def _pooled(output: Any, name: str) -> torch.Tensor:
+    # get_image_features gave a tensor in transformers 4 and an output object since 5
+    pooled = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
+    if pooled is None:
+        raise UserError(f"{name!r} has no pooled image output: choose a model that has one, such as facebook/dinov2-base")
+    return torch.as_tensor(pooled)
+
+
+def _array(x: torch.Tensor, flat: bool = True) -> Features:
+    return np.asarray((x.flatten(1) if flat else x).float().cpu().numpy())
+
+
+def _unit(x: torch.Tensor) -> Features:
+    return _array(torch.nn.functional.normalize(x.float(), dim=-1))
+
+
+def _config(source: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, source, "config.json")
+
+
+def _load_model(auto: Any, source: str | Path, device: str) -> Any:
+    model, info = _load(auto, source, "weights", output_loading_info=True)
+    # transformers fills what a checkpoint lacks with random weights and only warns
+    lacking = sorted({*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])})
+    if lacking:
+        raise UserError(
+            f"the weights of {str(source)!r} are incomplete ({len(lacking)} missing, such as {lacking[0]}): fetch it again"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load(auto: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
+    """`auto.from_pretrained`: what is on this machine first, then the hub; UserError when neither has it."""
+    from safetensors import SafetensorError
+
+    failures = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError)
+    local = Path(source).is_dir()
+    with _no_progress_bars():
+        try:
+            return auto.from_pretrained(str(source), local_files_only=True, **kwargs)
+        except failures as error:
+            if local:
+                raise UserError(f"cannot read the {what} of the model in {str(source)!r}: {_first_line(error)}") from error
+            if str(source).count("/") != 1:
+                raise UserError(
+                    f"no model {str(source)!r}: give a local folder, a hub id such as facebook/dinov2-base, "
+                    f"or for a detector one of {', '.join(DETECTORS)}"
+                ) from error
+        try:
+            return auto.from_pretrained(str(source), **kwargs)
+        except failures as error:
+            raise UserError(
+                f"no model {str(source)!r}: neither a folder, nor downloaded before, nor to be had from the hub now; "
+                f"fetch it with `hf download {source}` or give a local folder ({_first_line(error)})"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

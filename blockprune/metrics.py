@@ -1,0 +1,276 @@
+"""Maths: features in, number out. Statistics in float64; no torch at run time.
+
+Every measure that has an interval is also given as a `Statistic`, which evaluates many subsets of the samples in one call;
+`interval` turns it into a 95 % interval.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import xlogy
+from scipy.stats import kendalltau
+
+from blockprune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float64]
+Index = NDArray[np.intp]
+Statistic = Callable[[Index], Floats]  # (B, m) sample indices => (B,) values, one per subset of m samples
+
+_CHUNK_ELEMENTS = 1 << 24
+_KERNEL_ROWS = 1024
+
+
+class Detector(Protocol):
+    """Images in, features out: the seam between models and measures. The name goes into stored statistics."""
+
+    name: str
+    n_features: int
+
+    def __call__(self, images: torch.Tensor) -> NDArray[np.float32]:
+        """NCHW uint8 => (N, D) float32."""
+
+    def features_and_probs(self, images: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """NCHW uint8 => (N, D) features and (N, G, K) class probabilities in one pass; None for a model without classes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Mean (D,) and unbiased covariance (D, D) of n feature vectors, with the (n, D) features themselves where kept.
+
+    n is 0 where a published file does not say.
+    """
+
+    mu: Floats
+    sigma: Floats
+    n: int
+    features: Floats | None = None
+
+    @classmethod
+    def of(cls, features: ArrayLike, keep: bool = False) -> Stats:
+        """The statistics of (N, D) features. UserError below two samples; FloatingPointError on NaN or infinity."""
+        x = _matrix(features)
+        return cls(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)), len(x), x if keep else None)
+
+    @functools.cached_property
+    def root(self) -> Floats:
+        """A (D, D) matrix R with R Rᵀ = sigma."""
+        values, vectors = np.linalg.eigh(self.sigma)
+        return np.asarray(vectors * np.sqrt(values.clip(min=0)))
+
+
+def fid(features: ArrayLike, reference: Stats) -> float:
+    """The Fréchet distance of (N, D) features to the reference: ‖μ₁ - μ₂‖² + Tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½).
+
+    Equals clean-fid's `fid_from_feats` (Heusel et al. 2017, eq. 6). Raises as `Stats.of`.
+    """
+    return _value(fid_statistic(features, reference), len(_matrix(features)))
+
+
+def fid_statistic(features: ArrayLike, reference: Stats) -> Statistic:
+    """FID of subsets of (N, D) features to a fixed reference.
+
+    Tr (Σ₁ Σ₂)^½ is the sum of the roots of the eigenvalues of X Σ₂ Xᵀ, with X the m centred rows over √(m - 1), or of
+    Rᵀ Σ₁ R with R Rᵀ = Σ₂: whichever is smaller, m x m or D x D. Both are symmetric, so the result is always finite.
+    """
+    x = _matrix(features)
+    if x.shape[1] != reference.mu.size:
+        raise UserError(
+            f"features and reference must have one width: got {x.shape[1]} and {reference.mu.size}; "
+            "make the reference with the same detector"
+        )
+    mean, trace = x.mean(0), float(np.trace(reference.sigma))
+    x = x - mean
+    gram = functools.cache(lambda: x @ reference.sigma @ x.T)
+    rooted = functools.cache(lambda: x @ reference.root)
+
+    def distance(index: Index) -> Floats:
+        m, part = index.shape[1], x[index]
+        centre = part.mean(1, keepdims=True)
+        if m < x.shape[1]:
+            k = gram()[index[:, :, None], index[:, None, :]]
+            k = k - k.mean(1, keepdims=True) - k.mean(2, keepdims=True) + k.mean((1, 2), keepdims=True)
+        else:
+            y = rooted()[index]
+            y = y - y.mean(1, keepdims=True)
+            k = y.transpose(0, 2, 1) @ y
+        roots = np.sqrt(np.linalg.eigvalsh(k / (m - 1)).clip(min=0)).sum(1)
+        spread = ((part - centre) ** 2).sum((1, 2)) / (m - 1)
+        shift = ((centre[:, 0] + mean - reference.mu) ** 2).sum(1)
+        return np.asarray(shift + spread + trace - 2 * roots).clip(min=0)
+
+    def statistic(index: Index) -> Floats:
+        rows = max(1, _CHUNK_ELEMENTS // (index.shape[1] * max(index.shape[1], x.shape[1])))
+        return np.concatenate([distance(index[i : i + rows]) for i in range(0, len(index), rows)])
+
+    return statistic
+
+
+def kid(x: ArrayLike, y: ArrayLike, seed: int = 0, n_subsets: int = 0, subset_size: int = 1000) -> float:
+    """The kernel distance of (N, D) to (M, D) features: unbiased squared MMD with the kernel (x·y / D + 1)³.
+
+    By default the exact estimator over all samples (Bińkowski et al. 2018; Gretton et al. 2012, eq. 3). With `n_subsets`
+    the mean over seeded random subsets, the same number as torch-fidelity's for the same seed. It can be below zero.
+    """
+    a, b = _matrix(x), _matrix(y)
+    if not n_subsets:
+        return _value(kid_statistic(a, b), len(a))
+    if subset_size > min(len(a), len(b)):
+        raise UserError(f"a KID subset of {subset_size} needs as many images on both sides: got {len(a)} and {len(b)}")
+    # torch-fidelity's generator and order of draws, so that numbers can be compared
+    draw = np.random.RandomState(seed)
+    values = []
+    for _ in range(n_subsets):
+        first = draw.choice(len(a), subset_size, replace=False)
+        values.append(kid(a[first], b[draw.choice(len(b), subset_size, replace=False)]))
+    return float(np.mean(values))
+
+
+def kid_statistic(x: ArrayLike, y: ArrayLike) -> Statistic:
+    """KID of subsets of (N, D) features `x` to all of the (M, D) features `y`; needs N² numbers of memory."""
+    a, b = _matrix(x), _matrix(y)
+    if a.shape[1] != b.shape[1]:
+        raise UserError(f"both sides of KID must have one width: got {a.shape[1]} and {b.shape[1]}; use one detector")
+    within = np.concatenate(list(_kernel_rows(a, a)))
+    own = within.diagonal()
+    across = np.concatenate([rows.mean(1) for rows in _kernel_rows(a, b)])
+    total = sum(float(rows.sum()) for rows in _kernel_rows(b, b))
+    other = (total - float((((b**2).mean(1) + 1) ** 3).sum())) / (len(b) * (len(b) - 1))
+
+    def statistic(index: Index) -> Floats:
+        m, weights = index.shape[1], _counts(index, len(a))
+        pairs = ((weights @ within) * weights).sum(1) - weights @ own
+        return np.asarray(pairs / (m * (m - 1)) + other - 2 * (weights @ across) / m)
+
+    return statistic
+
+
+def inception_score(probs: ArrayLike) -> float:
+    """exp of the mean KL(p(y|x) ‖ p(y)) of (N, K) class probabilities (Salimans et al. 2016).
+
+    (N, G, K) holds G independent labels per image: the mean of their G scores. Rows of fewer classes are padded with 0.
+    """
+    return _value(inception_statistic(probs), len(np.asarray(probs)))
+
+
+def inception_statistic(probs: ArrayLike) -> Statistic:
+    """Inception Score of subsets of (N, K) or (N, G, K) class probabilities."""
+    p = np.asarray(probs, dtype=np.float64)
+    p = _finite(p[:, None] if p.ndim == 2 else p)
+    negative_entropy = xlogy(p, p).sum(2)
+
+    def statistic(index: Index) -> Floats:
+        weights = _counts(index, len(p)) / index.shape[1]
+        marginal = (weights @ p.reshape(len(p), -1)).reshape(-1, *p.shape[1:])
+        return np.asarray(np.exp(weights @ negative_entropy - xlogy(marginal, marginal).sum(2)).mean(1))
+
+    return statistic
+
+
+def clip_score(image: ArrayLike, text: ArrayLike) -> Floats:
+    """(N, D), (N, D) => (N,) cosines of each image with its own prompt, not scaled by 100; their mean is the score."""
+    a, b = _pair(image, text)
+    return np.asarray((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
+
+
+def feature_distance(x: ArrayLike, teacher: ArrayLike) -> Floats:
+    """(N, D), (N, D) => (N,) squared distances of images of the same seeds; their mean is the measure."""
+    a, b = _pair(x, teacher)
+    return np.asarray(((a - b) ** 2).sum(1))
+
+
+def mean_statistic(values: ArrayLike) -> Statistic:
+    """The mean of subsets of (N,) values."""
+    x = _finite(np.asarray(values, dtype=np.float64))
+    return lambda index: np.asarray(x[index].mean(1))
+
+
+def kendall_tau(a: ArrayLike, b: ArrayLike) -> float | None:
+    """Kendall's τ-b of two paired rows of values; None where it is undefined (under two pairs, or a constant side)."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    tau = float(kendalltau(x, y).statistic) if len(x) > 1 else np.nan
+    return tau if np.isfinite(tau) else None
+
+
+def resample(n: int, seed: int, n_resamples: int) -> Index:
+    """(n_resamples, n // 2) indices: both halves of random permutations of n samples, no sample twice in a row."""
+    draw = np.random.default_rng(seed)
+    half = n // 2
+    order = draw.permuted(np.tile(np.arange(n), ((n_resamples + 1) // 2, 1)), axis=1)
+    return np.stack([order[:, :half], order[:, n - half :]], axis=1).reshape(-1, half)[:n_resamples]
+
+
+def interval(statistic: Statistic, n: int, seed: int, n_resamples: int = 200) -> tuple[float, float] | None:
+    """(low, high): the 95 % half-sample bootstrap interval of a statistic of n samples; None below four.
+
+    Halves are drawn without replacement, and the deviations of their values from their own mean are laid around the value
+    of the full sample. A half's variance about the full sample is (1/m - 1/n) σ², at m = n/2 just the σ²/n that is
+    wanted (Shao and Wu 1989, delete-d jackknife); an odd n is put right by a factor. Drawn with replacement, repeated
+    images would raise FID and KID far above the value itself and widen FID's spread (by two thirds at n = D). Centring
+    removes the bias that the smaller size adds, so the interval speaks of the expected value at this n, given the
+    reference: FID's own bias at small n stays in it.
+    """
+    if n < 4:
+        return None
+    value = _value(statistic, n)
+    index = resample(n, seed, n_resamples)
+    resampled = np.asarray(statistic(index))
+    if resampled.shape != (n_resamples,):
+        raise ValueError(f"a statistic maps (B, m) indices to (B,) values: got {resampled.shape} for B = {n_resamples}")
+    half = n // 2
+    low, high = np.quantile(resampled - resampled.mean(), [0.025, 0.975]) * np.sqrt(half / (n - half))
+    return value + float(low), value + float(high)
+
+
+def paired_interval(
+    statistic: Statistic, other: Statistic, n: int, seed: int, n_resamples: int = 200
+) -> tuple[float, float] | None:
+    """The interval of `statistic` less `other` over the same n samples (same seeds and prompts), drawn together."""
+    return interval(lambda index: statistic(index) - other(index), n, seed, n_resamples)
+
+
+def _value(statistic: Statistic, n: int) -> float:
+    return float(statistic(np.arange(n)[None])[0])
+
+
+def _matrix(features: ArrayLike) -> Floats:
+    x = np.asarray(features, dtype=np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"features must be (N, D): got {x.shape}")
+    if len(x) < 2:
+        raise UserError(f"a statistic of images needs at least 2: got {len(x)}; raise the number of images")
+    return _finite(x)
+
+
+def _pair(first: ArrayLike, second: ArrayLike) -> tuple[Floats, Floats]:
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"paired features must be (N, D) of one shape: got {a.shape} and {b.shape}")
+    return _finite(a), _finite(b)
+
+
+def _finite(x: NDArray[Any]) -> Floats:
+    if not np.isfinite(x).all():
+        raise FloatingPointError("features contain NaN or infinity: the images or the detector are broken")
+    return np.asarray(x, dtype=np.float64)
+
+
+def _counts(index: Index, n: int) -> Floats:
+    """(B, m) indices => (B, n), how often each sample occurs."""
+    counts = np.zeros((len(index), n))
+    np.add.at(counts, (np.arange(len(index))[:, None], index), 1)
+    return counts
+
+
+def _kernel_rows(x: Floats, y: Floats) -> Iterator[Floats]:
+    """The polynomial kernel of (N, D) and (M, D), some rows at a time: 40,000 x 40,000 does not fit in memory."""
+    for i in range(0, len(x), _KERNEL_ROWS):
+        yield (x[i : i + _KERNEL_ROWS] @ y.T / x.shape[1] + 1) ** 3
