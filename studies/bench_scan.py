@@ -10,6 +10,8 @@ Three comparisons on the built-in model, each in one run, the ways taking turns:
 (b) `scan`: same masks, prompts, seeds, steps, guidance and reference images, measuring FID.
     Expected: (b) at least 3 times (a)'s images/s, and at least 85 % of (b)'s time inside U-Net forwards.
 (c) `eps_mse` of every block with replayed upstream modules against the plain way, bit-equal. Expected: at least 1.7 times faster.
+(d) The graph of SD v1 from its configuration, and the price of 100,000 random architectures of it. Expected: about a second, and less
+    than ten.
 
 With --memory: peak resident memory of `blockprune scan` over three blocks of a random SD v1 at 32x32 latents, float32, on CPU.
 Expected: at most the model's own size and 3 GiB.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -34,12 +37,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blockprune import surgery, workbench
+from blockprune import checkpoints, surgery, workbench
 from blockprune.arch import Architecture
 from blockprune.denoising import NoisySamples, denoising_errors
 from blockprune.digits import DigitScenes
 from blockprune.sampling import Protocol, encode
 from blockprune.scan import DDPMScheduler, Plan, Scan
+from blockprune.trace import trace
 
 MASKS = ("down_blocks.0.resnets.0", "down_blocks.2.attentions.1", "mid_block", "up_blocks.1.resnets.1", "up_blocks.3.attentions.2")
 GIB = 2**30
@@ -179,6 +183,19 @@ def compare_replay(n: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def price_architectures(n: int) -> dict[str, Any]:
+    """Seconds to trace SD v1 and to price `n` random architectures of it."""
+    config = checkpoints.configs("sd-v1-4").unet
+    trace(config, (8, 8))  # imports and caches
+    start = time.perf_counter()
+    graph = trace(config)
+    traced = time.perf_counter()
+    blocks, draw = [next(iter(a)) for a in graph.units("block").values()], random.Random(0)
+    for _ in range(n):
+        graph.cost(Architecture(frozenset(draw.sample(blocks, draw.randint(1, 12)))))
+    return {"graph_s": traced - start, "n": n, "price_s": time.perf_counter() - traced}
+
+
 def measure_memory() -> dict[str, Any]:
     """Peak resident memory of a scan of a random SD v1, in a process of its own."""
     from sd_folder import write_random_pipeline
@@ -218,6 +235,7 @@ def main() -> None:
     else:
         name = "bench-scan.json"
         result = {"scan": compare_scan(args.n_images, args.rounds), "replay": compare_replay(256, args.rounds)}
+        result |= {"pricing": price_architectures(100_000)}
     result["machine"] = workbench.made_with(torch.device("cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / name).write_text(json.dumps(result, indent=2) + "\n")
