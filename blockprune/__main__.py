@@ -1,0 +1,5 @@
+"""`python -m blockprune`."""
+
+from blockprune.cli import main
+
+main()

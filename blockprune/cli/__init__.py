@@ -1,0 +1,66 @@
+"""The command line: one module per command, heavy imports inside the commands so that help answers at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from blockprune.cli import cost, graph, scan, stats
+from blockprune.errors import UserError
+
+app = typer.Typer(
+    name="blockprune",
+    help="Which blocks of a diffusion U-Net can go, what each one costs in quality, and how to get a good smaller model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("graph")(graph.graph)
+app.command("cost")(cost.cost)
+app.command("scan")(scan.scan)
+app.command("stats")(stats.stats)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command and leaves with its exit code: 2 and one line for what the user can mend, 130 on Ctrl-C."""
+    _quieten()
+    try:
+        app(args=argv, prog_name="blockprune")
+    except UserError as err:
+        _fail(str(err))
+    except Exception as err:
+        if not _disk_full(err):
+            raise
+        _fail("the disk is full: free some space and run the same command again")
+
+
+def _fail(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _disk_full(err: Exception) -> bool:
+    """True also for errors of compiled writers, which have a message only."""
+    return getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(err)
+
+
+def _quieten() -> None:
+    """Third-party notices go; they must be told before the libraries are imported."""
+    quiet = {
+        "KINETO_LOG_LEVEL": "99",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

@@ -1,0 +1,158 @@
+"""What the commands print for people: a ranked table, and progress that is bars on a terminal and plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from blockprune.records import MEASURES
+from blockprune.report import ScanView, ranking
+from blockprune.report.text import correlation_text, count, number, with_interval
+from blockprune.report.view import QUALITY
+
+NOT_A_TERMINAL_WIDTH = 160
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console that guesses no markup or colours in what it prints, keeps NO_COLOR, and does not fold tables in a pipe."""
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = NOT_A_TERMINAL_WIDTH
+    return console
+
+
+def print_ranking(view: ScanView, console: Console) -> None:
+    """Prints every architecture from the least to the most quality lost, with intervals where the width allows them."""
+    rows = ranking(view)
+    measures = [m for m in view.measures if m in QUALITY]
+    wide = console.width >= 60 + 28 * len(measures)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right")
+    table.add_column("removed", overflow="fold")
+    for m in measures:
+        table.add_column(f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}", justify="right", no_wrap=True)
+    for name in ("params saved", "MACs saved", "latency"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row, measures, view, wide), style="bold" if row["rank"] == 0 else "red" if row["error"] else "")
+    console.print(table)
+    for row in rows:
+        if row["error"]:
+            console.print(Text(f"{row['label']}: {row['error']}", style="red"))
+    if {"eps_mse", "fid"} <= set(measures):
+        console.print(Text(correlation_text(view).replace("`", "")))
+
+
+def _cells(row: Mapping[str, Any], measures: list[str], view: ScanView, wide: bool) -> list[Text]:
+    total = view.graph.total
+    cells = ["-" if row["rank"] is None else str(row["rank"]), row["label"]]
+    cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) if wide else number(row[m]) for m in measures]
+    cells += [_saved(row["params_saved"], total.params), _saved(row["macs_saved_thop"], total.thop)]
+    ratio = row["latency_ratio"]
+    return [Text(c) for c in [*cells, "-" if ratio is None else f"{ratio:.3f}x"]]
+
+
+def _saved(saved: int, total: int) -> str:
+    return f"{count(saved)} {100 * saved / total:4.1f}%" if saved else "-"
+
+
+class WorkProgress:
+    """Progress over named steps of known size, counted in images.
+
+    `steps` maps each step that is still to do to its number of images. On a terminal: one bar for all steps and one for the
+    current step, with images/s and the time left. Elsewhere: one plain line for each finished step. `clock` is in seconds.
+    """
+
+    def __init__(
+        self, console: Console, steps: Mapping[str, int], unit: str = "images", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console, self.steps, self.unit, self.clock = console, dict(steps), unit, clock
+        self.done: dict[str, int] = dict.fromkeys(self.steps, 0)
+        self.live = console.is_terminal and not console.is_dumb_terminal
+        self.start = clock()
+        self._current = ""
+        self._bars: Progress | None = None
+
+    def __enter__(self) -> WorkProgress:
+        self.start = self.clock()
+        if self.live:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=28),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
+                _Rate(),
+                TimeRemainingColumn(),
+            )
+            self._bars = Progress(*columns, console=self.console, transient=True, get_time=self.clock)
+            self._all = self._bars.add_task(self._heading(), total=sum(self.steps.values()), unit=self.unit)
+            self._now = self._bars.add_task("", total=1, unit=self.unit, visible=False)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def tick(self, step: str, n: int) -> None:
+        """`n` more images of `step` are done; a step that was not announced is added.
+
+        Steps follow one another: one that was left before its end (a failed architecture) counts as ended.
+        """
+        if self.done.setdefault(step, 0) == 0:
+            self._begin(step, n)
+        self.done[step] += n
+        if self._bars is not None:
+            self._bars.update(self._now, advance=n)
+            self._bars.update(self._all, advance=n, description=self._heading())
+        elif self.done[step] >= self.steps[step]:
+            self.console.print(Text(self._line(step)), soft_wrap=True)
+
+    def say(self, text: str, style: str = "") -> None:
+        """Prints one line, above the bars where there are any."""
+        self.console.print(Text(" ".join(text.split()), style=style), soft_wrap=True)
+
+    def _begin(self, step: str, n: int) -> None:
+        if self._current:
+            self.steps[self._current] = self.done[self._current]
+        self.steps.setdefault(step, n)
+        self._current = step
+        if self._bars is not None:
+            self._bars.reset(self._now, total=self.steps[step], description=f"  {step}", visible=True)
+            self._bars.update(self._all, total=sum(self.steps.values()))
+
+    def _finished(self) -> int:
+        return sum(self.done.get(step, 0) >= size for step, size in self.steps.items())
+
+    def _heading(self) -> str:
+        return f"step {min(self._finished() + 1, len(self.steps))}/{len(self.steps)}"
+
+    def _line(self, step: str) -> str:
+        """ "[3/40] mid_block: 64 images, 12.3 images/s, 0:03:20 left"; the rate is over all steps, as the time left is."""
+        done, elapsed = sum(self.done.values()), max(self.clock() - self.start, 1e-9)
+        left = max(sum(self.steps.values()) - done, 0) * elapsed / done
+        rate = f"{self.done[step]} {self.unit}, {done / elapsed:.3g} {self.unit}/s, {_duration(left)} left"
+        return f"[{self._finished()}/{len(self.steps)}] {step}: {rate}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class _Rate(TextColumn):
+    """Work per second of a task."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")

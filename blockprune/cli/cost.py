@@ -1,0 +1,166 @@
+"""`blockprune cost`: parameters, multiply-adds and, on demand, measured latency and memory of teacher and student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockprune.arch import CONVENTIONS, Architecture, Cost, sum_costs
+from blockprune.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from blockprune.checkpoints import Configs
+    from blockprune.latency import Timing
+
+
+def cost(
+    model: options.Model = "tiny-digits",
+    arch: options.Arch = "full",
+    steps: Annotated[int, typer.Option(help="Denoising steps of one image.")] = 25,
+    resolution: options.Resolution = None,
+    macs: options.Macs = "thop",
+    as_json: options.AsJson = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the counts with the thop and fvcore packages.")] = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Measure a U-Net step, with random weights.")] = False,
+    rounds: Annotated[int, typer.Option(help="Measured steps per model, teacher and student in turn.")] = 20,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    batch_size: Annotated[int, typer.Option(help="Rows of the measured U-Net step; guidance takes two per image.")] = 1,
+) -> None:
+    """Show what the U-Net and the whole pipeline cost, teacher and student side by side.
+
+    Whole: text encoders once, the U-Net per step, the VAE decoder once; one image, no doubling for guidance.
+    """
+    from blockprune.checkpoints import configs
+    from blockprune.presets import parse
+    from blockprune.pricing import pipeline_costs
+    from blockprune.pricing import verify as verified
+    from blockprune.trace import trace
+
+    convention = options.convention(macs)
+    options.at_least("--steps", steps, 1)
+    parts = configs(model)
+    latent = parts.latent(resolution)
+    found = trace(parts.unet, latent, parts.n_tokens)
+    student = parse(arch, found)
+    others = pipeline_costs(parts, latent)
+    full, kept = (_rows(others, found.cost(a), steps) for a in (Architecture(), student))
+    data = {"model": model, "architecture": student.to_json(), "steps": steps, "latent": list(found.latent), "n_tokens": found.n_tokens}
+    data |= _to_json(kept) | {"teacher": _to_json(full), "reduction": _reductions(full, kept)}
+    if verify:
+        data["verify"] = verified(parts, student, latent)
+    timings = _measure(parts, student, latent, rounds, device, dtype, batch_size) if latency else {}
+    if latency:
+        data["latency"] = _timing_json(timings) | {
+            "device": str(options.device_of(device)),
+            "dtype": dtype,
+            "batch_size": batch_size,
+        }
+    if as_json:
+        options.print_json(data)
+        return
+    _print(options.console(), data, full, kept, convention, timings)
+
+
+def _rows(others: Mapping[str, Cost], unet: Cost, steps: int) -> dict[str, Cost]:
+    """The lines of the table: each part, and the whole of one image."""
+    repeated = Cost(unet.params, unet.keys, *(steps * unet.macs(c) for c in CONVENTIONS))
+    text = {name: c for name, c in others.items() if name != "vae_decoder"}
+    rest = {name: c for name, c in others.items() if name == "vae_decoder"}
+    whole = sum_costs([*others.values(), repeated])
+    return text | {"unet": unet, "unet_steps": repeated} | rest | {"pipeline": whole}
+
+
+def _to_json(rows: Mapping[str, Cost]) -> dict[str, Any]:
+    return {name: c.to_json() for name, c in rows.items()}
+
+
+def _reductions(full: Mapping[str, Cost], kept: Mapping[str, Cost]) -> dict[str, Any]:
+    """What share of the teacher's cost is gone, 0 to 1."""
+    return {
+        name: {
+            "params": 1 - kept[name].params / full[name].params,
+            "macs": {c: 1 - kept[name].macs(c) / full[name].macs(c) for c in CONVENTIONS},
+        }
+        for name in ("unet", "pipeline")
+    }
+
+
+def _measure(
+    parts: Configs, student: Architecture, latent: tuple[int, int], rounds: int, device: str | None, dtype: str, batch_size: int
+) -> dict[str, Timing]:
+    from blockprune.latency import measure
+    from blockprune.pricing import random_unet, unet_inputs
+    from blockprune.surgery import removed
+
+    options.at_least("--rounds", rounds, 2)
+    options.at_least("--batch-size", batch_size, 1)
+    where, precision = options.device_of(device), options.dtype_of(dtype)
+    unet = random_unet(parts.unet, Architecture(), where, precision)
+    inputs = unet_inputs(parts.unet, latent, parts.n_tokens, batch_size, where, precision)
+    models = {"teacher": lambda: removed(unet, Architecture()), "student": lambda: removed(unet, student)}
+    return measure(models, inputs, n=rounds, device=where)
+
+
+def _timing_json(timings: Mapping[str, Timing]) -> dict[str, Any]:
+    from blockprune.latency import ratio
+
+    value, low, high = ratio(timings["teacher"], timings["student"])
+    paired = {"value": value, "low": low, "high": high}
+    return {label: t.to_json() for label, t in timings.items()} | {"ratio": paired}
+
+
+def _print(
+    console: Console,
+    data: Mapping[str, Any],
+    full: Mapping[str, Cost],
+    kept: Mapping[str, Cost],
+    convention: str,
+    timings: Mapping[str, Timing],
+) -> None:
+    from rich.table import Table
+
+    student_name = Architecture.from_json(data).describe()
+    table = Table(title=f"{data['model']}: {student_name}", title_justify="left")
+    for name in ("", "params: teacher", "student", "saved", f"MACs ({convention}): teacher", "student", "saved"):
+        table.add_column(name, justify="right" if name else "left")
+    titles = {"unet": "U-Net x 1", "unet_steps": f"U-Net x {data['steps']}", "pipeline": "whole"}
+    for name, teacher in full.items():
+        student = kept[name]
+        if name == "pipeline":
+            table.add_section()
+        numbers = *_pair(teacher.params, student.params), *_pair(teacher.macs(convention), student.macs(convention))
+        table.add_row(titles.get(name, name.replace("_", " ")), *numbers)
+    console.print(table)
+    c, h, w = data["latent"]
+    console.print(f"one image, {c}x{h}x{w} latent, no doubling for guidance; 1 MAC = one multiply-add")
+    for name, tools in data.get("verify", {}).items():
+        console.print(
+            f"verified {name}: thop {tools['thop']:,} and fvcore {tools['fvcore']:,} MACs (norms left out) agree with these counts"
+        )
+    if timings:
+        _print_timings(console, data["latency"])
+
+
+def _pair(teacher: int, student: int) -> tuple[str, str, str]:
+    return f"{teacher:,}", f"{student:,}", f"{1 - student / teacher:.1%}"
+
+
+def _print_timings(console: Console, data: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"measured U-Net step: {data['device']}, {data['dtype']}, batch {data['batch_size']}, random weights")
+    for name in ("", "median ms", "quartiles ms", "rounds", "peak MiB"):
+        table.add_column(name, justify="right" if name else "left")
+    for label in ("teacher", "student"):
+        t = data[label]
+        ms = [f"{1000 * t[k]:.2f}" for k in ("median_s", "q25_s", "q75_s")]
+        table.add_row(label, ms[0], f"{ms[1]} to {ms[2]}", str(t["n"]), f"{t['mem_bytes'] / 2**20:.1f}")
+    console.print(table)
+    r = data["ratio"]
+    console.print(f"student / teacher, paired by round: {r['value']:.3f} (95 % interval {r['low']:.3f} to {r['high']:.3f})")
+    console.print("peak: the model's own weights plus the most one step had allocated in torch")

@@ -1,0 +1,82 @@
+"""Options that several commands share, and how their text becomes a value."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blockprune.arch import CONVENTIONS
+from blockprune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="tiny-digits, sd-v1-4, sd-v1-5, sd-v2-1-base, sd-v2-1, sdxl, a diffusers folder, a .safetensors file or a hub id."
+    ),
+]
+Arch = Annotated[str, typer.Option(help="What is removed: a preset, block names, or a JSON file; e.g. bk-sdm-base,-mid_block.")]
+Resolution = Annotated[str | None, typer.Option(help="Image size in pixels, 512 or HEIGHTxWIDTH; the model's own when left out.")]
+Macs = Annotated[str, typer.Option(help=f"Which multiply-adds to show: {', '.join(CONVENTIONS)}.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with every convention, instead of a table.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; cuda where there is one when left out.")]
+Dtype = Annotated[str, typer.Option(help=f"Precision of the weights: {', '.join(DTYPES)}.")]
+
+
+def device_of(text: str | None) -> torch.device:
+    """The device to run on; UserError when it is not there."""
+    import torch
+
+    try:
+        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as err:
+        raise UserError(
+            f"cannot use the device {text!r} ({str(err).splitlines()[0][:100]}): give cpu, or a GPU that torch sees"
+        ) from None
+    if device.type == "meta":
+        raise UserError("cannot use the device 'meta', which computes nothing: give cpu or cuda")
+    return device
+
+
+def dtype_of(text: str) -> torch.dtype:
+    """The precision of that name."""
+    import torch
+
+    if text not in DTYPES:
+        raise UserError(f"unknown dtype {text!r}: choose one of {', '.join(DTYPES)}")
+    dtype = getattr(torch, text)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def convention(text: str) -> str:
+    if text not in CONVENTIONS:
+        raise UserError(f"unknown MAC convention {text!r}: choose one of {', '.join(CONVENTIONS)}")
+    return text
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    if value < least:
+        raise UserError(f"{name} must be at least {least}: got {value}")
+    return value
+
+
+def console() -> Console:
+    """Standard output; wide enough for a table when it is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 220, highlight=False, markup=False, emoji=False)
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    print(json.dumps(data, indent=2))

@@ -1,0 +1,243 @@
+"""The text of a scan's report: CSV, JSON and Markdown. Every string from outside is escaped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+
+from blockprune.records import MEASURES
+from blockprune.report.view import QUALITY, TEACHER, ScanView, rank_correlation, ranked, ranking, worse
+
+CAPTIONS = {
+    "unet.png": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
+    "tradeoff.png": "Quality lost against what each removal saves.",
+    "sensitivity.png": "Every removal, ranked, with 95 % bootstrap intervals.",
+    "grid.png": "Teacher and masks at the same prompts and seeds.",
+    "correlation.png": "The cheap measure against FID.",
+}
+REFERENCE = ("fid", "kid", "clip_score", "is")
+MANY = 8
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, two where the number needs an exponent; "-" for None."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size == 0:
+        return "0"
+    return f"{value:#.3g}".rstrip(".") if size >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def count(value: int) -> str:
+    """A count with an SI suffix: 859520964 => "860 M"."""
+    for size, suffix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:#.3g}".rstrip(".") + f" {suffix}"
+    return str(value)
+
+
+def with_interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None or low is None or high is None:
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def saving(saved: int, total: int) -> str:
+    """ "2.26 M (0.26 %)"; a change of the resolution can also cost, which reads as a negative saving."""
+    return f"{count(saved)} ({100 * saved / total:.2g} %)" if saved else "-"
+
+
+def escaped(value: object) -> str:
+    """`value` on one line, with everything that Markdown or HTML would interpret made harmless."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{escaped(k)}: {escaped(v)}" for k, v in value.items())
+    if value is None:
+        return "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(escaped, value))
+    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#|!~$])", r"\\\1", line)
+
+
+def to_csv(view: ScanView) -> str:
+    """The ranking, one line per architecture; removed blocks separated by spaces, what is missing left empty."""
+    rows = ranking(view)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | {"removed": " ".join(row["removed"])} for row in rows)
+    return out.getvalue()
+
+
+def to_json(view: ScanView) -> str:
+    """The protocol, what each measure means, the ranking and the rank correlation of `eps_mse` and FID."""
+    tau = rank_correlation(view, "eps_mse", "fid")
+    data = {
+        "format": 1,
+        "protocol": dict(view.protocol),
+        "main_measure": view.main_measure,
+        "measures": {m: asdict(MEASURES[m]) for m in view.measures},
+        "rank_correlation": {"measures": ["eps_mse", "fid"], "kendall_tau": tau.tau, "n": tau.n} if tau else None,
+        "ranking": ranking(view),
+    }
+    return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"
+
+
+def to_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
+    """The report; `figures` are the file names of the figures that lie beside it."""
+    model = escaped(view.protocol.get("model", "a U-Net"))
+    protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
+    first, rest = [f for f in figures if f == "unet.png"], [f for f in figures if f != "unet.png"]
+    parts = [
+        f"# Scan of {model}",
+        *(_figure(name) for name in first),
+        "## Summary",
+        *summary(view),
+        "## What was asked",
+        _table(["", ""], protocol) if protocol else "The protocol was not recorded.",
+        "## Ranking",
+        _order(view),
+        _ranked_table(view),
+        *(["## Figures"] if rest else []),
+        *(_figure(name) for name in rest),
+        "## Caveats",
+        "\n".join(f"- {line}" for line in caveats(view)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _figure(name: str) -> str:
+    caption = CAPTIONS.get(name, escaped(name))
+    return f"![{caption}]({name})\n\n*{caption}*"
+
+
+def _order(view: ScanView) -> str:
+    if (main := view.main_measure) is None:
+        return "No quality measure has a value: removals are ordered by the parameters that they save."
+    return f"From the least to the most quality lost, by {MEASURES[main].title} (`{main}`). In brackets: 95 % bootstrap intervals."
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _ranked_table(view: ScanView) -> str:
+    rows, measures = ranking(view), [m for m in view.measures if m in QUALITY]
+    errors = any(row["error"] for row in rows)
+    timed = any(row["latency_ratio"] is not None for row in rows[1:])
+    titles = [f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}" for m in measures]
+    head = ["#", "removed", *titles, "parameters saved", "MACs saved (thop)", *(["latency ratio"] if timed else [])]
+    total = view.graph.total
+    lines = []
+    for row in rows:
+        cells = [str(row["rank"]) if row["rank"] is not None else "-", f"`{row['label'].replace('`', ' ').replace('|', ' ')}`"]
+        cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in measures]
+        cells += [saving(row["params_saved"], total.params), saving(row["macs_saved_thop"], total.thop)]
+        lines.append(cells + [number(row["latency_ratio"])] * timed + [escaped(row["error"])] * errors)
+    return _table(head + ["failed"] * errors, lines)
+
+
+def summary(view: ScanView) -> list[str]:
+    """The findings, a paragraph each, computed from the rows."""
+    scored, failed = len(ranked(view)), sum(bool(view.error(label)) for label in view.removals)
+    first = f"{len(view.removals)} removals were scanned beside the teacher"
+    first += f"; {scored} have a value of `{view.main_measure}`" if view.main_measure else ""
+    first += f"; {failed} had a measure that failed (see the last column of the table)" if failed else ""
+    return [p for p in (first + ".", _missing(view), _against_teacher(view), _extremes(view), correlation_text(view)) if p]
+
+
+def _missing(view: ScanView) -> str:
+    asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and m not in ("params", "macs")]
+    gaps: dict[int, list[str]] = {}
+    for m in dict.fromkeys([*asked, *view.measures]):
+        gaps.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
+    of = len(view.removals)
+    lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in gaps.items() if n]
+    return f"Not measured: {'; '.join(lines)}." if lines else ""
+
+
+def _names(labels: Sequence[str]) -> str:
+    shown = ", ".join(f"`{label}`" for label in labels[:MANY])
+    return shown + (f" and {len(labels) - MANY} more" if len(labels) > MANY else "")
+
+
+def _against_teacher(view: ScanView) -> str:
+    """How the removals compare with the teacher's own interval, by the first reference measure that the teacher has."""
+    by = next((m for m in REFERENCE if view.value(TEACHER, m) is not None), None)
+    if by is None:
+        names = ", ".join(MEASURES[m].title for m in REFERENCE)
+        return f"The teacher has none of {names}: nothing here compares a removal with the teacher's own spread."
+    name, score, band = MEASURES[by].title, view.score(TEACHER, by), view.interval(TEACHER, by)
+    teacher = view.value(TEACHER, by)
+    if score is None or teacher is None or band is None:
+        return f"By {name} the teacher has {number(teacher)}, without an interval: what is worse beyond noise cannot be said."
+    order = ranked(view, by)
+    edge = max(worse(by, end) for end in band)
+    losses = {label: worse(by, v) for label in order if (v := view.value(label, by)) is not None}
+    beyond = [label for label in order if losses[label] > edge]
+    apart = sum(own is not None and min(worse(by, end) for end in own) > edge for own in (view.interval(n, by) for n in beyond))
+    free = [label for label in order if losses[label] <= edge]
+    down = MEASURES[by].direction == "down"
+    ruined = [label for label in reversed(beyond) if losses[label] >= (10 * teacher if down else -teacher / 2)]
+    rule = f"{name} {'at least ten times' if down else 'at most half of'} the teacher's"
+    return " ".join(
+        [
+            f"By {name} (n = {score.n}) the teacher has {with_interval(teacher, *band)}.",
+            f"{len(beyond)} of {len(order)} removals are worse than that interval, {apart} of them with an interval clear of it.",
+            f"Nearly free, no worse than the interval: {_names(free)}."
+            if free
+            else "None is nearly free (no worse than the interval).",
+            f"Ruinous, {rule}: {_names(ruined)}." if ruined else f"None is ruinous ({rule}).",
+        ]
+    )
+
+
+def _extremes(view: ScanView) -> str:
+    main = view.main_measure
+    if main is None:
+        return ""
+    order = ranked(view)
+    few = min(3, max(1, len(order) // 2))
+    least, most = ([f"`{n}` ({number(view.value(n, main))})" for n in part] for part in (order[:few], order[::-1][:few]))
+    return f"By `{main}` the least is lost without {', '.join(least)}; the most without {', '.join(most)}."
+
+
+def correlation_text(view: ScanView) -> str:
+    """Whether the cheap measure ranks removals as FID does, or why that cannot be said."""
+    tau = rank_correlation(view, "eps_mse", "fid")
+    if tau is None:
+        absent = [m for m in ("eps_mse", "fid") if not ranked(view, m)]
+        why = f"no removal has {' or '.join(absent)}" if absent else "too few removals have both, or all are equal in one"
+        return f"Rank correlation between `eps_mse` and FID: not available, {why}."
+    sure = "ranks like FID" if tau.tau >= 0.7 else "agrees with FID only in part" if tau.tau >= 0.4 else "does not rank like FID"
+    return f"Rank correlation between `eps_mse` and FID: Kendall τ = {tau.tau:.2f} over {tau.n} removals; here `eps_mse` {sure}."
+
+
+def caveats(view: ScanView) -> list[str]:
+    """What a reader must know before leaning on the numbers."""
+    lines = [
+        "Scores are one-shot: blocks are removed and nothing is retrained. What is best now need not be best after training.",
+        "Quality does not add up over blocks: two removals together must be measured. Parameters and MACs do add up.",
+    ]
+    for m in ("fid", "kid", "is"):
+        if (score := view.score(TEACHER, m)) and score.n:
+            bias = " It is biased upwards at small n, by an amount that depends on the model." if m == "fid" else ""
+            same = "compares only with values of the same n, reference and detector"
+            lines.append(f"{MEASURES[m].title} is over n = {score.n} images and {same}.{bias}")
+    detector = view.protocol.get("detector")
+    if detector and any(view.score(TEACHER, m) for m in ("fid", "kid", "is", "feature_distance")):
+        lines.append(f"Features come from the detector {escaped(detector)}; numbers of another detector do not compare.")
+    if {"latency", "latency_ratio"} & set(view.measures):
+        machine = view.protocol.get("machine") or view.protocol.get("processor")
+        where = escaped(machine) if machine else "a machine that the protocol does not name"
+        lines.append(f"Latency was measured on {where}, and holds there; block latencies do not add up exactly.")
+    lines.append("MACs count one U-Net step at batch 1, without guidance doubling, as thop does (one multiply-add = 1 MAC).")
+    return lines
