@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -121,7 +120,8 @@ class Scan:
 
     def _observe(self, arch: Architecture, label: str, conditions: tuple[Condition, Condition]) -> tuple[Arrays, NDArray[np.uint8]]:
         """What the judges see of an architecture's images, with their latents, and the first images. Raises NotFinite."""
-        plan, seen, first = self.plan, [], []
+        plan, seen = self.plan, list[Arrays]()
+        first: list[NDArray[np.uint8]] = []
         with surgery.removed(self.pipe.unet, arch):
             batches = draw(self.pipe, plan.protocol, *conditions, plan.batch_size, lambda n: plan.tick(label, n))
             for i, (latents, images) in enumerate(batches):
@@ -177,11 +177,8 @@ class Scan:
         return Score(key, label, "eps_mse", float(values.mean()), n, seed, low, high)
 
     def _noisy(self) -> NoisySamples:
+        latents, prompts = self.plan.clean or (from_numpy((self._part("teacher") or {})["latents"]), self.prompts)
         schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        if self.plan.clean is None:
-            latents, prompts = from_numpy((self._part("teacher") or {})["latents"]), self.prompts
-        else:
-            latents, prompts = self.plan.clean
         return NoisySamples(latents, self._conditions(prompts)[0], schedule, self.plan.n_noisy, self.plan.protocol.seed)
 
     def _speed(self) -> Iterator[Score]:
@@ -190,7 +187,10 @@ class Scan:
         inputs = unet_inputs(unet.config, plan.protocol.latent, self.graph.n_tokens, 1, unet.device, unet.dtype)
         for label in self._missing(SPEED):
             arch = self.archs[label]
-            models = {FULL: partial(nullcontext, unet), label: partial(surgery.removed, unet, arch)}
+            models: dict[str, latency.Model] = {
+                FULL: partial(surgery.removed, unet, Architecture()),
+                label: partial(surgery.removed, unet, arch),
+            }
             timings = latency.measure(models, inputs, plan.n_timings, 2, unet.device)
             own, (ratio, low, high) = timings[label], latency.ratio(timings[FULL], timings[label])
             row = (arch.key, label)

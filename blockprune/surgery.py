@@ -90,7 +90,7 @@ def stand_in(unet: UNet2DConditionModel, name: str) -> nn.Module:
     if isinstance(module, ResnetBlock2D):
         return _resnet_stand_in(unet, name, module)
     if name in innermost(unet):
-        n_skips = len(module.resnets) if hasattr(module, "resnets") else 0
+        n_skips = len(getattr(module, "resnets", ()))
         return Pass() if not n_skips else PassDown(n_skips) if name.startswith("down") else PassUp(n_skips)
     raise UserError(f"cannot remove {name!r}: {why_fixed(unet, name)}")
 

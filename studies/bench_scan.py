@@ -10,8 +10,8 @@ Three comparisons on the built-in model, each in one run, the ways taking turns:
 (b) `scan`: same masks, prompts, seeds, steps, guidance and reference images, measuring FID.
     Expected: (b) at least 3 times (a)'s images/s, and at least 85 % of (b)'s time inside U-Net forwards.
 (c) `eps_mse` of every block with replayed upstream modules against the plain way, bit-equal. Expected: at least 1.7 times faster.
-(d) The graph of SD v1 from its configuration, and the price of 100,000 random architectures of it. Expected: about a second, and less
-    than ten.
+(d) The graph of SD v1 from its configuration, and the price of 100,000 random architectures of it. Expected: about a second, and
+    less than ten.
 
 With --memory: peak resident memory of `blockprune scan` over three blocks of a random SD v1 at 32x32 latents, float32, on CPU.
 Expected: at most the model's own size and 3 GiB.
@@ -35,18 +35,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
-from blockprune import checkpoints, surgery, workbench
+from blockprune import checkpoints, features, surgery, workbench
 from blockprune.arch import Architecture
 from blockprune.denoising import NoisySamples, denoising_errors
 from blockprune.digits import DigitScenes
+from blockprune.records import Score
 from blockprune.sampling import Protocol, encode
-from blockprune.scan import DDPMScheduler, Plan, Scan
+from blockprune.scan import Plan, Scan
 from blockprune.trace import trace
 
 MASKS = ("down_blocks.0.resnets.0", "down_blocks.2.attentions.1", "mid_block", "up_blocks.1.resnets.1", "up_blocks.3.attentions.2")
 GIB = 2**30
+N_REAL = 2000  # as many as the built-in reference was made from
 
 
 class Stopwatch:
@@ -83,7 +86,7 @@ def straightforward(
     """FID by label: a deep copy per mask, PNG files, clean-fid on folders."""
     from cleanfid.fid import compute_fid
 
-    detector = workbench.judges_of(bench, None, None, None, None).detector
+    detector = features.load_detector("tiny-digits")
 
     def extract(batch: torch.Tensor) -> np.ndarray:
         small = torch.nn.functional.interpolate(batch, size=(32, 32), mode="area")
@@ -121,7 +124,7 @@ def ours(
     plan = Plan(["fid"], protocol, prompts, judges=judges, batch_size=64)
     removals = {label: arch for label, arch in archs.items() if arch}
     with watch.watching(bench.pipe.unet):
-        return {r.label: r.value for r in Scan(bench.pipe, bench.graph, removals, plan) if hasattr(r, "measure")}
+        return {r.label: r.value or 0.0 for r in Scan(bench.pipe, bench.graph, removals, plan) if isinstance(r, Score)}
 
 
 def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
@@ -130,9 +133,10 @@ def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
     prompts = workbench.prompts_of(None, bench)
     prompts = [prompts[i % len(prompts)] for i in range(n_images)]
     archs = {"full": Architecture(), **{name: Architecture(frozenset({name})) for name in MASKS}}
-    drawn, times, shares = len(archs) * n_images, {"a": [], "b": []}, []
+    drawn, shares = len(archs) * n_images, list[float]()
+    times: dict[str, list[float]] = {"a": [], "b": []}
     with tempfile.TemporaryDirectory() as real:
-        write_real(Path(real), workbench.judges_of(bench, None, None, None, None).reference.n)
+        write_real(Path(real), N_REAL)
         for _ in range(rounds):
             start = time.perf_counter()
             fid_a = straightforward(bench, archs, protocol, prompts, Path(real))

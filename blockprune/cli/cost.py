@@ -49,7 +49,13 @@ def cost(
     student = parse(arch, found)
     others = pipeline_costs(parts, latent)
     full, kept = (_rows(others, found.cost(a), steps) for a in (Architecture(), student))
-    data = {"model": model, "architecture": student.to_json(), "steps": steps, "latent": list(found.latent), "n_tokens": found.n_tokens}
+    data = {
+        "model": model,
+        "architecture": student.to_json(),
+        "steps": steps,
+        "latent": list(found.latent),
+        "n_tokens": found.n_tokens,
+    }
     data |= _to_json(kept) | {"teacher": _to_json(full), "reduction": _reductions(full, kept)}
     if verify:
         data["verify"] = verified(parts, student, latent)

@@ -32,21 +32,21 @@ def recall_arrays(folder: Path, name: str) -> Arrays | None:
     return load(file.read_bytes()) if file.exists() else None
 
 
-def keep_picture(run: Run, label: str, images: NDArray[np.uint8]) -> None:
-    """(k, H, W, 3) images side by side in one PNG."""
+def keep_picture(run: Run, arch: Architecture, images: NDArray[np.uint8]) -> None:
+    """(k, H, W, 3) images of an architecture side by side in one PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(list(images), axis=1)).save(buffer, format="PNG")
-    run.write(f"images/{label}.png", buffer.getvalue())
+    run.write(f"images/{arch.key}.png", buffer.getvalue())
 
 
-def _pictures(folder: Path, labels: list[str], n: int) -> dict[str, NDArray[np.uint8]]:
+def _pictures(folder: Path, archs: Mapping[str, Architecture], n: int) -> dict[str, NDArray[np.uint8]]:
     from PIL import Image
 
     found = {}
-    for label in labels:
-        if (file := folder / "images" / f"{label}.png").exists():
+    for label, arch in archs.items():
+        if (file := folder / "images" / f"{arch.key}.png").exists():
             strip = np.asarray(Image.open(file).convert("RGB"))
             found[label] = np.stack(np.split(strip, n, axis=1))
     return found
@@ -62,7 +62,7 @@ def view_of(folder: Path) -> ScanView:
         graph=BlockGraph.from_json(said["graph"]),
         archs=archs,
         scores=[Score.from_json(row) for row in read_rows(folder)],
-        images=_pictures(folder, list(archs), len(prompts)),
+        images=_pictures(folder, archs, len(prompts)),
         prompts=prompts,
     )
 

@@ -138,7 +138,7 @@ def _run(run: Run, bench: Bench, archs: Mapping[str, Architecture], plan: Plan) 
             if isinstance(record, Part):
                 outputs.keep_arrays(run, record.name, record.arrays)
             elif isinstance(record, Picture):
-                outputs.keep_picture(run, record.label, record.images)
+                outputs.keep_picture(run, archs.get(record.label, Architecture()), record.images)
             else:
                 run.append(record.to_json())
                 _say(progress, record)
