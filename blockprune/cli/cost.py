@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from blockprune.checkpoints import Configs
-    from blockprune.latency import Timing
 
 
 def cost(
@@ -26,7 +25,7 @@ def cost(
     as_json: options.AsJson = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check the counts with the thop and fvcore packages.")] = False,
     latency: Annotated[bool, typer.Option("--latency", help="Measure a U-Net step, with random weights.")] = False,
-    rounds: Annotated[int, typer.Option(help="Measured steps per model, teacher and student in turn.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Measured steps of each, teacher and student in turn.")] = 20,
     device: options.Device = None,
     dtype: options.Dtype = "float32",
     batch_size: Annotated[int, typer.Option(help="Rows of the measured U-Net step; guidance takes two per image.")] = 1,
@@ -37,12 +36,16 @@ def cost(
     """
     from blockprune.checkpoints import configs
     from blockprune.presets import parse
-    from blockprune.pricing import pipeline_costs
+    from blockprune.pricing import pipeline_costs, unet_inputs
     from blockprune.pricing import verify as verified
     from blockprune.trace import trace
 
     convention = options.convention(macs)
     options.at_least("--steps", steps, 1)
+    if latency:
+        options.at_least("--rounds", rounds, 5)
+        options.at_least("--batch-size", batch_size, 1)
+        where, precision = options.device_of(device), options.dtype_of(dtype)
     parts = configs(model)
     latent = parts.latent(resolution)
     found = trace(parts.unet, latent, parts.n_tokens)
@@ -51,6 +54,7 @@ def cost(
     full, kept = (_rows(others, found.cost(a), steps) for a in (Architecture(), student))
     data = {
         "model": model,
+        "label": arch,
         "architecture": student.to_json(),
         "steps": steps,
         "latent": list(found.latent),
@@ -59,17 +63,15 @@ def cost(
     data |= _to_json(kept) | {"teacher": _to_json(full), "reduction": _reductions(full, kept)}
     if verify:
         data["verify"] = verified(parts, student, latent)
-    timings = _measure(parts, student, latent, rounds, device, dtype, batch_size) if latency else {}
     if latency:
-        data["latency"] = _timing_json(timings) | {
-            "device": str(options.device_of(device)),
-            "dtype": dtype,
-            "batch_size": batch_size,
-        }
+        inputs = unet_inputs(parts.unet, latent, parts.n_tokens, batch_size, where, precision)
+        data["latency"] = {"device": str(where), "dtype": dtype, "batch_size": batch_size} | _measure(
+            parts, student, inputs, rounds
+        )
     if as_json:
         options.print_json(data)
         return
-    _print(options.console(), data, full, kept, convention, timings)
+    _print(options.console(), data, full, kept, convention)
 
 
 def _rows(others: Mapping[str, Cost], unet: Cost, steps: int) -> dict[str, Cost]:
@@ -96,28 +98,17 @@ def _reductions(full: Mapping[str, Cost], kept: Mapping[str, Cost]) -> dict[str,
     }
 
 
-def _measure(
-    parts: Configs, student: Architecture, latent: tuple[int, int], rounds: int, device: str | None, dtype: str, batch_size: int
-) -> dict[str, Timing]:
-    from blockprune.latency import measure
-    from blockprune.pricing import random_unet, unet_inputs
+def _measure(parts: Configs, student: Architecture, inputs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    from blockprune.latency import measure, ratio
+    from blockprune.pricing import random_unet
     from blockprune.surgery import removed
 
-    options.at_least("--rounds", rounds, 2)
-    options.at_least("--batch-size", batch_size, 1)
-    where, precision = options.device_of(device), options.dtype_of(dtype)
-    unet = random_unet(parts.unet, Architecture(), where, precision)
-    inputs = unet_inputs(parts.unet, latent, parts.n_tokens, batch_size, where, precision)
+    sample = inputs["sample"]
+    unet = random_unet(parts.unet, Architecture(), sample.device, sample.dtype)
     models = {"teacher": lambda: removed(unet, Architecture()), "student": lambda: removed(unet, student)}
-    return measure(models, inputs, n=rounds, device=where)
-
-
-def _timing_json(timings: Mapping[str, Timing]) -> dict[str, Any]:
-    from blockprune.latency import ratio
-
+    timings = measure(models, inputs, n=rounds, device=sample.device)
     value, low, high = ratio(timings["teacher"], timings["student"])
-    paired = {"value": value, "low": low, "high": high}
-    return {label: t.to_json() for label, t in timings.items()} | {"ratio": paired}
+    return {label: t.to_json() for label, t in timings.items()} | {"ratio": {"value": value, "low": low, "high": high}}
 
 
 def _print(
@@ -126,12 +117,10 @@ def _print(
     full: Mapping[str, Cost],
     kept: Mapping[str, Cost],
     convention: str,
-    timings: Mapping[str, Timing],
 ) -> None:
     from rich.table import Table
 
-    student_name = Architecture.from_json(data).describe()
-    table = Table(title=f"{data['model']}: {student_name}", title_justify="left")
+    table = Table(title=f"{data['model']}, student: {data['label']}", title_justify="left")
     for name in ("", "params: teacher", "student", "saved", f"MACs ({convention}): teacher", "student", "saved"):
         table.add_column(name, justify="right" if name else "left")
     titles = {"unet": "U-Net x 1", "unet_steps": f"U-Net x {data['steps']}", "pipeline": "whole"}
@@ -148,7 +137,7 @@ def _print(
         console.print(
             f"verified {name}: thop {tools['thop']:,} and fvcore {tools['fvcore']:,} MACs (norms left out) agree with these counts"
         )
-    if timings:
+    if "latency" in data:
         _print_timings(console, data["latency"])
 
 
@@ -159,7 +148,10 @@ def _pair(teacher: int, student: int) -> tuple[str, str, str]:
 def _print_timings(console: Console, data: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"measured U-Net step: {data['device']}, {data['dtype']}, batch {data['batch_size']}, random weights")
+    table = Table(
+        title=f"measured U-Net step: {data['device']}, {data['dtype']}, batch {data['batch_size']}, random weights",
+        title_justify="left",
+    )
     for name in ("", "median ms", "quartiles ms", "rounds", "peak MiB"):
         table.add_column(name, justify="right" if name else "left")
     for label in ("teacher", "student"):
