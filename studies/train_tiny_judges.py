@@ -20,14 +20,13 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loop import Loop, batch_of
 from torch import Tensor
 from train_tiny_digits import (
     MAX_TOKENS,
     N_SCENES,
     WIDTH,
-    Loop,
     Scenes,
-    batch_of,
     make_tokenizer,
     round_weights,
     tokenize,
