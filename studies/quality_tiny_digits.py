@@ -152,8 +152,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUILT_IN)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
     args = parser.parse_args()
     rows, images, captions = measure(args.model, args.n, args.steps, args.guidance_scale)
     ratio = rows[-2]["value"] / rows[-1]["value"]
