@@ -88,9 +88,9 @@ def straightforward(
 
     detector = features.load_detector("tiny-digits")
 
-    def extract(batch: torch.Tensor) -> np.ndarray:
+    def extract(batch: torch.Tensor) -> torch.Tensor:
         small = torch.nn.functional.interpolate(batch, size=(32, 32), mode="area")
-        return detector(small.round().to(torch.uint8))
+        return torch.from_numpy(detector(small.round().to(torch.uint8)))
 
     scores = {}
     for label, arch in archs.items():

@@ -7,8 +7,8 @@ how far are generated scenes from held-out real ones, compared with real ones fr
 
 The reader is a support vector machine trained on cells of the training digits; it shares nothing with the shipped
 detector. What it reads on held-out real scenes is the ceiling. FID is of the shipped detector's features, against real
-scenes of all held-out digits; the two real halves show 250 held-out digits each, none of them in both. About ten
-minutes on one CPU core. Expected: at least 0.90 of the named digits read, FID at most 3 times that of the halves;
+scenes of all held-out digits; the two real halves show 250 held-out digits each, none of them in both. About a
+minute on two CPU cores. Expected: at least 0.90 of the named digits read, FID at most 3 times that of the halves;
 measured: `reports/tiny-digits-quality.md`.
 """
 

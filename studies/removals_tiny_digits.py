@@ -1,6 +1,6 @@
 """Does tiny-digits need its blocks? What each single removal does to FID and to the reading of captioned digits.
 
-    python studies/removals_tiny_digits.py --out reports      # about 6 minutes on 2 cores
+    python studies/removals_tiny_digits.py --out reports      # about 5 minutes on 2 cores
 
 Every block is removed by itself, without retraining. Teacher and masks share captions and seeds; the reader is the independent
 one of `quality_tiny_digits.py`, FID is of the shipped detector. An effect counts when the 95 % interval of its paired

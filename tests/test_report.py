@@ -364,3 +364,17 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch, make: Callable[..
     assert "\x1b[31m" in printed(make_console(), lambda c: print_ranking(make(), c))
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[31m" not in printed(make_console(), lambda c: print_ranking(make(), c))
+
+
+def test_paired_differences_are_counted(make: Callable[..., ScanView]) -> None:
+    view = make()
+    deltas = {"fid": [(0.5, 2.0), (-1.0, 1.0), (-2.0, -1.0)], "clip_score": [(-0.2, -0.1), (0.1, 0.2), (-0.3, -0.1)]}
+    scores = [
+        replace(s, delta_low=deltas[s.measure][i][0], delta_high=deltas[s.measure][i][1])
+        for i, label in enumerate(view.removals[:3])
+        for s in view.scores
+        if s.label == label and s.measure in deltas
+    ]
+    text = to_markdown(replace(view, scores=[*view.scores, *scores]))
+    assert f"worsens FID for 1, CLIP score for 2, and at least one of these for 2 of {len(view.removals)}." in text
+    assert "worsens" not in to_markdown(view)

@@ -151,7 +151,11 @@ def summary(view: ScanView) -> list[str]:
     first = f"{len(view.removals)} removals were scanned beside the teacher"
     first += f"; {scored} have a value of `{view.main_measure}`" if view.main_measure else ""
     first += f"; {failed} had a measure that failed (see the last column of the table)" if failed else ""
-    return [p for p in (first + ".", _missing(view), _against_teacher(view), _extremes(view), correlation_text(view)) if p]
+    return [
+        p
+        for p in (first + ".", _missing(view), _against_teacher(view), _paired(view), _extremes(view), correlation_text(view))
+        if p
+    ]
 
 
 def _missing(view: ScanView) -> str:
@@ -198,6 +202,31 @@ def _against_teacher(view: ScanView) -> str:
             f"Ruinous, {rule}: {_names(ruined)}." if ruined else f"None is ruinous ({rule}).",
         ]
     )
+
+
+def _paired(view: ScanView) -> str:
+    """How many removals are worse than the teacher by the interval of their paired difference, measure by measure and in any."""
+    worsened = {m: {n for n in view.removals if _is_worse(view, n, m)} for m in view.measures}
+    compared = [m for m in view.measures if any((s := view.score(n, m)) and s.delta_low is not None for n in view.removals)]
+    compared = [
+        m for m in compared if m != "feature_distance"
+    ]  # a distance to the teacher is never below the teacher's own, which is 0
+    if not compared:
+        return ""
+    counts = ", ".join(f"{MEASURES[m].title} for {len(worsened[m])}" for m in compared)
+    either = len(set().union(*(worsened[m] for m in compared)))
+    n = len(view.removals)
+    return (
+        "Paired with the teacher on the same seeds and prompts, with the 95 % interval of the difference clear of zero, "
+        f"a removal worsens {counts}, and at least one of these for {either} of {n}."
+    )
+
+
+def _is_worse(view: ScanView, label: str, measure: str) -> bool:
+    score = view.score(label, measure)
+    if score is None or score.delta_low is None or score.delta_high is None:
+        return False
+    return min(worse(measure, score.delta_low), worse(measure, score.delta_high)) > 0
 
 
 def _extremes(view: ScanView) -> str:
