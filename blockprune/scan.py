@@ -162,12 +162,13 @@ class Scan:
         while (part := self._part(f"eps-{len(parts):05d}")) is not None:
             parts.append(part)
         start = sum(len(next(iter(part.values()))) for part in parts)
-        for errors in denoising_errors(self.pipe.unet, self.graph, archs, self._noisy(), plan.batch_size, start):
-            yield self._made(f"eps-{len(parts):05d}", errors)
-            parts.append(errors)
-            plan.tick("eps_mse", len(next(iter(errors.values()))) * len(archs))
-        for label, values in stack(parts).items():
-            yield from self._new([self._eps_score(label, values)])
+        for batch in denoising_errors(self.pipe.unet, self.graph, archs, self._noisy(), plan.batch_size, start):
+            yield self._made(f"eps-{len(parts):05d}", batch)
+            parts.append(batch)
+            plan.tick("eps_mse", len(next(iter(batch.values()))) * len(archs))
+        errors = stack(parts)
+        for label in archs:  # in the scan's order: a part that was read back has its own
+            yield from self._new([self._eps_score(label, errors[label])])
 
     def _eps_score(self, label: str, values: NDArray[np.float64]) -> Score:
         key, n, seed = self.archs[label].key, len(values), self.plan.protocol.seed
