@@ -71,6 +71,18 @@ def test_teacher_comes_back_bit_for_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_removal_trains_with_checkpointing(kind: str) -> None:
+    inputs, unet = tiny.inputs(kind, batch=1), tiny.unet(kind).train()
+    unet.enable_gradient_checkpointing()
+    for label, arch in every_removal(kind, ("stage", "block")).items():
+        unet.zero_grad()
+        with surgery.removed(unet, arch):
+            unet(**inputs, return_dict=False)[0].square().mean().backward()
+            parameters = dict(unet.named_parameters())
+        assert all(p.grad is not None for p in parameters.values()), label
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_gradients_flow_with_checkpointing(kind: str) -> None:
     inputs = tiny.inputs(kind)
     grads = []
