@@ -25,11 +25,6 @@ class Play(nn.Module):
         return self.output
 
 
-def stage_of(name: str) -> str:
-    """The child of the U-Net's block lists in which a block lies: "down_blocks.1", "mid_block"."""
-    return ".".join(name.split(".")[: 1 if name.startswith("mid_block") else 2])
-
-
 class Recording:
     """What every stage and every block of a U-Net returned in one forward pass.
 
@@ -37,8 +32,9 @@ class Recording:
     """
 
     def __init__(self, graph: BlockGraph) -> None:
-        self._steps = [b.name for b in graph if b.kind in "RADU" and ".transformer_blocks." not in b.name]
-        self._stages = list(dict.fromkeys(map(stage_of, self._steps)))
+        self._stage_of = {b.name: b.stage for b in graph if b.kind in "RADU"}
+        self._steps = list(self._stage_of)
+        self._stages = list(dict.fromkeys(self._stage_of.values()))
         self._output: dict[str, Any] = {}
 
     @contextmanager
@@ -70,9 +66,9 @@ class Recording:
         if not arch:
             return []
         first = min(self._position(name) for name in arch)
-        stage = self._stages.index(stage_of(self._steps[first]))
-        inside = [s for s in self._steps[:first] if stage_of(s) == self._stages[stage]]
-        return ["conv_in", *self._stages[:stage], *inside]
+        stage = self._stage_of[self._steps[first]]
+        inside = [step for step in self._steps[:first] if self._stage_of[step] == stage]
+        return ["conv_in", *self._stages[: self._stages.index(stage)], *inside]
 
     def _position(self, name: str) -> int:
         """The index of the first step at which removing `name` changes something."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from blockprune import store
@@ -249,16 +250,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 
 def test_nan_images_are_failed_rows_and_the_scan_goes_on(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from blockprune import surgery
-
-    class Nan(torch.nn.Module):
-        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return hidden * torch.nan
-
-    real = surgery.stand_in
-    monkeypatch.setattr(surgery, "stand_in", lambda unet, name: Nan() if name == "mid_block" else real(unet, name))
+    tiny.break_mid(monkeypatch)
     args = ["--arch", "mid_block", "--arch", "up_blocks.1.attentions.0", *QUICK[2:], "--measures", "eps_mse,fid"]
     assert cli("scan", *args, "--out", tmp_path / "run")[0] == 0
     values = {(r["label"], r["measure"]): r for r in rows_of(tmp_path / "run")}

@@ -13,7 +13,6 @@ import tiny
 import torch
 
 from blockprune import scan as stage
-from blockprune import surgery
 from blockprune.arch import Architecture
 from blockprune.denoising import NoisySamples, denoising_errors
 from blockprune.errors import UserError
@@ -135,12 +134,7 @@ def test_timesteps_are_stratified() -> None:
 
 
 def test_a_mask_that_gives_nan_is_a_failed_row(pipe: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nan(torch.nn.Module):
-        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return hidden * torch.nan
-
-    real = surgery.stand_in
-    monkeypatch.setattr(surgery, "stand_in", lambda unet, name: Nan() if name == "mid_block" else real(unet, name))
+    tiny.break_mid(monkeypatch)
     rows = [r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)]
     failed = {r.measure for r in rows if r.value is None}
     assert failed == {"eps_mse", "fid", "is", "clip_score", "feature_distance", "kid"}

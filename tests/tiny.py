@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -15,6 +16,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from blockprune import surgery
 
 KINDS = ("sd1", "sd2", "sdxl")  # and "sd1-v": SD v1 trained to predict the velocity
 N_TOKENS = 24
@@ -136,3 +139,14 @@ def _scheduler(kind: str) -> DDIMScheduler:
         steps_offset=1,
         prediction_type="v_prediction" if kind == "sd1-v" else "epsilon",
     )
+
+
+class _Nan(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden * torch.nan
+
+
+def break_mid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the removal of the mid stage give NaN."""
+    real = surgery.stand_in
+    monkeypatch.setattr(surgery, "stand_in", lambda unet, name: _Nan() if name == "mid_block" else real(unet, name))
