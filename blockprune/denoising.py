@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from blockprune.families import Condition, take
 from blockprune.replay import Recording
 from blockprune.sampling import noise
 
-Errors = dict[str, NDArray[np.float64]]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,40 @@ class NoisySamples:
         return noisy.to(unet.device, unet.dtype), t.to(unet.device), take(self.condition, rows)
 
 
-Masking = Callable[[UNet2DConditionModel, Architecture], AbstractContextManager[Any]]
+class Answer:
+    """The teacher's answer to noisy samples start…stop-1, kept for comparison with any masked U-Net.
+
+    With `replay` the modules before the first removed block return what they returned in the teacher's pass; the numbers are the
+    same bit for bit.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, unet: UNet2DConditionModel, graph: BlockGraph, samples: NoisySamples, start: int, stop: int, replay: bool = True
+    ) -> None:
+        self.unet, self.recording = unet, Recording(graph) if replay else None
+        self.input = samples.batch(start, stop, unet)
+        with self.recording.of(unet) if self.recording else nullcontext():
+            self.output = self._forward().float()
+
+    def _forward(self) -> Tensor:
+        x, t, condition = self.input
+        return self.unet(x, t, **condition, return_dict=False)[0]
+
+    @torch.inference_mode()
+    def errors(self, arch: Architecture) -> Floats:
+        """(batch,) of |e(removed) - e(full)|² / elements: arXiv 2404.11098, eq. 4, per element. NaN where the U-Net fails."""
+        masked = self.recording.removed if self.recording else surgery.removed
+        with masked(self.unet, arch):
+            student = self._forward().float()
+        return (student - self.output).square().mean((1, 2, 3)).double().cpu().numpy()
+
+    @property
+    def mem_bytes(self) -> int:
+        """What is kept beside the answer itself."""
+        return self.recording.mem_bytes if self.recording else 0
 
 
-@torch.inference_mode()
 def denoising_errors(
     unet: UNet2DConditionModel,
     graph: BlockGraph,
@@ -63,21 +92,30 @@ def denoising_errors(
     batch_size: int,
     start: int = 0,
     replay: bool = True,
-) -> Iterator[Errors]:
-    """Per batch from sample `start` on: label => (batch,) of |e(removed) - e(full)|² / elements, per sample.
-
-    The loss of arXiv 2404.11098, eq. 4, per element. With `replay` the modules before the first removed block return what they
-    returned in the teacher's pass; the numbers are the same bit for bit. A failed architecture has NaN.
-    """
+) -> Iterator[dict[str, Floats]]:
+    """Per batch from sample `start` on: label => the errors (batch,) of every architecture. Keeps one batch at a time."""
     for first in range(start, samples.n, batch_size):
-        x, t, condition = samples.batch(first, min(first + batch_size, samples.n), unet)
-        recording = Recording(graph)
-        with recording.of(unet):
-            teacher = unet(x, t, **condition, return_dict=False)[0]
-        masking: Masking = recording.removed if replay else surgery.removed
-        errors = {}
-        for label, arch in archs.items():
-            with masking(unet, arch):
-                student = unet(x, t, **condition, return_dict=False)[0]
-            errors[label] = (student.float() - teacher.float()).square().mean((1, 2, 3)).double().cpu().numpy()
-        yield errors
+        answer = Answer(unet, graph, samples, first, min(first + batch_size, samples.n), replay)
+        yield {label: answer.errors(arch) for label, arch in archs.items()}
+
+
+class Denoiser:
+    """The error of one architecture after another on the same samples.
+
+    The teacher runs once. Its recordings are kept while they take less than `keep_bytes`; past that only its outputs are.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, graph: BlockGraph, samples: NoisySamples, batch_size: int, keep_bytes: int = 2**31
+    ) -> None:
+        self._answer = lambda start, replay: Answer(unet, graph, samples, start, min(start + batch_size, samples.n), replay)
+        self.n, self.batch_size, self.keep_bytes = samples.n, batch_size, keep_bytes
+        self._answers: list[Answer] = []
+
+    def errors(self, arch: Architecture, n: int | None = None) -> Floats:
+        """(n,) errors on the first `n` samples, all of them when None; `n` is rounded up to whole batches."""
+        n_batches = -(-min(n or self.n, self.n) // self.batch_size)
+        while len(self._answers) < n_batches:
+            replay = sum(a.mem_bytes for a in self._answers) < self.keep_bytes
+            self._answers.append(self._answer(len(self._answers) * self.batch_size, replay))
+        return np.concatenate([a.errors(arch) for a in self._answers[:n_batches]])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from blockprune.arch import Architecture
 from blockprune.errors import UserError
 
 
@@ -70,3 +71,53 @@ class Score:
     def from_json(cls, data: Mapping[str, Any]) -> Score:
         names = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in data.items() if k in names})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture that a search may score, and why: `source` is scan, exact, preset, or the sampler that proposed it.
+
+    `params` says of each unit of the space whether it goes (empty when the architecture is no union of units); `over` is by how
+    much of each budget the architecture exceeds it, at most 0 when it fits; `costs` are the U-Net's exact ones.
+    """
+
+    arch: Architecture
+    label: str
+    source: str
+    params: Mapping[str, bool]
+    over: Mapping[str, float]
+    costs: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        return all(excess <= 0 for excess in self.over.values())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate with its score; `ended` is a time in seconds since the epoch, `seconds` what it took."""
+
+    trial: int
+    candidate: Candidate
+    score: Score
+    ended: float
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """The score with the sign that makes larger worse; infinite when it failed."""
+        if self.score.value is None:
+            return float("inf")
+        return self.score.value if measure(self.score.measure).direction == "down" else -self.score.value
+
+    def to_json(self) -> dict[str, Any]:
+        c = self.candidate
+        said = {"source": c.source, "removed": list(c.arch), "params": dict(c.params), "over": dict(c.over), "costs": dict(c.costs)}
+        return {"trial": self.trial, **said, "ended": self.ended, "seconds": self.seconds, "score": self.score.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
+        arch = Architecture(frozenset(data["removed"]))
+        score = Score.from_json(data["score"])
+        candidate = Candidate(arch, score.label, data["source"], data["params"], data["over"], data["costs"])
+        return cls(data["trial"], candidate, score, data["ended"], data["seconds"])

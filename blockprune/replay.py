@@ -54,6 +54,12 @@ class Recording:
 
         return hook
 
+    @property
+    def mem_bytes(self) -> int:
+        """The bytes of everything that is recorded."""
+        storages = [t.untyped_storage() for output in self._output.values() for t in _tensors(output)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
     def removed(self, unet: UNet2DConditionModel, arch: Architecture) -> AbstractContextManager[UNet2DConditionModel]:
         """As `surgery.removed`, with everything before the first removed block replayed."""
         surgery.check_innermost(unet, arch)
@@ -74,3 +80,12 @@ class Recording:
         """The index of the first step at which removing `name` changes something."""
         block = name.partition(".transformer_blocks.")[0]
         return next(i for i, step in enumerate(self._steps) if step == block or step.startswith(block + "."))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a module's output, which may be a tuple of tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in value:
+            yield from _tensors(part)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from diffusers import DDPMScheduler
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
 
-from blockprune import latency, metrics, surgery
+from blockprune import latency, surgery
 from blockprune.arch import Architecture, BlockGraph
-from blockprune.denoising import NoisySamples, denoising_errors
-from blockprune.errors import UserError
-from blockprune.families import Condition
-from blockprune.imaging import STATISTICS, Judges, check_judges, failed, judge, stack
+from blockprune.denoising import denoising_errors
+from blockprune.imaging import STATISTICS, check_judges, failed, judge, stack
 from blockprune.pricing import unet_inputs
 from blockprune.records import Score
-from blockprune.sampling import NotFinite, Protocol, draw, encode
+from blockprune.sampling import NotFinite
+from blockprune.scoring import FULL, Arrays, Examiner, Plan, eps_score
 
-Arrays = dict[str, NDArray[Any]]
-FULL = "full"
 SPEED = ("latency", "latency_ratio", "memory")
 
 
@@ -46,30 +41,6 @@ class Picture:
 Record = Score | Part | Picture
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a scan measures: `measures` by name, images by `protocol`, `n_noisy` samples for the denoising error.
-
-    `clean` are data latents (M, C, h, w) with their captions; None stands for the teacher's own images of `protocol`.
-    `tick` hears how many images or samples were just done, and of what.
-    """
-
-    measures: Sequence[str]
-    protocol: Protocol
-    prompts: Sequence[str]
-    n_noisy: int = 256
-    clean: tuple[Tensor, Sequence[str]] | None = None
-    judges: Judges = field(default_factory=Judges)
-    batch_size: int = 16
-    n_pictures: int = 6
-    n_timings: int = 10
-    tick: Callable[[str, int], None] = lambda what, n: None
-
-    @property
-    def image_measures(self) -> list[str]:
-        return [m for m in self.measures if m in STATISTICS]
-
-
 class Scan:
     """One scan: a teacher pipeline, its graph, labelled removals, a plan, and what an earlier attempt left.
 
@@ -87,10 +58,10 @@ class Scan:
     ) -> None:
         check_judges(plan.image_measures, plan.judges)
         self.pipe, self.graph, self.plan = pipe, graph, plan
+        self.examiner = Examiner(pipe, graph, plan)
         self.archs = {FULL: Architecture(), **archs}
         self.done, self.recall = set(done), recall
         self.parts: dict[str, Arrays] = {}
-        self.prompts = [plan.prompts[i % len(plan.prompts)] for i in range(plan.protocol.n_images)]
 
     def __iter__(self) -> Iterator[Record]:
         """Costs at once; the teacher; the denoising error of all; timings; the images of each, in this order."""
@@ -115,31 +86,12 @@ class Scan:
             yield Score(arch.key, label, "params", cost.params, 0, self.plan.protocol.seed)
             yield Score(arch.key, label, "macs", cost.thop, 0, self.plan.protocol.seed)
 
-    def _conditions(self, prompts: Sequence[str]) -> tuple[Condition, Condition]:
-        return encode(self.pipe, prompts, self.plan.protocol.latent)
-
-    def _observe(self, arch: Architecture, label: str, conditions: tuple[Condition, Condition]) -> tuple[Arrays, NDArray[np.uint8]]:
-        """What the judges see of an architecture's images, with their latents, and the first images. Raises NotFinite."""
-        plan, seen = self.plan, list[Arrays]()
-        first: list[NDArray[np.uint8]] = []
-        with surgery.removed(self.pipe.unet, arch):
-            batches = draw(self.pipe, plan.protocol, *conditions, plan.batch_size, lambda n: plan.tick(label, n))
-            for i, (latents, images) in enumerate(batches):
-                start = i * plan.batch_size
-                look = plan.judges.look(images, self.prompts[start : start + len(images)])
-                seen.append({**look, "latents": latents.float().cpu().numpy()})
-                first += list(images.permute(0, 2, 3, 1).numpy())[: max(0, plan.n_pictures - len(first))]
-        return stack(seen), np.stack(first)
-
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
         needed = self.plan.image_measures or ("eps_mse" in self.plan.measures and self.plan.clean is None)
         if not needed or self._part("teacher") is not None:
             return
-        try:
-            seen, pictures = self._observe(Architecture(), FULL, self._conditions(self.prompts))
-        except NotFinite as err:
-            raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
+        seen, pictures = self.examiner.teacher()
         yield Picture(FULL, pictures)
         yield self._made("teacher", seen)
 
@@ -162,25 +114,14 @@ class Scan:
         while (part := self._part(f"eps-{len(parts):05d}")) is not None:
             parts.append(part)
         start = sum(len(next(iter(part.values()))) for part in parts)
-        for batch in denoising_errors(self.pipe.unet, self.graph, archs, self._noisy(), plan.batch_size, start):
+        samples = self.examiner.noisy(self._part("teacher") or {})
+        for batch in denoising_errors(self.pipe.unet, self.graph, archs, samples, plan.batch_size, start):
             yield self._made(f"eps-{len(parts):05d}", batch)
             parts.append(batch)
             plan.tick("eps_mse", len(next(iter(batch.values()))) * len(archs))
         errors = stack(parts)
         for label in archs:  # in the scan's order: a part that was read back has its own
-            yield from self._new([self._eps_score(label, errors[label])])
-
-    def _eps_score(self, label: str, values: NDArray[np.float64]) -> Score:
-        key, n, seed = self.archs[label].key, len(values), self.plan.protocol.seed
-        if not np.isfinite(values).all():
-            return Score(key, label, "eps_mse", None, n, seed, error="the U-Net's output is not finite")
-        low, high = metrics.interval(metrics.mean_statistic(values), n, seed) or (None, None)
-        return Score(key, label, "eps_mse", float(values.mean()), n, seed, low, high)
-
-    def _noisy(self) -> NoisySamples:
-        latents, prompts = self.plan.clean or (from_numpy((self._part("teacher") or {})["latents"]), self.prompts)
-        schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        return NoisySamples(latents, self._conditions(prompts)[0], schedule, self.plan.n_noisy, self.plan.protocol.seed)
+            yield from self._new([eps_score(archs[label], label, errors[label], plan.protocol.seed)])
 
     def _speed(self) -> Iterator[Score]:
         """Step latency and memory at batch 1, each architecture in turn with the teacher, round by round."""
@@ -209,12 +150,12 @@ class Scan:
         missing = self._missing(STATISTICS)
         if not missing:
             return
-        plan, teacher, conditions = self.plan, self._part("teacher") or {}, self._conditions(self.prompts)
+        plan, teacher = self.plan, self._part("teacher") or {}
         for label, measures in missing.items():
             arch = self.archs[label]
             row = (arch.key, label)
             try:
-                seen, pictures = (teacher, None) if label == FULL else self._observe(arch, label, conditions)
+                seen, pictures = (teacher, None) if label == FULL else self.examiner.observe(arch, label)
                 scores = list(judge(*row, plan.image_measures, seen, teacher, plan.judges, plan.protocol.seed))
             except NotFinite as err:
                 yield from self._new(failed(*row, measures, plan.protocol.n_images, plan.protocol.seed, str(err)))

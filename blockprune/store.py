@@ -61,7 +61,7 @@ class Run:
         held = read_run(self.path)
         if held.get("command") != wanted["command"]:
             raise UserError(f"{str(self.path)!r} holds a {held.get('command')} run: choose another --out")
-        if changes := list(_differences(held["asked"], wanted["asked"])):
+        if changes := list(differences(held["asked"], wanted["asked"])):
             raise UserError(f"{str(self.path)!r} holds another run ({'; '.join(changes)}): choose another --out or ask the same")
 
     def _trim(self) -> None:
@@ -134,7 +134,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+def differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """What was asked before and is asked otherwise now, a phrase each."""
+    asked = _plain(asked)
     for name in sorted({*held, *asked}):
         if held.get(name) != asked.get(name):
             yield f"{name} is {_short(held.get(name))} there, {_short(asked.get(name))} asked"

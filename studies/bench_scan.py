@@ -44,7 +44,8 @@ from blockprune.denoising import NoisySamples, denoising_errors
 from blockprune.digits import DigitScenes
 from blockprune.records import Score
 from blockprune.sampling import Protocol, encode
-from blockprune.scan import Plan, Scan
+from blockprune.scan import Scan
+from blockprune.scoring import Plan
 from blockprune.trace import trace
 
 MASKS = ("down_blocks.0.resnets.0", "down_blocks.2.attentions.1", "mid_block", "up_blocks.1.resnets.1", "up_blocks.3.attentions.2")

@@ -14,14 +14,15 @@ import blockprune
 
 ROOT = Path(blockprune.__file__).parent
 # A group's modules may import every group above it. Within a group, a tuple is in import order; the members of a set are strangers.
-VALUES = ("errors", "records", "arch", "presets", "budgets")
+VALUES = ("errors", "arch", "records", "presets", "budgets")
 MATHS = {"metrics", "losses"}
 LAYERS: list[tuple[str, ...] | set[str]] = [
     VALUES,
     MATHS,
     {"surgery", "families", "data", "digits", "features", "imaging", "costs", "latency", "crosscheck", "store", "checkpoints"},
-    {"trace", "replay", "sampling", "space", "export", "pricing"},
+    {"trace", "replay", "sampling", "space", "export", "pricing", "ledger"},
     {"denoising", "workbench"},
+    {"scoring"},
     {"scan", "search", "distill", "evaluate", "report"},
     {"cli"},
     {"__main__"},

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DDPMScheduler
 
 from blockprune import scan as stage
 from blockprune.arch import Architecture
@@ -20,7 +21,8 @@ from blockprune.imaging import Judges
 from blockprune.metrics import Stats
 from blockprune.records import Score
 from blockprune.sampling import Protocol
-from blockprune.scan import Part, Plan, Scan
+from blockprune.scan import Part, Scan
+from blockprune.scoring import Plan
 from blockprune.trace import trace
 
 PLAN = Plan(
@@ -119,7 +121,7 @@ def test_batch_size_changes_nothing(pipe: Any, plan: Plan, whole: list[Any]) -> 
 def test_replay_equals_the_plain_way_bit_for_bit(pipe: Any) -> None:
     condition = {"encoder_hidden_states": torch.randn(3, tiny.N_TOKENS, 8, generator=torch.Generator().manual_seed(0))}
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    samples = NoisySamples(latents, condition, stage.DDPMScheduler.from_config(pipe.scheduler.config), 6, 0)
+    samples = NoisySamples(latents, condition, DDPMScheduler.from_config(pipe.scheduler.config), 6, 0)
     archs = GRAPH.units("block")
     ways = [list(denoising_errors(pipe.unet, GRAPH, archs, samples, 4, replay=replay)) for replay in (True, False)]
     for fast, plain in zip(*ways, strict=True):
@@ -128,7 +130,7 @@ def test_replay_equals_the_plain_way_bit_for_bit(pipe: Any) -> None:
 
 
 def test_timesteps_are_stratified() -> None:
-    samples = NoisySamples(torch.zeros(1, 4, 8, 8), {}, stage.DDPMScheduler(), 50, 3)
+    samples = NoisySamples(torch.zeros(1, 4, 8, 8), {}, DDPMScheduler(), 50, 3)
     assert sorted((samples.timesteps // 20).tolist()) == list(range(50))
     assert samples.timesteps.tolist() != sorted(samples.timesteps.tolist())
 

@@ -16,7 +16,7 @@ from blockprune.records import MEASURES, Score, measure
 if TYPE_CHECKING:
     from blockprune.cli.console import WorkProgress
     from blockprune.imaging import Judges
-    from blockprune.scan import Plan
+    from blockprune.scoring import Plan
     from blockprune.store import Run
     from blockprune.workbench import Bench
 
@@ -81,7 +81,7 @@ def _plan(bench: Bench, opts: Mapping[str, Any]) -> Plan:
     from blockprune import workbench
     from blockprune.imaging import check_judges
     from blockprune.sampling import Protocol
-    from blockprune.scan import Plan
+    from blockprune.scoring import Plan
 
     batch_size = options.at_least("--batch-size", opts["batch_size"], 1)
     n_noisy = options.at_least("--eps-samples", opts["eps_samples"], 1)

@@ -1,0 +1,256 @@
+"""Who scores what: an Optuna study in which every trial is one architecture, shared by any number of processes and hosts."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from blockprune.arch import Architecture
+from blockprune.errors import UserError
+from blockprune.records import MEASURES, Candidate, Evaluation, Score
+from blockprune.store import differences
+
+UNIT = CategoricalDistribution([False, True])
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+MAX_ATTEMPTS = 3
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def open_storage(url: str | None, path: Path | None) -> BaseStorage:
+    """The storage behind a URL; a journal file at `path` when there is none, memory without either.
+
+    Raises UserError for a database that cannot be reached or a driver that is not installed.
+    """
+    if url is None:
+        return InMemoryStorage() if path is None else JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
+    try:
+        return RDBStorage(url)
+    except ImportError as err:
+        raise UserError(f"the storage {_hidden(url)!r} needs a driver ({err}): pip install 'blockprune[postgresql]'") from None
+    except Exception as err:
+        why = " ".join(str(err).split())[:160]
+        raise UserError(f"cannot open the storage {_hidden(url)!r} ({why}): give a URL like postgresql://user@host/name") from None
+
+
+def _hidden(url: str) -> str:
+    """The URL without a password."""
+    scheme, _, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://{user.partition(':')[0]}{at}{host}"
+
+
+class _FileLock(JournalFileOpenLock):
+    """A lock that the system releases when its holder is killed; taking it cuts off a line that a kill has torn."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._held = path, threading.local()
+
+    def acquire(self) -> bool:
+        fd = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        self._held.fd = fd
+        self._trim()
+        return True
+
+    def release(self) -> None:
+        os.close(self._held.fd)
+
+    def _trim(self) -> None:
+        with self.path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and file.seek(size - 1) and file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+
+class Ledger:
+    """One study: candidates wait in it, are claimed by one worker each, and are finished with a score.
+
+    No architecture is scored twice: of several trials of one architecture the oldest that has not failed owns it. A trial whose
+    worker died is failed and put in again. `asked` is what makes scores comparable; a study of other terms is refused.
+    """
+
+    def __init__(self, storage: BaseStorage, name: str, measure: str, asked: Mapping[str, Any], grace_s: float = 120.0) -> None:
+        direction = StudyDirection.MINIMIZE if MEASURES[measure].direction == "down" else StudyDirection.MAXIMIZE
+        self.storage, self.grace_s = storage, grace_s
+        self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
+        self.study_id = storage.get_study_id_from_name(name)
+        self.worker = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+        if "asked" not in self.study.user_attrs:
+            self.study.set_user_attr("asked", dict(asked))
+        if changes := list(differences(self.study.user_attrs["asked"], asked)):
+            raise UserError(f"the study {name!r} is of another protocol ({'; '.join(changes)}): choose another --out")
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
+
+    def known(self) -> set[str]:
+        """The keys of architectures that are scored, in work or waiting."""
+        return {t.user_attrs["arch"] for t in self.trials() if _counts(t)}
+
+    def evaluations(self) -> list[Evaluation]:
+        """What is scored, in the order of the trials, each architecture once."""
+        found: dict[str, Evaluation] = {}
+        for trial in self.trials(*DONE):
+            if "score" in trial.user_attrs:
+                found.setdefault(trial.user_attrs["arch"], _evaluation(trial))
+        return list(found.values())
+
+    def busy(self) -> bool:
+        """True while some architecture waits or is in work, by whomever."""
+        return bool(self.trials(TrialState.WAITING, TrialState.RUNNING))
+
+    def add(self, candidates: Iterable[Candidate]) -> None:
+        """Puts in the candidates that are not known yet."""
+        known = self.known()
+        for candidate in candidates:
+            if candidate.arch.key not in known:
+                self.study.add_trial(_trial(candidate, TrialState.WAITING))
+                known.add(candidate.arch.key)
+
+    def add_scored(self, candidate: Candidate, score: Score) -> None:
+        """Puts in what was scored before, under the same terms."""
+        if candidate.arch.key not in self.known() and score.value is not None:
+            self.study.add_trial(_trial(candidate, TrialState.COMPLETE, score))
+
+    def claim(self, n_trials: int | None = None) -> FrozenTrial | None:
+        """A waiting trial that is now this worker's; None when there is none. Past `n_trials` architectures they are dropped."""
+        for trial in self.trials(TrialState.WAITING):
+            if not self._take(trial):
+                continue
+            rank = self._rank(trial)
+            if rank is None or (n_trials is not None and rank >= n_trials):
+                self._end(trial, TrialState.PRUNED)
+                continue
+            self.storage.set_trial_user_attr(trial._trial_id, "worker", self.worker)
+            return trial
+        return None
+
+    def _take(self, trial: FrozenTrial) -> bool:
+        try:
+            return self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            return False
+
+    def _rank(self, trial: FrozenTrial) -> int | None:
+        """How many architectures come before this trial's; None when an older trial owns its architecture."""
+        before = {t.user_attrs["arch"] for t in self.trials() if t.number < trial.number and _counts(t)}
+        return None if trial.user_attrs["arch"] in before else len(before)
+
+    @contextmanager
+    def beating(self, trial: FrozenTrial) -> Iterator[None]:
+        """While this lasts the trial shows that its worker lives."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            with suppress(UpdateFinishedTrialError):
+                while not stop.wait(self.grace_s / 6):
+                    self.storage.set_trial_user_attr(trial._trial_id, "beat", time.time())
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def finish(self, trial: FrozenTrial, score: Score) -> Evaluation | None:
+        """Ends a trial with its score; one without a value is kept as failed and never tried again.
+
+        None when another worker thought this one dead and took the trial away.
+        """
+        with suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_user_attr(trial._trial_id, "score", score.to_json())
+            self._end(trial, TrialState.PRUNED if score.value is None else TrialState.COMPLETE, score.value)
+            return _evaluation(self.storage.get_trial(trial._trial_id))
+        return None
+
+    def _end(self, trial: FrozenTrial, state: TrialState, value: float | None = None) -> None:
+        with suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_state_values(trial._trial_id, state, None if value is None else [value])
+
+    def recover(self) -> None:
+        """Fails the trials whose workers died, and puts in again every architecture that nobody owns any more."""
+        for trial in self.trials(TrialState.RUNNING):
+            if self._dead(trial):
+                self._end(trial, TrialState.FAIL)
+        owned = self.known()
+        failed = [t for t in self.trials(TrialState.FAIL) if "arch" in t.user_attrs and t.user_attrs["arch"] not in owned]
+        for key in dict.fromkeys(t.user_attrs["arch"] for t in failed):
+            attempts = [t for t in failed if t.user_attrs["arch"] == key]
+            candidate = _candidate(attempts[0])
+            if len(attempts) < MAX_ATTEMPTS:
+                self.study.add_trial(_trial(candidate, TrialState.WAITING))
+            else:
+                lost = Score(key, candidate.label, self.measure, None, 0, 0, error=f"its worker died {len(attempts)} times")
+                self.study.add_trial(_trial(candidate, TrialState.PRUNED, lost))
+
+    @property
+    def measure(self) -> str:
+        return str(self.study.user_attrs["asked"]["objective"])
+
+    def _dead(self, trial: FrozenTrial) -> bool:
+        """True when the trial's worker was a process of this host that is gone, or has not been heard of for long."""
+        host, _, process = trial.user_attrs.get("worker", "::").partition(":")
+        pid, _, started = process.partition(":")
+        if started and host == socket.gethostname():
+            return _started(int(pid)) != started
+        since = trial.user_attrs.get("beat") or (trial.datetime_start.timestamp() if trial.datetime_start else 0.0)
+        return time.time() - since > self.grace_s
+
+
+def _started(pid: int) -> str:
+    """When a process of this host began, in the system's ticks; "" when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """True for a trial that owns its architecture: waiting, in work or scored, not failed or dropped."""
+    if trial.state in DONE:
+        return "score" in trial.user_attrs
+    return trial.state != TrialState.FAIL
+
+
+def _trial(candidate: Candidate, state: TrialState, score: Score | None = None) -> FrozenTrial:
+    attrs: dict[str, Any] = {"arch": candidate.arch.key, "label": candidate.label, "source": candidate.source}
+    attrs |= {"removed": list(candidate.arch), "costs": dict(candidate.costs)}
+    return create_trial(
+        state=state,
+        value=score.value if score else None,
+        params=dict(candidate.params),
+        distributions=dict.fromkeys(candidate.params, UNIT),
+        user_attrs=attrs | ({"score": score.to_json()} if score else {}),
+        constraints=dict(candidate.over),
+    )
+
+
+def _candidate(trial: FrozenTrial) -> Candidate:
+    said = trial.user_attrs
+    arch = Architecture(frozenset(said["removed"]))
+    return Candidate(arch, said["label"], said["source"], trial.params, trial.constraints, said["costs"])
+
+
+def _evaluation(trial: FrozenTrial) -> Evaluation:
+    ended = trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0
+    began = trial.datetime_start.timestamp() if trial.datetime_start else ended
+    return Evaluation(trial.number, _candidate(trial), Score.from_json(trial.user_attrs["score"]), ended, ended - began)

@@ -1,0 +1,133 @@
+"""What is measured of any masked model, and by which protocol: one path for a scan, a search and an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from diffusers import DDPMScheduler
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
+
+from blockprune import metrics, surgery
+from blockprune.arch import Architecture, BlockGraph
+from blockprune.denoising import Denoiser, NoisySamples
+from blockprune.errors import UserError
+from blockprune.families import Condition
+from blockprune.imaging import STATISTICS, Judges, judge, stack
+from blockprune.records import Score
+from blockprune.sampling import NotFinite, Protocol, draw, encode
+
+Arrays = dict[str, NDArray[Any]]
+Images = NDArray[np.uint8]
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scan measures: `measures` by name, images by `protocol`, `n_noisy` samples for the denoising error.
+
+    `clean` are data latents (M, C, h, w) with their captions; None stands for the teacher's own images of `protocol`.
+    `tick` hears how many images or samples were just done, and of what.
+    """
+
+    measures: Sequence[str]
+    protocol: Protocol
+    prompts: Sequence[str]
+    n_noisy: int = 256
+    clean: tuple[Tensor, Sequence[str]] | None = None
+    judges: Judges = field(default_factory=Judges)
+    batch_size: int = 16
+    n_pictures: int = 6
+    n_timings: int = 10
+    tick: Callable[[str, int], None] = lambda what, n: None
+
+    @property
+    def image_measures(self) -> list[str]:
+        return [m for m in self.measures if m in STATISTICS]
+
+
+class Examiner:
+    """One teacher under one plan: looks at its masked models, always at the same prompts, seeds, noise and timesteps."""
+
+    def __init__(self, pipe: Any, graph: BlockGraph, plan: Plan) -> None:
+        self.pipe, self.graph, self.plan = pipe, graph, plan
+        self.prompts = [plan.prompts[i % len(plan.prompts)] for i in range(plan.protocol.n_images)]
+        self._conditions: tuple[Condition, Condition] | None = None
+
+    @property
+    def conditions(self) -> tuple[Condition, Condition]:
+        """The condition rows of the prompts, and the one of no prompt; computed once."""
+        if self._conditions is None:
+            self._conditions = encode(self.pipe, self.prompts, self.plan.protocol.latent)
+        return self._conditions
+
+    def observe(self, arch: Architecture, label: str, n: int | None = None) -> tuple[Arrays, Images]:
+        """What the judges see of the first `n` images (None: all), with their latents; and the first images. Raises NotFinite."""
+        plan, seen = self.plan, list[Arrays]()
+        protocol = replace(plan.protocol, n_images=min(n or plan.protocol.n_images, plan.protocol.n_images))
+        first: list[Images] = []
+        with surgery.removed(self.pipe.unet, arch):
+            batches = draw(self.pipe, protocol, *self.conditions, plan.batch_size, lambda n: plan.tick(label, n))
+            for i, (latents, images) in enumerate(batches):
+                start = i * plan.batch_size
+                look = plan.judges.look(images, self.prompts[start : start + len(images)])
+                seen.append({**look, "latents": latents.float().cpu().numpy()})
+                first += list(images.permute(0, 2, 3, 1).numpy())[: max(0, plan.n_pictures - len(first))]
+        return stack(seen), np.stack(first)
+
+    def teacher(self) -> tuple[Arrays, Images]:
+        """`observe` of the teacher itself; UserError when it gives no finite images."""
+        try:
+            return self.observe(Architecture(), FULL)
+        except NotFinite as err:
+            raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
+
+    def noisy(self, teacher: Arrays) -> NoisySamples:
+        """The samples of the denoising error: of the plan's clean latents, else of what the teacher drew."""
+        clean, prompts = self.plan.clean or (from_numpy(teacher["latents"]), self.prompts)
+        condition = encode(self.pipe, prompts, self.plan.protocol.latent)[0] if self.plan.clean else self.conditions[0]
+        schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        return NoisySamples(clean, condition, schedule, self.plan.n_noisy, self.plan.protocol.seed)
+
+
+def eps_score(arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:
+    """The denoising error of an architecture from its samples' (n,) errors."""
+    n = len(errors)
+    if not np.isfinite(errors).all():
+        return Score(arch.key, label, "eps_mse", None, n, seed, error="the U-Net's output is not finite")
+    low, high = metrics.interval(metrics.mean_statistic(errors), n, seed) or (None, None)
+    return Score(arch.key, label, "eps_mse", float(errors.mean()), n, seed, low, high)
+
+
+class Objective:
+    """One measure of any architecture on the first n samples of a plan: noisy samples for `eps_mse`, images for the others.
+
+    `teacher` is what `Examiner.teacher` saw; it may be empty for `eps_mse` on data.
+    """
+
+    def __init__(self, examiner: Examiner, measure: str, teacher: Arrays) -> None:
+        self.examiner, self.measure, self.teacher = examiner, measure, teacher
+        plan = examiner.plan
+        if measure == "eps_mse":
+            self.n = plan.n_noisy
+            self._denoiser = Denoiser(examiner.pipe.unet, examiner.graph, examiner.noisy(teacher), plan.batch_size)
+        else:
+            self.n = plan.protocol.n_images
+
+    def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score:
+        """The score of `arch` on the first `n` samples, all when None."""
+        seed = self.examiner.plan.protocol.seed
+        if self.measure == "eps_mse":
+            return eps_score(arch, label, self._denoiser.errors(arch, n), seed)
+        plan = self.examiner.plan
+        try:
+            seen = self.teacher if not arch else self.examiner.observe(arch, label, n)[0]
+        except NotFinite as err:
+            return Score(arch.key, label, self.measure, None, n or self.n, seed, error=str(err))
+        rows = len(seen["latents"])
+        base = {name: values[:rows] for name, values in self.teacher.items()}
+        (score,) = judge(arch.key, label, [self.measure], seen, base, plan.judges, seed)
+        return score

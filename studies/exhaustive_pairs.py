@@ -1,0 +1,115 @@
+"""The truth on a small space: `eps_mse` of every removal set of fourteen units of tiny-digits within a budget.
+
+    python studies/exhaustive_pairs.py --out reports      # about 25 minutes on one core; killed and started again, it goes on
+
+The units are those of BK-SDM's hand designs, so that its presets are points of the space, and four more pairs of the inner stages.
+Every set within 71 % of the pipeline's parameters is scored, and every unit alone, all on the same 128 noisy samples of held-out
+scenes. `exhaustive-pairs.csv` then tells any search what it would have got: see `bench_search.py`. `--dry-run` prints the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+
+from blockprune import checkpoints, workbench
+from blockprune.arch import Architecture, BlockGraph
+from blockprune.budgets import parse_budget
+from blockprune.denoising import Denoiser, NoisySamples
+from blockprune.pricing import pipeline_costs
+from blockprune.sampling import encode
+from blockprune.space import Choice, Space
+from blockprune.trace import trace
+
+PAIRS = (
+    *("down_blocks.0.pair.1", "down_blocks.1.pair.0", "down_blocks.1.pair.1", "down_blocks.2.pair.0", "down_blocks.2.pair.1"),
+    *("down_blocks.3.pair.1", "up_blocks.0.pair.1", "up_blocks.1.pair.0", "up_blocks.1.pair.1", "up_blocks.1.pair.2"),
+    *("up_blocks.2.pair.1", "up_blocks.3.pair.1"),
+)
+STAGES = ("mid_block", "innermost")
+BUDGET = "71%params"
+N_SAMPLES = 128
+BATCH_SIZE = 64
+
+
+def space(budget: str) -> Space:
+    """The fourteen units under a budget in parameters of the whole pipeline."""
+    configs = checkpoints.configs("tiny-digits")
+    latent = configs.latent(None)
+    graph = trace(configs.unet, latent, configs.n_tokens)
+    outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
+    return Space(graph, units(graph), [parse_budget(budget, graph, outside, None)])
+
+
+def units(graph: BlockGraph) -> dict[str, Architecture]:
+    every = graph.units("pair") | graph.units("stage")
+    return {name: every[name] for name in (*PAIRS, *STAGES)}
+
+
+def choices(of: Space) -> Iterator[Choice]:
+    """Every unit alone, then every valid set within the budget."""
+    singles = [frozenset({label}) for label in of.labels]
+    yield from singles
+    for bits in product((False, True), repeat=len(of.labels)):
+        choice = frozenset(label for label, on in zip(of.labels, bits, strict=True) if on)
+        if choice not in singles and of.valid(choice) and of.fits(choice):
+            yield choice
+
+
+def text_of(choice: Choice) -> str:
+    return " ".join(sorted(choice))
+
+
+def table(path: Path) -> dict[Choice, float]:
+    """The scores of a stored table, by removal set; a last line torn by a kill is left out."""
+    if not path.exists():
+        return {}
+    lines, _, _ = path.read_text().rpartition("\n")
+    return {frozenset(row["removed"].split()): float(row["eps_mse"]) for row in csv.DictReader(lines.splitlines())}
+
+
+def denoiser(n: int) -> Denoiser:
+    bench = workbench.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
+    clean = workbench.clean_latents(bench, None, n, BATCH_SIZE)
+    assert clean
+    condition = encode(bench.pipe, clean[1], bench.latent)[0]
+    samples = NoisySamples(clean[0], condition, DDPMScheduler.from_config(bench.pipe.scheduler.config), n, seed=0)
+    return Denoiser(bench.pipe.unet, bench.graph, samples, BATCH_SIZE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports"))
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+    args = parser.parse_args()
+    path, of = args.out / "exhaustive-pairs.csv", space(BUDGET)
+    todo = list(choices(of))
+    known = table(path)
+    print(f"{len(todo)} removal sets of {len(of.labels)} units within {BUDGET}, {N_SAMPLES} samples each, {len(known)} done")
+    if args.dry_run:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
+    judge, start = denoiser(N_SAMPLES), time.monotonic()
+    with path.open("a", buffering=1) as out:
+        if out.tell() == 0:
+            out.write("removed,eps_mse\n")
+        for i, choice in enumerate(todo):
+            if choice not in known:
+                out.write(f"{text_of(choice)},{judge.errors(of.arch(choice)).mean():.9g}\n")
+            if i % 500 == 0:
+                print(f"{i}/{len(todo)} after {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
