@@ -19,12 +19,14 @@ _EXAMPLES = "0.66B or 480M (parameters), 220GMACs, 70ms, 65%params, 65%macs, 65%
 class Budget:
     """An upper bound on one quantity of the U-Net: parameters, MACs of a step, or seconds of a step.
 
-    `text` is what the user said; `limit` is for the U-Net alone, whatever the scope was in which it was said.
+    `text` is what the user said; `limit` is for the U-Net alone, whatever the scope was in which it was said; `outside` is what the
+    rest of the pipeline has of the quantity where that was counted in.
     """
 
     text: str
     quantity: str
     limit: float
+    outside: float = 0
 
     def __post_init__(self) -> None:
         if self.quantity not in QUANTITIES:
@@ -37,6 +39,15 @@ class Budget:
     def of(self, cost: Cost, latency_s: float, convention: str) -> float:
         """What a U-Net of that cost and latency takes of this budget's quantity."""
         return {"params": cost.params, "macs": cost.macs(convention), "latency": latency_s}[self.quantity]
+
+    def said(self, value: float) -> str:
+        """A value of the U-Net in the words and the scope of this budget: "495.9M parameters of the whole pipeline"."""
+        if self.quantity == "latency":
+            return f"{1000 * value:.3g} ms for a U-Net step"
+        if self.quantity == "macs":
+            return f"{value / 1e9:.4g} GMACs for a U-Net step"
+        where = "of the whole pipeline" if self.outside else "of the U-Net"
+        return f"{(value + self.outside) / 1e6:.4g}M parameters {where}"
 
 
 def parse_budget(
@@ -72,4 +83,5 @@ def parse_budget(
         quantity, value = ("macs" if unit else "params"), number * _SCALE[scale]
     else:
         raise UserError(f"cannot read the budget {text!r}: write {_EXAMPLES}")
-    return Budget(text, quantity, value - (outside if quantity == "params" else 0))
+    outside = outside if quantity == "params" else 0
+    return Budget(text, quantity, value - outside, outside)

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,13 @@ class Ledger:
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
 
+    @staticmethod
+    def candidate(trial: FrozenTrial) -> Candidate:
+        """What a trial scores."""
+        said = trial.user_attrs
+        arch = Architecture(frozenset(said["removed"]))
+        return Candidate(arch, said["label"], said["source"], trial.params, trial.constraints, said["costs"])
+
     def known(self) -> set[str]:
         """The keys of architectures that are scored, in work or waiting."""
         return {t.user_attrs["arch"] for t in self.trials() if _counts(t)}
@@ -108,9 +115,19 @@ class Ledger:
         """What is scored, in the order of the trials, each architecture once."""
         found: dict[str, Evaluation] = {}
         for trial in self.trials(*DONE):
-            if "score" in trial.user_attrs:
+            if "tiers" in trial.user_attrs:
                 found.setdefault(trial.user_attrs["arch"], _evaluation(trial))
         return list(found.values())
+
+    def count_cached(self, n: int) -> None:
+        """Notes how many of this worker's proposals were known already."""
+        if n != self.study.user_attrs.get(f"cached {self.worker}", 0):
+            self.study.set_user_attr(f"cached {self.worker}", n)
+
+    @property
+    def cached(self) -> int:
+        """Proposals of all workers that were known already, and so cost nothing."""
+        return sum(n for name, n in self.study.user_attrs.items() if name.startswith("cached "))
 
     def busy(self) -> bool:
         """True while some architecture waits or is in work, by whomever."""
@@ -127,7 +144,7 @@ class Ledger:
     def add_scored(self, candidate: Candidate, score: Score) -> None:
         """Puts in what was scored before, under the same terms."""
         if candidate.arch.key not in self.known() and score.value is not None:
-            self.study.add_trial(_trial(candidate, TrialState.COMPLETE, score))
+            self.study.add_trial(_trial(candidate, TrialState.COMPLETE, (score,)))
 
     def claim(self, n_trials: int | None = None) -> FrozenTrial | None:
         """A waiting trial that is now this worker's; None when there is none. Past `n_trials` architectures they are dropped."""
@@ -171,14 +188,15 @@ class Ledger:
             stop.set()
             thread.join()
 
-    def finish(self, trial: FrozenTrial, score: Score) -> Evaluation | None:
-        """Ends a trial with its score; one without a value is kept as failed and never tried again.
+    def finish(self, trial: FrozenTrial, tiers: Sequence[Score]) -> Evaluation | None:
+        """Ends a trial with its scores; one whose last has no value is kept as failed and never tried again.
 
         None when another worker thought this one dead and took the trial away.
         """
         with suppress(UpdateFinishedTrialError):
-            self.storage.set_trial_user_attr(trial._trial_id, "score", score.to_json())
-            self._end(trial, TrialState.PRUNED if score.value is None else TrialState.COMPLETE, score.value)
+            self.storage.set_trial_user_attr(trial._trial_id, "tiers", [score.to_json() for score in tiers])
+            value = tiers[-1].value
+            self._end(trial, TrialState.PRUNED if value is None else TrialState.COMPLETE, value)
             return _evaluation(self.storage.get_trial(trial._trial_id))
         return None
 
@@ -195,12 +213,12 @@ class Ledger:
         failed = [t for t in self.trials(TrialState.FAIL) if "arch" in t.user_attrs and t.user_attrs["arch"] not in owned]
         for key in dict.fromkeys(t.user_attrs["arch"] for t in failed):
             attempts = [t for t in failed if t.user_attrs["arch"] == key]
-            candidate = _candidate(attempts[0])
+            candidate = self.candidate(attempts[0])
             if len(attempts) < MAX_ATTEMPTS:
                 self.study.add_trial(_trial(candidate, TrialState.WAITING))
             else:
                 lost = Score(key, candidate.label, self.measure, None, 0, 0, error=f"its worker died {len(attempts)} times")
-                self.study.add_trial(_trial(candidate, TrialState.PRUNED, lost))
+                self.study.add_trial(_trial(candidate, TrialState.PRUNED, (lost,)))
 
     @property
     def measure(self) -> str:
@@ -227,30 +245,25 @@ def _started(pid: int) -> str:
 def _counts(trial: FrozenTrial) -> bool:
     """True for a trial that owns its architecture: waiting, in work or scored, not failed or dropped."""
     if trial.state in DONE:
-        return "score" in trial.user_attrs
+        return "tiers" in trial.user_attrs
     return trial.state != TrialState.FAIL
 
 
-def _trial(candidate: Candidate, state: TrialState, score: Score | None = None) -> FrozenTrial:
+def _trial(candidate: Candidate, state: TrialState, tiers: Sequence[Score] = ()) -> FrozenTrial:
     attrs: dict[str, Any] = {"arch": candidate.arch.key, "label": candidate.label, "source": candidate.source}
     attrs |= {"removed": list(candidate.arch), "costs": dict(candidate.costs)}
     return create_trial(
         state=state,
-        value=score.value if score else None,
+        value=tiers[-1].value if tiers else None,
         params=dict(candidate.params),
         distributions=dict.fromkeys(candidate.params, UNIT),
-        user_attrs=attrs | ({"score": score.to_json()} if score else {}),
+        user_attrs=attrs | ({"tiers": [score.to_json() for score in tiers]} if tiers else {}),
         constraints=dict(candidate.over),
     )
-
-
-def _candidate(trial: FrozenTrial) -> Candidate:
-    said = trial.user_attrs
-    arch = Architecture(frozenset(said["removed"]))
-    return Candidate(arch, said["label"], said["source"], trial.params, trial.constraints, said["costs"])
 
 
 def _evaluation(trial: FrozenTrial) -> Evaluation:
     ended = trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0
     began = trial.datetime_start.timestamp() if trial.datetime_start else ended
-    return Evaluation(trial.number, _candidate(trial), Score.from_json(trial.user_attrs["score"]), ended, ended - began)
+    tiers = tuple(Score.from_json(row) for row in trial.user_attrs["tiers"])
+    return Evaluation(trial.number, Ledger.candidate(trial), tiers, ended, ended - began)

@@ -63,6 +63,20 @@ class Score:
     delta_high: float | None = None
     error: str = ""
 
+    @property
+    def loss(self) -> float:
+        """The value with the sign that makes larger worse; infinite when the measurement failed."""
+        if self.value is None:
+            return float("inf")
+        return self.value if measure(self.measure).direction == "down" else -self.value
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The better and the worse end of the interval, as losses; the loss itself twice where there is no interval."""
+        if self.low is None or self.high is None:
+            return self.loss, self.loss
+        return (self.low, self.high) if measure(self.measure).direction == "down" else (-self.high, -self.low)
+
     def to_json(self) -> dict[str, Any]:
         kind = measure(self.measure)
         return asdict(self) | {"unit": kind.unit, "direction": kind.direction}
@@ -95,29 +109,39 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A candidate with its score; `ended` is a time in seconds since the epoch, `seconds` what it took."""
+    """A candidate with its scores, one for each number of samples that it was tried on, the last of which counts.
+
+    `ended` is a time in seconds since the epoch, `seconds` what the evaluation took.
+    """
 
     trial: int
     candidate: Candidate
-    score: Score
+    tiers: tuple[Score, ...]
     ended: float
     seconds: float
 
     @property
+    def score(self) -> Score:
+        return self.tiers[-1]
+
+    @property
     def loss(self) -> float:
-        """The score with the sign that makes larger worse; infinite when it failed."""
-        if self.score.value is None:
-            return float("inf")
-        return self.score.value if measure(self.score.measure).direction == "down" else -self.score.value
+        return self.score.loss
 
     def to_json(self) -> dict[str, Any]:
         c = self.candidate
         said = {"source": c.source, "removed": list(c.arch), "params": dict(c.params), "over": dict(c.over), "costs": dict(c.costs)}
-        return {"trial": self.trial, **said, "ended": self.ended, "seconds": self.seconds, "score": self.score.to_json()}
+        return {
+            "trial": self.trial,
+            **said,
+            "ended": self.ended,
+            "seconds": self.seconds,
+            "tiers": [s.to_json() for s in self.tiers],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
         arch = Architecture(frozenset(data["removed"]))
-        score = Score.from_json(data["score"])
-        candidate = Candidate(arch, score.label, data["source"], data["params"], data["over"], data["costs"])
-        return cls(data["trial"], candidate, score, data["ended"], data["seconds"])
+        tiers = tuple(Score.from_json(row) for row in data["tiers"])
+        candidate = Candidate(arch, tiers[-1].label, data["source"], data["params"], data["over"], data["costs"])
+        return cls(data["trial"], candidate, tiers, data["ended"], data["seconds"])

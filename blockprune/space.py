@@ -91,6 +91,22 @@ class Space:
         """True when every budget holds; a latency budget by prediction."""
         return bool((self.savings @ self._mask(choice) >= self.needed).all())
 
+    def over(self, arch: Architecture) -> dict[str, float]:
+        """By how much `arch` exceeds each budget, relative to it, by the budget's text; at most 0 where it fits."""
+        cost, latency_s = self.graph.cost(arch), self.latency(arch)
+        return {b.text: b.of(cost, latency_s, self.convention) / b.limit - 1 for b in self.budgets}
+
+    def holds(self, arch: Architecture) -> bool:
+        """`fits` for any architecture, of units or not."""
+        return all(excess <= 0 for excess in self.over(arch).values())
+
+    def latency(self, arch: Architecture) -> float:
+        """Predicted seconds of a step: what the units save alone, summed; in proportion to MACs for what is no union of units."""
+        choice = self.choice(arch)
+        if choice is None:
+            return self.latency_s * self.graph.cost(arch).thop / self.graph.total.thop
+        return self.latency_s - sum(self.saved_s.get(label, 0.0) for label in choice)
+
     def _mask(self, choice: Collection[str]) -> Floats:
         return np.array([label in choice for label in self.labels], dtype=np.float64)
 
@@ -105,7 +121,8 @@ class Space:
     def check(self) -> None:
         """Raises UserError when no choice meets the budgets, with the least that each quantity can come down to."""
         if next(self.best(dict.fromkeys(self.labels, 1.0), 1), None) is None:
-            reach = ", ".join(f"{b.quantity} {self.smallest()[b.text]:.4g} (U-Net)" for b in self.budgets)
+            least = self.smallest()
+            reach = ", ".join(b.said(least[b.text]) for b in self.budgets)
             raise UserError(
                 f"no removal meets the budget {' and '.join(b.text for b in self.budgets)}: the least to be had is {reach}"
             )
@@ -156,7 +173,7 @@ class Space:
     def repair(self, choice: Collection[str], scores: Mapping[str, float]) -> Choice | None:
         """The nearest valid choice within the budgets: units of least score for what they save are added until it fits, then those
         of the highest score that need not go are put back. None when there is none from here."""
-        chosen = self._without_overlaps(choice, scores)
+        chosen = self._without_overlaps(choice)
         while not self.fits(chosen):
             gaps = np.maximum(self.needed - self.savings @ self._mask(chosen), 0) / np.maximum(self.needed, 1e-12)
             rate = {}
@@ -170,6 +187,15 @@ class Space:
             chosen = chosen | {label} | {b for a, b in self.required if a == label}
         return self._put_back(chosen, scores)
 
+    def drawn(self, order: Sequence[str]) -> Choice | None:
+        """The units in that order, as many as it takes to meet the budgets; None when all of them do not."""
+        chosen: Choice = frozenset()
+        for label in order:
+            if self.fits(chosen):
+                return chosen
+            chosen = self._without_overlaps(chosen | {label})
+        return chosen if self.fits(chosen) else None
+
     def _put_back(self, chosen: Choice, scores: Mapping[str, float]) -> Choice:
         """`chosen` without the units that need not go, those of the highest score first."""
         for label in sorted(chosen, key=lambda c: -scores[c]):
@@ -178,7 +204,7 @@ class Space:
                 return self._put_back(fewer, scores)
         return chosen
 
-    def _without_overlaps(self, choice: Collection[str], scores: Mapping[str, float]) -> Choice:
+    def _without_overlaps(self, choice: Collection[str]) -> Choice:
         """`choice` without the units that lie inside another of it, and with what its units require."""
         chosen = frozenset(choice) | {b for a, b in self.required if a in choice}
         inner = {a if self.units[a] <= self.units[b] else b for a, b in self.exclusive if a in chosen and b in chosen}

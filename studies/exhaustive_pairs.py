@@ -40,13 +40,13 @@ N_SAMPLES = 128
 BATCH_SIZE = 64
 
 
-def space(budget: str) -> Space:
-    """The fourteen units under a budget in parameters of the whole pipeline."""
+def space(*budgets: str) -> Space:
+    """The fourteen units under budgets; those in parameters are of the whole pipeline."""
     configs = checkpoints.configs("tiny-digits")
     latent = configs.latent(None)
     graph = trace(configs.unet, latent, configs.n_tokens)
     outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
-    return Space(graph, units(graph), [parse_budget(budget, graph, outside, None)])
+    return Space(graph, units(graph), [parse_budget(budget, graph, outside, None) for budget in budgets])
 
 
 def units(graph: BlockGraph) -> dict[str, Architecture]:

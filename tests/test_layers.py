@@ -21,6 +21,7 @@ LAYERS: list[tuple[str, ...] | set[str]] = [
     MATHS,
     {"surgery", "families", "data", "digits", "features", "imaging", "costs", "latency", "crosscheck", "store", "checkpoints"},
     {"trace", "replay", "sampling", "space", "export", "pricing", "ledger"},
+    {"proposals"},
     {"denoising", "workbench"},
     {"scoring"},
     {"scan", "search", "distill", "evaluate", "report"},

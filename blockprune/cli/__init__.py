@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from blockprune.cli import cost, graph, scan, stats
+from blockprune.cli import cost, graph, scan, search, stats
 from blockprune.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("graph")(graph.graph)
 app.command("cost")(cost.cost)
 app.command("scan")(scan.scan)
+app.command("search")(search.search)
 app.command("stats")(stats.stats)
 
 

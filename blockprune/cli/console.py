@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,8 +13,11 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingCo
 from rich.table import Table
 from rich.text import Text
 
-from blockprune.records import MEASURES
+from blockprune.arch import Cost
+from blockprune.records import MEASURES, Candidate, Evaluation
 from blockprune.report import ScanView, ranking
+from blockprune.report.search_text import against
+from blockprune.report.search_view import SearchView
 from blockprune.report.text import correlation_text, count, number, with_interval
 from blockprune.report.view import QUALITY
 
@@ -140,6 +143,95 @@ class WorkProgress:
         left = max(sum(self.steps.values()) - done, 0) * elapsed / done
         rate = f"{self.done[step]} {self.unit}, {done / elapsed:.3g} {self.unit}/s, {_duration(left)} left"
         return f"[{self._finished()}/{len(self.steps)}] {step}: {rate}"
+
+
+def print_finalists(view: SearchView, console: Console) -> None:
+    """Prints the finalists, the winner first, and what became of the known designs."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in ("#", "architecture", f"{view.measure}, fresh seeds", "parameters", "MACs (thop)", "latency", "within budget"):
+        table.add_column(name, justify="left" if name == "architecture" else "right", no_wrap=True)
+    total = view.graph.total
+    for rank, e in enumerate([*view.ranked, *(e for e in view.finals if e not in view.ranked)], 1):
+        cost, ratio = view.cost(e), view.latency_ratio(e)
+        cells = [str(rank), e.score.label, with_interval(e.score.value, e.score.low, e.score.high)]
+        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "-" if ratio is None else f"{ratio:.3f}x"]
+        table.add_row(*(Text(c) for c in [*cells, "yes" if view.holds(e) else "no"]), style="bold" if rank == 1 else "")
+    console.print(table)
+    for line in against(view):
+        console.print(Text(line.replace("`", "")), soft_wrap=True)
+
+
+def print_solutions(solutions: Sequence[Candidate], total: Cost, console: Console) -> None:
+    """Prints the exact solutions on known scores, best first."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in ("#", "parameters", "MACs (thop)", "removed"):
+        table.add_column(name, justify="left" if name == "removed" else "right", overflow="fold")
+    for rank, c in enumerate(solutions, 1):
+        shares = (f"{c.costs['params'] / total.params:.1%}", f"{c.costs['macs_thop'] / total.thop:.1%}")
+        table.add_row(str(rank), *shares, Text(", ".join(c.arch)))
+    console.print(table)
+
+
+class SearchProgress:
+    """Progress of a search: evaluations, best so far, proposals that were known, time left.
+
+    A bar on a terminal; elsewhere a line for each new best, each finalist, and every tenth of the way. `cached` counts the
+    proposals that were known already.
+    """
+
+    def __init__(self, console: Console, n_trials: int, cached: Callable[[], int]) -> None:
+        self.console, self.n_trials, self.cached = console, n_trials, cached
+        self.n = self.n_new = 0
+        self.best: Evaluation | None = None
+        self.start, self.start_time = time.monotonic(), time.time()
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("search", total=n_trials)
+
+    def __enter__(self) -> SearchProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def say(self, text: str, style: str = "") -> None:
+        """Prints one line, above the bar where there is one."""
+        self.console.print(Text(" ".join(text.split()), style=style), soft_wrap=True)
+
+    def tell(self, kind: str, e: Evaluation) -> None:
+        """One more architecture is scored: "search", or "final" on fresh seeds."""
+        if kind == "final":
+            self.say(f"finalist {e.score.label}: {_scored(e)}, n = {e.score.n}")
+        if kind != "search":
+            return
+        self.n, self.n_new = self.n + 1, self.n_new + (e.ended >= self.start_time)
+        is_best = e.candidate.fits and e.score.value is not None and (self.best is None or e.loss < self.best.loss)
+        if is_best:
+            self.best = e
+        self.bar.update(self.task, completed=self.n, description=self._best())
+        if e.score.error:
+            self.say(f"[{self.n}/{self.n_trials}] {e.score.label} failed: {e.score.error}", "red")
+        elif is_best or (not self.console.is_terminal and self.n % max(1, self.n_trials // 10) == 0):
+            self.say(f"[{self.n}/{self.n_trials}] {self._best()}, {self.cached()} proposals known already, {self._left()}")
+
+    def _best(self) -> str:
+        return f"best {self.best.score.label}: {_scored(self.best)}" if self.best else "nothing fits yet"
+
+    def _left(self) -> str:
+        each = (time.monotonic() - self.start) / max(1, self.n_new)
+        return f"{_duration(max(0, self.n_trials - self.n) * each)} left"
+
+
+def _scored(e: Evaluation) -> str:
+    return f"{e.score.measure} {with_interval(e.score.value, e.score.low, e.score.high)}"
 
 
 def _duration(seconds: float) -> str:

@@ -30,6 +30,19 @@ Macs = Annotated[str, typer.Option(help=f"Which multiply-adds to show: {', '.joi
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with every convention, instead of a table.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; cuda where there is one when left out.")]
 Dtype = Annotated[str, typer.Option(help=f"Precision of the weights: {', '.join(DTYPES)}.")]
+NImages = Annotated[int | None, typer.Option(help="images per architecture")]
+Steps = Annotated[int | None, typer.Option(help="denoising steps")]
+CfgScale = Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1 for none")]
+Scheduler = Annotated[str, typer.Option(help="ddim, pndm, euler, dpm++, …; default: the model's own")]
+EpsSamples = Annotated[int | None, typer.Option(help="noisy samples for eps_mse, timesteps stratified")]
+Data = Annotated[str | None, typer.Option(help="folder of images for eps_mse; default: the teacher's own samples")]
+Prompts = Annotated[str | None, typer.Option(help="prompts: .txt, .csv or .jsonl")]
+Reference = Annotated[str | None, typer.Option(help="real images for fid and kid: a folder or `blockprune stats` file")]
+Detector = Annotated[str | None, typer.Option(help="inception, a transformers folder or hub id")]
+InceptionWeights = Annotated[str | None, typer.Option(help="inception-2015-12-05.pt")]
+Clip = Annotated[str | None, typer.Option(help="CLIP model for clip_score: folder or hub id")]
+Seed = Annotated[int, typer.Option(help="image i uses seed + i")]
+BatchSize = Annotated[int | None, typer.Option(help="images at a time; changes speed and memory only")]
 
 
 def device_of(text: str | None) -> torch.device:

@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockprune.arch import Architecture, BlockGraph
-from blockprune.records import Score
+from blockprune.budgets import parse_budget
+from blockprune.errors import UserError
+from blockprune.records import Evaluation, Score
 from blockprune.report import ScanView, to_csv, to_json, to_markdown
+from blockprune.report.search_view import SearchView
 from blockprune.store import Run, read_rows, read_run
 
 Arrays = dict[str, NDArray[Any]]
@@ -50,6 +53,57 @@ def _pictures(folder: Path, archs: Mapping[str, Architecture], n: int) -> dict[s
             strip = np.asarray(Image.open(file).convert("RGB"))
             found[label] = np.stack(np.split(strip, n, axis=1))
     return found
+
+
+def search_view_of(folder: Path) -> SearchView:
+    """What a search directory says. Raises UserError when it is none."""
+    said, rows = read_run(folder), read_rows(folder)
+    if said["command"] != "search":
+        raise UserError(f"{str(folder)!r} holds a {said['command']} run, not a search")
+    graph, asked = BlockGraph.from_json(said["graph"]), said["asked"]
+    evaluations = {
+        kind: [Evaluation.from_json(row) for row in rows if row["kind"] == kind] for kind in ("search", "random", "final")
+    }
+    scores: dict[str, dict[str, Score]] = {}
+    for row in rows:
+        found = row["scores"] if row["kind"] == "seen" else [row] if row["kind"] == "timing" else []
+        for score in map(Score.from_json, found):
+            scores.setdefault(score.label, {})[score.measure] = score
+    full = scores.get("full", {}).get("latency")
+    scope = (said["outside_params"], full.value if full else None, asked["macs"], asked["scope"])
+    limits = {text: (b.quantity, b.limit) for text in asked["budget"] for b in [parse_budget(text, graph, *scope)]}
+    archs = {e.score.label: e.candidate.arch for e in evaluations["final"]}
+    return SearchView(
+        protocol={"model": said["model"], **asked, **said["made_with"]},
+        graph=graph,
+        outside_params=said["outside_params"],
+        limits=limits,
+        search=sorted(evaluations["search"], key=lambda e: e.trial),
+        random=sorted(evaluations["random"], key=lambda e: e.trial),
+        finals=evaluations["final"],
+        scores=scores,
+        images=_pictures(folder, {"full": Architecture(), **archs}, len(said["pictured_prompts"])),
+        prompts=said["pictured_prompts"],
+    )
+
+
+def write_search(run: Run) -> SearchView:
+    """Writes best.json, finalists.csv, report.md, the figures, and pareto.json for a front; returns what they were made from."""
+    from blockprune.report import search_text
+    from blockprune.report.canvas import png
+    from blockprune.report.search_figures import search_figures
+
+    view, names = search_view_of(run.path), []
+    quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
+    run.write("best.json", search_text.best_json(view))
+    run.write("finalists.csv", search_text.finalists_csv(view))
+    if view.protocol["pareto"]:
+        run.write("pareto.json", search_text.pareto_json(view, quantity))
+    for name, figure in search_figures(view, quantity):
+        run.write(name, png(figure))
+        names.append(name)
+    run.write("report.md", search_text.search_markdown(view, names))
+    return view
 
 
 def view_of(folder: Path) -> ScanView:

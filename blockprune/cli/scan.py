@@ -10,17 +10,15 @@ import typer
 
 from blockprune.arch import Architecture, BlockGraph
 from blockprune.cli import options
+from blockprune.cli.measuring import plan_of, terms
 from blockprune.errors import UserError
-from blockprune.records import MEASURES, Score, measure
+from blockprune.records import Score, measure
 
 if TYPE_CHECKING:
     from blockprune.cli.console import WorkProgress
-    from blockprune.imaging import Judges
     from blockprune.scoring import Plan
     from blockprune.store import Run
     from blockprune.workbench import Bench
-
-N_PICTURES = 6
 
 
 def scan(
@@ -30,19 +28,19 @@ def scan(
         list[str] | None, typer.Option(help="an architecture to score: preset, block names or JSON file; repeatable")
     ] = None,
     measures: Annotated[str | None, typer.Option(help="comma-separated; default: all that have what they need")] = None,
-    n_images: Annotated[int | None, typer.Option(help="images per architecture")] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="classifier-free guidance scale; 1 for none")] = None,
-    scheduler: Annotated[str, typer.Option(help="ddim, pndm, euler, dpm++, …; default: the model's own")] = "",
-    eps_samples: Annotated[int | None, typer.Option(help="noisy samples for eps_mse, timesteps stratified")] = None,
-    data: Annotated[str | None, typer.Option(help="folder of images for eps_mse; default: the teacher's own samples")] = None,
-    prompts: Annotated[str | None, typer.Option(help="prompts: .txt, .csv or .jsonl")] = None,
-    reference: Annotated[str | None, typer.Option(help="real images for fid and kid: a folder or `blockprune stats` file")] = None,
-    detector: Annotated[str | None, typer.Option(help="inception, a transformers folder or hub id")] = None,
-    inception_weights: Annotated[str | None, typer.Option(help="inception-2015-12-05.pt")] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP model for clip_score: folder or hub id")] = None,
-    seed: Annotated[int, typer.Option(help="image i uses seed + i")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="images at a time; changes speed and memory only")] = None,
+    n_images: options.NImages = None,
+    steps: options.Steps = None,
+    cfg_scale: options.CfgScale = None,
+    scheduler: options.Scheduler = "",
+    eps_samples: options.EpsSamples = None,
+    data: options.Data = None,
+    prompts: options.Prompts = None,
+    reference: options.Reference = None,
+    detector: options.Detector = None,
+    inception_weights: options.InceptionWeights = None,
+    clip: options.Clip = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = None,
     resolution: options.Resolution = None,
     device: options.Device = None,
     dtype: options.Dtype = "float32",
@@ -57,7 +55,7 @@ def scan(
     bench = workbench.load_bench(model, resolution, options.device_of(device), options.dtype_of(dtype))
     opts |= {name: value for name, value in bench.defaults.items() if opts.get(name) is None}
     archs = _archs(bench.graph, unit, arch or [])
-    plan = _plan(bench, opts)
+    plan = plan_of(bench, opts, opts["measures"])
     with _open(bench, opts, plan, archs) as run:
         _run(run, bench, archs, plan)
 
@@ -77,43 +75,15 @@ def _archs(graph: BlockGraph, unit: str | None, texts: list[str]) -> dict[str, A
     return {label: arch for label, arch in chosen.items() if arch}
 
 
-def _plan(bench: Bench, opts: Mapping[str, Any]) -> Plan:
-    from blockprune import workbench
-    from blockprune.imaging import check_judges
-    from blockprune.sampling import Protocol
-    from blockprune.scoring import Plan
-
-    batch_size = options.at_least("--batch-size", opts["batch_size"], 1)
-    n_noisy = options.at_least("--eps-samples", opts["eps_samples"], 1)
-    protocol = Protocol(opts["n_images"], opts["steps"], opts["cfg_scale"], opts["seed"], bench.latent, opts["scheduler"])
-    prompts = workbench.prompts_of(opts["prompts"], bench)
-    judges = workbench.judges_of(bench, *(opts[name] for name in ("detector", "inception_weights", "clip", "reference")))
-    measures = opts["measures"] or _possible(judges)
-    check_judges(measures, judges)
-    clean = workbench.clean_latents(bench, opts["data"], n_noisy, batch_size) if "eps_mse" in measures else None
-    return Plan(measures, protocol, prompts, n_noisy, clean, judges, batch_size, min(N_PICTURES, protocol.n_images))
-
-
-def _possible(judges: Judges) -> list[str]:
-    """Every measure that has the judge it needs."""
-    from blockprune.imaging import lacks
-
-    return [name for name in MEASURES if not lacks(name, judges)]
-
-
 def _open(bench: Bench, opts: Mapping[str, Any], plan: Plan, archs: Mapping[str, Architecture]) -> Run:
     """The run directory. Only what changes the numbers is compared when it is opened again."""
     from blockprune import workbench
     from blockprune.store import Run
 
-    device = bench.pipe.device
-    same = ("model", "n_images", "steps", "cfg_scale", "scheduler", "seed", "eps_samples", "dtype")
-    asked = {name: opts[name] for name in same} | {"teacher": bench.identity, "latent": bench.latent, "device": device.type}
-    asked |= {"measures": plan.measures, "prompts": workbench.fingerprint(plan.prompts), **workbench.describe(plan.judges)}
-    asked |= {"data": opts["data"] or "the teacher's own samples"}
+    asked = terms(bench, opts, plan) | {"measures": plan.measures}
     asked |= {"removals": workbench.fingerprint([f"{label}:{arch.key}" for label, arch in archs.items()])}
     note = {
-        "made_with": workbench.made_with(device),
+        "made_with": workbench.made_with(bench.pipe.device),
         "archs": {label: list(arch) for label, arch in {"full": Architecture(), **archs}.items()},
         "graph": bench.graph.to_json(),
         "pictured_prompts": [plan.prompts[i % len(plan.prompts)] for i in range(plan.n_pictures)],

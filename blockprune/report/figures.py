@@ -255,7 +255,7 @@ def grid(view: ScanView) -> Figure:
 def _row_name(ax: Axes, view: ScanView, label: str, x: float, y: float) -> None:
     names = {m: MEASURES[m].title if len(MEASURES[m].title) < 12 else m for m in QUALITY}
     numbers = [f"{name} {number(v)}" for m, name in names.items() if (v := view.value(label, m)) is not None]
-    name = "teacher" if label == TEACHER else f"without {short(label)}"
+    name = "teacher" if label == TEACHER else f"without {short(label)}" if short(label) != label else label
     write(ax, x, y - 0.09, "\n".join(textwrap.wrap(name, 24)), ha="right", va="bottom", fontsize=8, weight="bold")
     write(ax, x, y - 0.03, "\n".join(numbers[:3]), ha="right", va="top", fontsize=7, color=MUTED, linespacing=1.35)
 

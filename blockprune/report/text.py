@@ -101,7 +101,7 @@ def to_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
         "## Summary",
         *summary(view),
         "## What was asked",
-        _table(["", ""], protocol) if protocol else "The protocol was not recorded.",
+        table(["", ""], protocol) if protocol else "The protocol was not recorded.",
         "## Ranking",
         _order(view),
         _ranked_table(view),
@@ -124,7 +124,7 @@ def _order(view: ScanView) -> str:
     return f"From the least to the most quality lost, by {MEASURES[main].title} (`{main}`). In brackets: 95 % bootstrap intervals."
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -142,7 +142,7 @@ def _ranked_table(view: ScanView) -> str:
         cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in measures]
         cells += [saving(row["params_saved"], total.params), saving(row["macs_saved_thop"], total.thop)]
         lines.append(cells + [number(row["latency_ratio"])] * timed + [escaped(row["error"])] * errors)
-    return _table(head + ["failed"] * errors, lines)
+    return table(head + ["failed"] * errors, lines)
 
 
 def summary(view: ScanView) -> list[str]:

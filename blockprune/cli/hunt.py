@@ -1,0 +1,134 @@
+"""One search in one process: what it scores with, which candidates it considers, and where it keeps the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from blockprune import workbench
+from blockprune.cli import options, outputs
+from blockprune.cli.measuring import plan_of, terms
+from blockprune.cli.problem import Problem
+from blockprune.ledger import Ledger, open_storage
+from blockprune.records import Evaluation
+from blockprune.scoring import Arrays, Examiner, Objective, Plan
+from blockprune.search import Chance, Listed, Tiers, finalists, search
+from blockprune.workbench import Bench
+
+FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck does not win again
+PICTURE_TERMS = ("prompts", "n_images", "steps", "cfg_scale", "scheduler")
+JUDGE_TERMS = ("detector", "clip", "reference", "n_reference")
+COMMON_TERMS = ("teacher", "latent", "dtype", "device", "seed")
+
+
+def relevant(asked: Mapping[str, Any], objective: str) -> dict[str, Any]:
+    """Those of a run's terms that change the numbers of one measure."""
+    names = [*COMMON_TERMS]
+    if objective != "eps_mse":
+        names += [*PICTURE_TERMS, *JUDGE_TERMS]
+    else:
+        names += ["eps_samples", "data", *(PICTURE_TERMS if asked.get("data") == "the teacher's own samples" else ())]
+    return {name: asked.get(name) for name in names}
+
+
+@dataclass
+class Hunt:
+    """A search as the options say it, on a loaded bench. Several processes may hold the same one; they meet in its ledgers.
+
+    `keep` stores what the teacher drew; only the process that owns the run directory may.
+    """
+
+    bench: Bench
+    opts: Mapping[str, Any]
+    folder: Path
+    keep: Callable[[str, Arrays], None] = lambda name, arrays: None
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_of(self.bench, self.opts, [self.opts["objective"]])
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What must be the same for two searches to share scores and candidates."""
+        same = ("objective", "unit", "keep", "budget", "scope", "macs", "pareto")
+        return relevant(terms(self.bench, self.opts, self.plan), self.opts["objective"]) | {k: self.opts[k] for k in same}
+
+    @cached_property
+    def problem(self) -> Problem:
+        return Problem(self.bench.graph, self.opts)
+
+    def ledger(self, kind: str = "search") -> Ledger:
+        """The study of the "search", of its "final", or of "random" sets for comparison."""
+        asked = self.asked | ({"final_factor": self.opts["final_factor"]} if kind == "final" else {})
+        name = self.opts["study_name"] + ("" if kind == "search" else f"-{kind}")
+        return Ledger(self.storage, name, self.opts["objective"], asked)
+
+    @cached_property
+    def storage(self) -> Any:
+        return open_storage(self.opts["storage"], self.folder / "study.journal")
+
+    def tiers(self) -> Tiers:
+        shares = (1,) if self.opts["pareto"] else (0.25, 1)
+        sizes = sorted({max(1, round(share * self.n)) for share in shares})
+        return Tiers(self.objective(self.plan, "teacher"), sizes)
+
+    @property
+    def n(self) -> int:
+        return self.plan.n_noisy if self.opts["objective"] == "eps_mse" else self.plan.protocol.n_images
+
+    @cached_property
+    def fresh(self) -> Plan:
+        """The plan of the finals: other seeds, and more samples."""
+        factor, seed = self.opts["final_factor"], self.plan.protocol.seed + FRESH
+        n_images = self.plan.protocol.n_images * (factor if self.needs_teacher else 1)
+        protocol = replace(self.plan.protocol, seed=seed, n_images=n_images)
+        n_noisy = self.plan.n_noisy * factor
+        clean = self.plan.clean and workbench.clean_latents(self.bench, self.opts["data"], n_noisy, self.plan.batch_size)
+        return replace(self.plan, protocol=protocol, n_noisy=n_noisy, clean=clean)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.opts["objective"] != "eps_mse" or self.plan.clean is None
+
+    def objective(self, plan: Plan, part: str) -> Objective:
+        return Objective(Examiner(self.bench.pipe, self.bench.graph, plan), self.opts["objective"], self.teacher(plan, part))
+
+    def teacher(self, plan: Plan, part: str) -> Arrays:
+        """What the teacher drew under a plan, kept in the run directory; empty when nothing asks for it."""
+        if not self.needs_teacher:
+            return {}
+        if (kept := outputs.recall_arrays(self.folder, part)) is None:
+            kept, _ = Examiner(self.bench.pipe, self.bench.graph, plan).teacher()
+            self.keep(part, kept)
+        return kept
+
+    def work(self) -> Iterator[tuple[str, Evaluation]]:
+        """Scores until the search and its finals are done; yields what this process scored, with the kind of its ledger."""
+        main, strategy = self.ledger(), self.problem.strategy(self.opts["seed"] + 1000 * self.opts.get("worker", 0))
+        tiers = self.tiers()
+        for e in search(main, strategy, tiers, self.opts["trials"]):
+            main.count_cached(strategy.cached)
+            yield "search", e
+        objective = self.objective(self.fresh, "teacher-fresh")
+        for e in search(
+            self.ledger("random"),
+            Chance(strategy, self.opts["seed"] + 1000 * self.opts.get("worker", 0)),
+            self.tiers(),
+            self.opts["random"],
+        ):
+            yield "random", e
+        listed = Listed(finalists(main.evaluations(), self.problem.spaces, self.opts["finalists"]))
+        objective = self.objective(self.fresh, "teacher-fresh")
+        for e in search(self.ledger("final"), listed, lambda c, _: (objective(c.arch, c.label),)):
+            yield "final", e
+
+
+def hunt(opts: Mapping[str, Any], folder: Path) -> Hunt:
+    """The search that the options say, its model loaded."""
+    device, dtype = options.device_of(opts["device"]), options.dtype_of(opts["dtype"])
+    bench = workbench.load_bench(opts["model"], opts["resolution"], device, dtype)
+    filled = dict(opts) | {name: value for name, value in bench.defaults.items() if opts.get(name) is None}
+    return Hunt(bench, filled, folder)

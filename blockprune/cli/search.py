@@ -1,0 +1,89 @@
+"""`blockprune search`: the best removal set under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blockprune.cli import options
+from blockprune.errors import UserError
+
+OBJECTIVES = ("eps_mse", "fid", "kid", "feature_distance", "clip_score")
+SAMPLERS = ("tpe", "gp", "nsga2", "random")
+PARETO = ("params", "macs", "latency")
+SCOPES = ("pipeline", "unet")
+
+
+def search(
+    model: options.Model = "tiny-digits",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="0.66B, 480M (parameters), 220GMACs, 70ms, 65%params, 65%macs, 65%latency; repeatable, all must hold"),
+    ] = None,
+    scope: Annotated[str, typer.Option(help="what parameters are counted: pipeline, as the papers do, or unet")] = "pipeline",
+    macs: options.Macs = "thop",
+    unit: Annotated[str, typer.Option(help="what may go: stage, pair, block, layer, or several as in block,layer")] = "block",
+    keep: Annotated[str | None, typer.Option(help="blocks that must stay, comma-separated; * and {a,b} stand for several")] = None,
+    objective: Annotated[str, typer.Option(help=f"what is made best: {', '.join(OBJECTIVES)}")] = "eps_mse",
+    trials: Annotated[int, typer.Option(help="architectures to score, the removals of single units among them")] = 200,
+    sampler: Annotated[str, typer.Option(help=f"Optuna's sampler after the exact solution: {', '.join(SAMPLERS)}")] = "tpe",
+    finalists: Annotated[int, typer.Option(help="how many are scored again on fresh seeds, presets besides")] = 4,
+    final_factor: Annotated[int, typer.Option(help="how many times more samples the finalists get")] = 4,
+    random: Annotated[int, typer.Option(help="random sets to score as well, for comparison in the report")] = 0,
+    pareto: Annotated[str | None, typer.Option(help=f"a front instead of one budget: {', '.join(PARETO)}")] = None,
+    solve_only: Annotated[bool, typer.Option("--solve-only", help="no forward pass: solve exactly on known scores")] = False,
+    from_scan: Annotated[Path | None, typer.Option(help="run directory of a scan or search whose scores are taken over")] = None,
+    workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL, such as postgresql://…, shared by hosts; default: in --out")
+    ] = None,
+    study_name: Annotated[str | None, typer.Option(help="name of the study in the storage; default: the name of --out")] = None,
+    n_images: options.NImages = None,
+    steps: options.Steps = None,
+    cfg_scale: options.CfgScale = None,
+    scheduler: options.Scheduler = "",
+    eps_samples: options.EpsSamples = None,
+    data: options.Data = None,
+    prompts: options.Prompts = None,
+    reference: options.Reference = None,
+    detector: options.Detector = None,
+    inception_weights: options.InceptionWeights = None,
+    clip: options.Clip = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = None,
+    resolution: options.Resolution = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    out: Annotated[Path | None, typer.Option(help="run directory; the same command again goes on")] = None,
+) -> None:
+    """Find the removal set that loses least within a budget, and write it to best.json."""
+    opts = _checked(dict(locals()))
+    from blockprune.cli import searching
+
+    folder = Path(opts["out"] or Path("runs") / f"search-{Path(model).name}")
+    opts["study_name"] = study_name or folder.name
+    if solve_only:
+        searching.solve_only(opts, folder)
+    else:
+        searching.run(opts, folder)
+
+
+def _checked(opts: dict[str, Any]) -> dict[str, Any]:
+    """The options, where nothing in them is wrong by itself."""
+    opts |= {"budget": opts["budget"] or [], "from_scan": opts["from_scan"] and str(opts["from_scan"])}
+    for name, known in {"objective": OBJECTIVES, "sampler": SAMPLERS, "pareto": PARETO, "scope": SCOPES}.items():
+        if opts[name] is not None and opts[name] not in known:
+            raise UserError(f"unknown {name} {opts[name]!r}: choose from {', '.join(known)}")
+    for name in ("trials", "finalists", "final_factor", "workers"):
+        options.at_least(f"--{name.replace('_', '-')}", opts[name], 1)
+    options.at_least("--random", opts["random"], 0)
+    options.convention(opts["macs"])
+    if not opts["budget"] and not opts["pareto"]:
+        raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")
+    if opts["workers"] > 1 and str(opts["storage"] or "").startswith("sqlite"):
+        raise UserError(
+            "SQLite lets two workers take one trial: with --workers leave --storage out or give a PostgreSQL URL, or use one worker"
+        )
+    return opts

@@ -1,0 +1,230 @@
+"""How a search runs: what it takes over, one process or many, what it keeps as scores come, and what it writes in the end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockprune import checkpoints, workbench
+from blockprune.arch import Architecture
+from blockprune.cli import console, outputs
+from blockprune.cli.hunt import Hunt, hunt, relevant
+from blockprune.cli.measuring import possible
+from blockprune.cli.problem import Problem
+from blockprune.errors import UserError
+from blockprune.imaging import STATISTICS, judge
+from blockprune.ledger import Ledger
+from blockprune.records import Evaluation, Score
+from blockprune.sampling import NotFinite
+from blockprune.scan import Scan
+from blockprune.scoring import FULL, Examiner
+from blockprune.search import SCAN
+from blockprune.store import Run, differences, read_rows, read_run
+from blockprune.trace import trace
+
+KINDS = ("search", "random", "final")
+POLL_S = 0.5
+
+
+def run(opts: Mapping[str, Any], folder: Path) -> None:
+    """Runs or resumes a search, and writes and prints what was found."""
+    ready = hunt(opts, folder)
+    if not ready.problem.timed:
+        ready.problem.space.check()
+    known = _known(ready) if ready.opts["from_scan"] else []
+    with _open(ready) as out:
+        ready.keep = lambda name, arrays: outputs.keep_arrays(out, name, arrays)
+        if ready.problem.timed:
+            ready = _timed(ready, out)
+        ledgers = {kind: ready.ledger(kind) for kind in KINDS}
+        strategy = ready.problem.strategy(ready.opts["seed"])
+        for label, arch, score in known:
+            ledgers["search"].add_scored(strategy.of(arch, SCAN, label), score)
+        err = console.make_console(stderr=True)
+        with console.SearchProgress(err, ready.opts["trials"], lambda: ledgers["search"].cached) as progress:
+            for _ in _steps(ready, progress):
+                _keep(out, ledgers, progress)
+            _keep(out, ledgers, progress)
+        _look_at_finalists(ready, out, ledgers["final"].evaluations())
+        console.print_finalists(outputs.write_search(out), console.make_console())
+        print(f"best.json, finalists.csv, report.md and figures are in {folder}")
+
+
+def _open(ready: Hunt) -> Run:
+    graph, plan = ready.bench.graph, ready.plan
+    note = {
+        "made_with": workbench.made_with(ready.bench.pipe.device),
+        "graph": graph.to_json(),
+        "outside_params": ready.problem.outside_params,
+        "pictured_prompts": [plan.prompts[i % len(plan.prompts)] for i in range(plan.n_pictures)],
+        "model": ready.opts["model"],
+    }
+    return Run(ready.folder, "search", ready.asked, note)
+
+
+def _known(ready: Hunt) -> list[tuple[str, Architecture, Score]]:
+    """The scores of another run that hold under the terms of this search; UserError names the terms that differ."""
+    source, objective = Path(ready.opts["from_scan"]), ready.opts["objective"]
+    held = relevant(read_run(source)["asked"], objective)
+    if changes := list(differences(held, relevant(ready.asked, objective))):
+        raise UserError(f"the scores in {str(source)!r} are of another protocol ({'; '.join(changes)}): ask the same here")
+    return list(scores_in(source, objective))
+
+
+def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture, Score]]:
+    """(label, architecture, score) of everything that a scan or search directory has scored in full by one measure."""
+    said = read_run(folder)
+    archs = {label: Architecture(frozenset(names)) for label, names in said.get("archs", {}).items()}
+    rows = read_rows(folder)
+    for row in rows:
+        if row.get("kind") == "search":
+            e = Evaluation.from_json(row)
+            yield e.score.label, e.candidate.arch, e.score
+        elif row.get("measure") == objective and row["label"] in archs:
+            yield row["label"], archs[row["label"]], Score.from_json(row)
+
+
+def _steps(ready: Hunt, progress: console.SearchProgress) -> Iterator[None]:
+    """Works, here or in other processes, and comes back again and again."""
+    n = ready.opts["workers"]
+    if n == 1:
+        for _ in ready.work():
+            yield
+        return
+    ready.teacher(ready.plan, "teacher")
+    ready.teacher(ready.fresh, "teacher-fresh")
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_work, args=(ready.opts, ready.folder, i, n), daemon=True) for i in range(n)]
+    for process in processes:
+        process.start()
+    try:
+        yield from _wait(processes, progress)
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def _wait(processes: Sequence[BaseProcess], progress: console.SearchProgress) -> Iterator[None]:
+    mourned: set[int | None] = set()
+    while any(process.is_alive() for process in processes):
+        for i, process in enumerate(processes):
+            if process.exitcode and process.pid not in mourned:
+                mourned.add(process.pid)
+                progress.say(f"worker {i + 1} died (exit code {process.exitcode}); others take over its architecture", "red")
+        yield
+        time.sleep(POLL_S)
+    if all(process.exitcode for process in processes):
+        raise UserError("all workers died: see their messages above; the same command goes on from here")
+
+
+def _work(opts: Mapping[str, Any], folder: Path, i: int, n: int) -> None:
+    """One worker: its share of the processor's threads, or the GPU of its number."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // n))
+    device = opts["device"]
+    if device in (None, "cuda") and (n_gpus := torch.cuda.device_count()):
+        device = f"cuda:{i % n_gpus}"
+    for _ in hunt({**opts, "device": device, "worker": i}, folder).work():
+        pass
+
+
+def _keep(out: Run, ledgers: Mapping[str, Ledger], progress: console.SearchProgress) -> None:
+    """Writes a row for every evaluation that has none yet, whoever made it."""
+    written = {(row["kind"], row["trial"]) for row in out.rows() if row["kind"] in KINDS}
+    for kind, ledger in ledgers.items():
+        for e in ledger.evaluations():
+            if (kind, e.trial) not in written:
+                out.append({"kind": kind, **e.to_json()})
+                progress.tell(kind, e)
+
+
+def _timed(ready: Hunt, out: Run) -> Hunt:
+    """The search with the teacher's latency and what each unit saves of it, measured here unless rows have it already.
+
+    Savings of single units do not add up exactly: they are scaled so that their sum is right for one design at the budget.
+    """
+    timings = _latencies(ready, out, ready.problem.units)
+    full = timings[FULL]["latency"]
+    saved = {label: max(0.0, 1 - timings[label]["latency_ratio"]) * full for label in ready.problem.units}
+    ready = replace(ready, opts={**ready.opts, "latency_s": full, "saved_s": saved})
+    space = ready.problem.spaces[len(ready.problem.spaces) // 2]
+    choice = space.repair([], dict.fromkeys(space.labels, 1.0))
+    if choice is None:
+        return ready
+    predicted = sum(saved[label] for label in choice)
+    ratio = _latencies(ready, out, {"calibration": space.arch(choice)})["calibration"]["latency_ratio"]
+    factor = (1 - ratio) * full / predicted
+    return replace(ready, opts={**ready.opts, "saved_s": {label: factor * s for label, s in saved.items()}})
+
+
+def _latencies(ready: Hunt, out: Run, archs: Mapping[str, Architecture]) -> dict[str, dict[str, float]]:
+    """label => measure => value of the timings of `archs`, each in turn with the teacher; what has a row is not timed again."""
+    rows = [row for row in out.rows() if row["kind"] == "timing"]
+    done = {(row["label"], row["measure"]) for row in rows}
+    plan = replace(ready.plan, measures=["latency", "latency_ratio"])
+    for record in Scan(ready.bench.pipe, ready.bench.graph, archs, plan, done):
+        assert isinstance(record, Score)
+        rows.append({"kind": "timing", **record.to_json()})
+        out.append(rows[-1])
+    timings: dict[str, dict[str, float]] = {}
+    for row in rows:
+        timings.setdefault(row["label"], {})[row["measure"]] = row["value"]
+    return timings
+
+
+def _look_at_finalists(ready: Hunt, out: Run, finals: list[Evaluation]) -> None:
+    """Latency, images and every measure of images that has its judge, of the teacher and of each finalist, on fresh seeds."""
+    archs = {e.candidate.label: e.candidate.arch for e in finals}
+    _latencies(ready, out, archs)
+    judges = ready.plan.judges
+    measures = [m for m in possible(judges) if m in STATISTICS]
+    protocol = replace(ready.plan.protocol, seed=ready.fresh.protocol.seed)
+    if not measures:
+        protocol = replace(protocol, n_images=ready.plan.n_pictures)
+    examiner = Examiner(ready.bench.pipe, ready.bench.graph, replace(ready.plan, protocol=protocol))
+    done = {row["label"] for row in out.rows() if row["kind"] == "seen"}
+    if done >= {FULL, *archs}:
+        return
+    teacher, pictures = examiner.teacher()
+    for label, arch in {FULL: Architecture(), **archs}.items():
+        if label in done:
+            continue
+        try:
+            seen, shown = (teacher, pictures) if label == FULL else examiner.observe(arch, label)
+        except NotFinite as err:
+            out.append({"kind": "seen", "label": label, "scores": [], "error": str(err)})
+            continue
+        outputs.keep_picture(out, arch, shown)
+        scores = judge(arch.key, label, measures, seen, teacher, judges, protocol.seed)
+        out.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in scores]})
+
+
+def solve_only(opts: Mapping[str, Any], folder: Path) -> None:
+    """Prints the exact solutions of the budgets on the scores of an earlier run, without a forward pass or weights."""
+    source = Path(opts["from_scan"] or folder)
+    config = checkpoints.configs(opts["model"])
+    graph = trace(config.unet, config.latent(opts["resolution"]), config.n_tokens)
+    said = read_run(source)
+    if said["asked"]["teacher"] != checkpoints.identity(opts["model"]):
+        raise UserError(f"the scores in {str(source)!r} are of another teacher: give the --model that they were made with")
+    problem = Problem(graph, {**opts, "from_scan": str(source)})
+    if problem.timed:
+        raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")
+    evaluations = [_evaluated(problem, *known) for known in scores_in(source, opts["objective"])]
+    strategy = problem.strategy(opts["seed"])
+    missing = [c for c in strategy.first() if c.source == SCAN and c.arch.key not in {e.candidate.arch.key for e in evaluations}]
+    if missing:
+        name, objective = missing[0].label, opts["objective"]
+        raise UserError(f"{str(source)!r} has no {objective} of {name!r}: scan it, or give the --unit that was scanned")
+    presets = {c.arch.key for c in strategy.first()}
+    console.print_solutions(strategy.candidates(evaluations, presets), graph.total, console.make_console())
+
+
+def _evaluated(problem: Problem, label: str, arch: Architecture, score: Score) -> Evaluation:
+    return Evaluation(0, problem.strategy(0).of(arch, SCAN, label), (score,), 0.0, 0.0)

@@ -1,0 +1,88 @@
+"""Which architecture to score next: what is asked of an Optuna sampler, repaired to the budget, and never the same twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from blockprune.errors import UserError
+from blockprune.ledger import UNIT
+from blockprune.records import Evaluation
+from blockprune.space import Choice, Space
+
+PATIENCE = 30
+JITTER = 0.5
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=1),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=1, deterministic_objective=True),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}
+
+
+def sampler_of(name: str, seed: int) -> BaseSampler:
+    """The sampler of that name; UserError lists those there are."""
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler {name!r}: choose from {', '.join(SAMPLERS)}")
+    return SAMPLERS[name](seed)
+
+
+class Proposer:
+    """Asks a sampler over the units of a space. It has a study of its own in memory, so that the shared one holds no trial but what
+    was scored, and proposes again for free where repair ends at an architecture that is known.
+
+    `scores` are what the removal of each unit alone loses; repair goes by them.
+    """
+
+    def __init__(self, space: Space, sampler: str, seed: int, scores: Mapping[str, float]) -> None:
+        self.space, self.scores, self.draw = space, scores, np.random.default_rng(seed)
+        self.study = optuna.create_study(sampler=sampler_of(sampler, seed))
+        self.cached = 0
+        self._asked: dict[Choice, Trial] = {}
+        self._told: set[int] = set()
+
+    def tell(self, evaluations: Iterable[Evaluation]) -> None:
+        """Lets the sampler learn of scores, its own proposals' and others'."""
+        for e in evaluations:
+            if e.trial in self._told or not e.candidate.params:
+                continue
+            self._told.add(e.trial)
+            state = TrialState.COMPLETE if e.score.value is not None else TrialState.FAIL
+            asked = self._asked.pop(frozenset(label for label, on in e.candidate.params.items() if on), None)
+            if asked is not None:
+                self.study.tell(asked, e.loss if state == TrialState.COMPLETE else None, state=state)
+            elif state == TrialState.COMPLETE:
+                self.study.add_trial(self._trial(e))
+
+    def ask(self, known: Collection[str]) -> Choice | None:
+        """A choice within the budget whose architecture is not among the `known` keys; None when none is found."""
+        for attempt in range(PATIENCE):
+            trial = self.study.ask()
+            asked = [label for label in self.space.labels if trial.suggest_categorical(label, [False, True])]
+            choice = self.space.repair(asked, self._jittered(JITTER * (1 + attempt / 5)))
+            if choice is not None and self.space.arch(choice).key not in known:
+                self._asked[choice] = self._corrected(trial, choice)
+                return choice
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.cached += choice is not None
+        return None
+
+    def _jittered(self, sigma: float) -> dict[str, float]:
+        """The scores with log-normal noise, so that repair does not send all that is asked to one place."""
+        noise = np.exp(sigma * self.draw.standard_normal(len(self.scores)))
+        return {label: score * float(f) for (label, score), f in zip(self.scores.items(), noise, strict=True)}
+
+    def _corrected(self, trial: Trial, choice: Choice) -> Trial:
+        """The trial as if the sampler had proposed what repair made of it."""
+        for label in self.space.labels:
+            trial.storage.set_trial_param(trial._trial_id, label, UNIT.to_internal_repr(label in choice), UNIT)
+        return trial
+
+    def _trial(self, e: Evaluation) -> FrozenTrial:
+        params = dict(e.candidate.params)
+        over = self.space.over(e.candidate.arch)
+        return create_trial(value=e.loss, params=params, distributions=dict.fromkeys(params, UNIT), constraints=over)

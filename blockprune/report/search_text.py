@@ -1,0 +1,218 @@
+"""The text of a search's report: best.json, finalists.csv, pareto.json and Markdown. Every string from outside is escaped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from blockprune.arch import CONVENTIONS, KINDS, Architecture, BlockGraph
+from blockprune.records import MEASURES, Evaluation
+from blockprune.report.search_view import SearchView
+from blockprune.report.text import escaped, table, with_interval
+from blockprune.report.view import short
+
+
+def best_json(view: SearchView) -> str:
+    """The winner: architecture, exact cost, scores with n, seed and interval, protocol, versions."""
+    best = view.best
+    cost = view.cost(best)
+    data = {
+        "format": 1,
+        "architecture": best.candidate.arch.to_json(),
+        "label": best.score.label,
+        "source": best.candidate.source,
+        "cost": cost.to_json() | {"pipeline_params": cost.params + view.outside_params},
+        "teacher_cost": view.graph.total.to_json() | {"pipeline_params": view.graph.total.params + view.outside_params},
+        "scores": [s.to_json() for s in [best.score, *view.scores.get(best.score.label, {}).values()]],
+        "score_in_search": next(e.score.to_json() for e in view.search if e.candidate.arch == best.candidate.arch),
+        "n_evaluations": len(view.search),
+        "protocol": dict(view.protocol),
+    }
+    return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"
+
+
+def rows(view: SearchView) -> list[dict[str, Any]]:
+    """One flat row per finalist, the winner first, then those that hold the budgets by score, then the others."""
+    order = [*view.ranked, *(e for e in view.finals if e not in view.ranked)]
+    return [_row(view, rank, e) for rank, e in enumerate(order, 1)]
+
+
+def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
+    cost, own = view.cost(e), view.scores.get(e.score.label, {})
+    row: dict[str, Any] = {"rank": rank, "label": e.score.label, "source": e.candidate.source, "holds_budget": view.holds(e)}
+    row |= {view.measure: e.score.value, "low": e.score.low, "high": e.score.high, "n": e.score.n, "seed": e.score.seed}
+    row |= {m: own[m].value if m in own else None for m in _others(view)}
+    row |= {"params": cost.params, "pipeline_params": cost.params + view.outside_params}
+    return row | {f"macs_{c}": cost.macs(c) for c in CONVENTIONS} | {"removed": " ".join(e.candidate.arch)}
+
+
+def _others(view: SearchView) -> list[str]:
+    """The measures of finalists beside the objective and the costs, in the order of `MEASURES`."""
+    seen = {m for e in view.finals for m in view.scores.get(e.score.label, {})}
+    return [m for m in MEASURES if m in seen and m != view.measure]
+
+
+def finalists_csv(view: SearchView) -> str:
+    out = io.StringIO()
+    lines = rows(view)
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def pareto_json(view: SearchView, quantity: str) -> str:
+    """The front of the finalists: quality against parameters, MACs or latency, smallest first."""
+    points = [
+        {
+            "architecture": e.candidate.arch.to_json(),
+            "label": e.score.label,
+            "source": e.candidate.source,
+            "share_of_teacher": view.share(e, quantity),
+            "cost": view.cost(e).to_json(),
+            "score": e.score.to_json(),
+        }
+        for e in view.front(quantity)
+    ]
+    return json.dumps({"format": 1, "quantity": quantity, "measure": view.measure, "front": points}, indent=2) + "\n"
+
+
+def in_words(arch: Architecture, graph: BlockGraph) -> Iterator[str]:
+    """What is removed, stage by stage: "down_blocks.1: ResNet block 1, attention 1"."""
+    gone = [block for block in graph if block.name in arch.removed]
+    stages = dict.fromkeys(block.stage for block in gone)
+    for stage in stages:
+        names = [_in_words(block.name, block.kind) for block in gone if block.stage == stage]
+        yield f"`{stage}`: {', '.join(names)}"
+
+
+def _in_words(name: str, kind: str) -> str:
+    if kind in "MS":
+        return "the whole stage"
+    parts = name.split(".")
+    if kind == "T":
+        return f"transformer layer {parts[-1]} of attention {parts[-3]}"
+    return f"{KINDS[kind]} {parts[-1]}" if kind in "RA" else f"the {KINDS[kind]}"
+
+
+def against(view: SearchView) -> list[str]:
+    """For each preset, whether something found beats it at no larger size, with intervals that do not overlap."""
+    lines, size = [], " and ".join(QUANTITIES[q] for q in view.quantities)
+    for preset in view.known_designs:
+        own, name = view.against(preset), f"`{escaped(preset.score.label)}`"
+        if own is None:
+            lines.append(f"No finalist is as small as {name} in {size}: ask for its size as a budget to compare with it.")
+            continue
+        said = f"`{own.score.label}` {_scored(own)} against {name} {_scored(preset)} (n = {own.score.n}, fresh seeds)"
+        if own.score.bounds[1] < preset.score.bounds[0]:
+            lines.append(f"Better than {name} at no more {size}, intervals apart: {said}.{_larger(view, own, preset)}")
+        elif own.loss < preset.loss:
+            lines.append(f"Better than {name} at no more {size}, but the intervals overlap: {said}.{_larger(view, own, preset)}")
+        else:
+            lines.append(f"Not better than {name}: {said}. The hand design stays ahead on this measure.")
+    return lines
+
+
+def _larger(view: SearchView, own: Evaluation, preset: Evaluation) -> str:
+    """What is not budgeted and where the finalist takes more than the preset."""
+    more = [q for q in ("params", "macs") if q not in view.quantities and view.share(own, q) > view.share(preset, q)]
+    return "".join(
+        f" It takes more {QUANTITIES[q]}: {view.share(own, q):.1%} of the teacher's against {view.share(preset, q):.1%}."
+        for q in more
+    )
+
+
+def _scored(e: Evaluation) -> str:
+    return with_interval(e.score.value, e.score.low, e.score.high)
+
+
+def summary(view: SearchView) -> str:
+    best, measure = view.best, MEASURES[view.measure]
+    cost, total, outside = view.cost(best), view.graph.total, view.outside_params
+    whole = f"{(cost.params + outside) / 1e6:,.4g} M of {(total.params + outside) / 1e6:,.4g} M parameters in the whole pipeline"
+    shares = f"{whole} ({view.share(best, 'params'):.1%}), {cost.thop / total.thop:.1%} of the U-Net's MACs (thop)"
+    ratio = view.latency_ratio(best)
+    timed = f", {ratio:.1%} of its measured step latency" if ratio is not None else ""
+    return (
+        f"`{best.score.label}` has the best {measure.title}, {_scored(best)}, of {len(view.ranked)} finalists within the budget, "
+        f"on n = {best.score.n} samples of fresh seeds, after {len(view.search)} evaluations. It keeps {shares}{timed}."
+    )
+
+
+def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
+    """The report; `figures` are the file names of the figures that lie beside it."""
+    protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
+    unets = [name for name in figures if name.startswith("unet-")]
+    titles = {"unet-best.png": "the architecture found", "unet-preset.png": "the nearest preset"}
+    drawn = table([titles[n] for n in unets], [[f"![U-Net of {titles[n]}]({n})" for n in unets]]) if unets else ""
+    rest = [name for name in figures if name not in unets]
+    parts = [
+        f"# Search on {escaped(view.protocol.get('model', 'a U-Net'))}: {escaped(view.protocol.get('budget'))}",
+        summary(view),
+        drawn,
+        "## What is removed",
+        "\n".join(f"- {line}" for line in in_words(view.best.candidate.arch, view.graph)) or "Nothing.",
+        "## Against the known designs",
+        "\n".join(f"- {line}" for line in against(view)) or "No preset of this U-Net fits the budget.",
+        "## Finalists, on fresh seeds",
+        _finalists(view),
+        *(["## Figures"] if rest else []),
+        *(f"![{CAPTIONS[name]}]({name})\n\n*{CAPTIONS[name]}*" for name in rest),
+        "## How often each unit is removed among the best tenth",
+        _frequency(view),
+        "## What was asked",
+        table(["", ""], protocol),
+        "## Caveats",
+        "\n".join(f"- {line}" for line in _caveats(view)),
+    ]
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+QUANTITIES = {"params": "parameters", "macs": "MACs", "latency": "latency"}
+CAPTIONS: Mapping[str, str] = {
+    "history.png": "The best score so far against the number of evaluations; steps where the way of proposing changes are named.",
+    "front.png": "Every architecture scored: quality against size, with presets, the budget and the front of the finalists.",
+    "grid.png": "Teacher, presets and finalists at the same prompts and seeds.",
+}
+
+
+def _finalists(view: SearchView) -> str:
+    others = [m for m in _others(view) if m not in ("latency", "params", "macs")]
+    head = ["#", "architecture", view.measure, *others, "parameters", "MACs (thop)", "within budget"]
+    total = view.graph.total
+    lines = []
+    for row, e in zip(rows(view), [*view.ranked, *(e for e in view.finals if e not in view.ranked)], strict=True):
+        own = view.scores.get(e.score.label, {})
+        cells = [
+            str(row["rank"]),
+            f"`{escaped(e.score.label)}`",
+            _scored(e) if e.score.value is not None else escaped(e.score.error),
+        ]
+        cells += [with_interval(s.value, s.low, s.high) if (s := own.get(m)) else "-" for m in others]
+        cost = view.cost(e)
+        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "yes" if view.holds(e) else "no"]
+        lines.append(cells)
+    return table(head, lines)
+
+
+def _frequency(view: SearchView) -> str:
+    order = sorted(view.frequency().items(), key=lambda item: -item[1])
+    always = [short(label) for label, share in order if share == 1]
+    never = [short(label) for label, share in order if share == 0]
+    some = [[short(label), f"{share:.0%}"] for label, share in order if 0 < share < 1]
+    lines = [f"Always: {', '.join(always) or 'none'}.", f"Never: {', '.join(never) or 'none'}."]
+    return "\n\n".join([*lines, table(["unit", "removed in"], some) if some else ""]).strip()
+
+
+def _caveats(view: SearchView) -> list[str]:
+    lines = [
+        "Scores are one-shot: nothing is retrained. What is best now need not be best after distillation.",
+        "The search's own scores favour what was lucky on its samples; the choice is by fresh seeds, on other noise and timesteps.",
+        f"Scores compare only under the same protocol: {MEASURES[view.measure].title}, n = {view.best.score.n}.",
+    ]
+    if any(q == "latency" for q, _ in view.limits.values()):
+        lines.append("In the search latency is predicted from single removals; finalists are measured, in turn with the teacher.")
+    return lines
