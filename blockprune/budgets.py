@@ -31,10 +31,6 @@ class Budget:
     def __post_init__(self) -> None:
         if self.quantity not in QUANTITIES:
             raise UserError(f"a budget bounds {', '.join(QUANTITIES)}: got {self.quantity!r}")
-        if self.limit <= 0:
-            raise UserError(
-                f"the budget {self.text!r} leaves nothing for the U-Net: raise it, or count the U-Net alone with --scope unet"
-            )
 
     def of(self, cost: Cost, latency_s: float, convention: str) -> float:
         """What a U-Net of that cost and latency takes of this budget's quantity."""

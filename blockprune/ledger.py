@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import threading
 import time
@@ -40,7 +41,7 @@ def open_storage(url: str | None, path: Path | None) -> BaseStorage:
     if url is None:
         return InMemoryStorage() if path is None else JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
     try:
-        return RDBStorage(url)
+        return RDBStorage(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
     except ImportError as err:
         raise UserError(f"the storage {_hidden(url)!r} needs a driver ({err}): pip install 'blockprune[postgresql]'") from None
     except Exception as err:
@@ -50,9 +51,7 @@ def open_storage(url: str | None, path: Path | None) -> BaseStorage:
 
 def _hidden(url: str) -> str:
     """The URL without a password."""
-    scheme, _, rest = url.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}://{user.partition(':')[0]}{at}{host}"
+    return re.sub(r"(://[^:@/]*):[^@]*@", r"\1@", url)
 
 
 class _FileLock(JournalFileOpenLock):
@@ -89,6 +88,7 @@ class Ledger:
     def __init__(self, storage: BaseStorage, name: str, measure: str, asked: Mapping[str, Any], grace_s: float = 120.0) -> None:
         direction = StudyDirection.MINIMIZE if MEASURES[measure].direction == "down" else StudyDirection.MAXIMIZE
         self.storage, self.grace_s = storage, grace_s
+        self._evaluations: dict[int, Evaluation] = {}
         self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
         self.study_id = storage.get_study_id_from_name(name)
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
@@ -116,8 +116,14 @@ class Ledger:
         found: dict[str, Evaluation] = {}
         for trial in self.trials(*DONE):
             if "tiers" in trial.user_attrs:
-                found.setdefault(trial.user_attrs["arch"], _evaluation(trial))
+                found.setdefault(trial.user_attrs["arch"], self._kept(trial))
         return list(found.values())
+
+    def _kept(self, trial: FrozenTrial) -> Evaluation:
+        """The evaluation of a finished trial, which does not change any more."""
+        if trial.number not in self._evaluations:
+            self._evaluations[trial.number] = _evaluation(trial)
+        return self._evaluations[trial.number]
 
     def count_cached(self, n: int) -> None:
         """Notes how many of this worker's proposals were known already."""

@@ -14,11 +14,11 @@ from blockprune.ledger import UNIT
 from blockprune.records import Evaluation
 from blockprune.space import Choice, Space
 
-PATIENCE = 30
+PATIENCE = 16
 JITTER = 0.5
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=1),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=1, deterministic_objective=True),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=1),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
@@ -59,17 +59,27 @@ class Proposer:
                 self.study.add_trial(self._trial(e))
 
     def ask(self, known: Collection[str]) -> Choice | None:
-        """A choice within the budget whose architecture is not among the `known` keys; None when none is found."""
+        """A choice within the budget whose architecture is not among the `known` keys; None when none is found.
+
+        Where repair to a smallest set keeps ending at what is known, larger sets and then random ones are tried.
+        """
         for attempt in range(PATIENCE):
             trial = self.study.ask()
             asked = [label for label in self.space.labels if trial.suggest_categorical(label, [False, True])]
-            choice = self.space.repair(asked, self._jittered(JITTER * (1 + attempt / 5)))
+            scores, minimal = self._jittered(JITTER * (1 + attempt / 5)), attempt < PATIENCE // 2
+            choice = self.space.repair(asked, scores, minimal)
             if choice is not None and self.space.arch(choice).key not in known:
                 self._asked[choice] = self._corrected(trial, choice)
                 return choice
             self.study.tell(trial, state=TrialState.FAIL)
             self.cached += choice is not None
-        return None
+        drawn = (self.space.repair(self._subset(), self._jittered(JITTER), minimal=False) for _ in range(4 * PATIENCE))
+        return next((c for c in drawn if c is not None and self.space.arch(c).key not in known), None)
+
+    def _subset(self) -> list[str]:
+        """Units at random, as many as it happens."""
+        share = self.draw.random()
+        return [label for label in self.space.labels if self.draw.random() < share]
 
     def _jittered(self, sigma: float) -> dict[str, float]:
         """The scores with log-normal noise, so that repair does not send all that is asked to one place."""
@@ -80,6 +90,8 @@ class Proposer:
         """The trial as if the sampler had proposed what repair made of it."""
         for label in self.space.labels:
             trial.storage.set_trial_param(trial._trial_id, label, UNIT.to_internal_repr(label in choice), UNIT)
+        for text, excess in self.space.over(self.space.arch(choice)).items():
+            trial.set_constraint(text, excess)
         return trial
 
     def _trial(self, e: Evaluation) -> FrozenTrial:

@@ -34,7 +34,7 @@ class Source(Protocol):
 
 @dataclass
 class Strategy:
-    """First every unit alone and the presets that fit; then the exact best sums of those scores; then a sampler's proposals.
+    """First every unit alone; then the exact best sums of those scores, and the presets that fit; then a sampler's proposals.
 
     `space` holds the budgets that every candidate is held against; `spaces` are where candidates are sought: that one alone, or
     for a front one for each step of its sweep. Without `scan` no unit is scored alone and all are taken for alike. `teacher` scores
@@ -50,27 +50,32 @@ class Strategy:
     scan: bool = True
     teacher: bool = False
     _proposers: list[Proposer] = field(default_factory=list)
-    _exact: list[Candidate] | None = None
+    _second: list[Candidate] | None = None
 
     def candidates(self, evaluations: Sequence[Evaluation], known: Collection[str]) -> list[Candidate]:
         """The next to be scored; [] while others are at what comes first, or when all there is is known."""
-        if first := [c for c in self.first() if c.arch.key not in known]:
-            return first
+        if alone := [c for c in self.alone() if c.arch.key not in known]:
+            return alone
         if (losses := self._losses(evaluations)) is None:
             return []
-        if self._exact is None:
-            self._exact = [self.candidate(c, EXACT) for space in self.spaces for c in space.best(losses, self.n_exact)]
+        if self._second is None:
+            exact = [self.candidate(c, EXACT) for space in self.spaces for c in space.best(losses, self.n_exact)]
+            self._second = [*exact, *self.known_designs()]
             self._proposers = [Proposer(s, self.sampler, self.seed + i, losses) for i, s in enumerate(self.spaces)]
-        if exact := [c for c in self._exact if c.arch.key not in known]:
-            return exact
+        if second := [c for c in self._second if c.arch.key not in known]:
+            return second
         return self._proposed(evaluations, known)
 
-    def first(self) -> list[Candidate]:
-        """What needs no scores: the units one by one, and the presets that fit somewhere."""
+    def alone(self) -> list[Candidate]:
+        """The units one by one, and the teacher where it is needed."""
         singles = [self.candidate(frozenset({label}), SCAN, label) for label in self.space.labels] if self.scan else []
         full = [self.candidate(frozenset(), SCAN, FULL)] if self.teacher else []
+        return [*full, *singles]
+
+    def known_designs(self) -> list[Candidate]:
+        """The presets that fit somewhere."""
         fitting = {name: arch for name, arch in self.presets.items() if any(space.holds(arch) for space in self.spaces)}
-        return [*full, *singles, *(self.of(arch, PRESET, name) for name, arch in fitting.items())]
+        return [self.of(arch, PRESET, name) for name, arch in fitting.items()]
 
     def _losses(self, evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
         """What each unit loses alone, above the teacher; None while some are not scored. One that failed loses more than any."""

@@ -93,7 +93,8 @@ class Space:
 
     def over(self, arch: Architecture) -> dict[str, float]:
         """By how much `arch` exceeds each budget, relative to it, by the budget's text; at most 0 where it fits."""
-        cost, latency_s = self.graph.cost(arch), self.latency(arch)
+        cost = self.graph.cost(arch)
+        latency_s = self.latency(arch) if any(b.quantity == "latency" for b in self.budgets) else 0.0
         return {b.text: b.of(cost, latency_s, self.convention) / b.limit - 1 for b in self.budgets}
 
     def holds(self, arch: Architecture) -> bool:
@@ -170,9 +171,9 @@ class Space:
             yield frozenset(label for label, on in zip(self.labels, mask, strict=True) if on)
             cuts.append(LinearConstraint(1 - 2 * mask, 1 - mask.sum(), np.inf))
 
-    def repair(self, choice: Collection[str], scores: Mapping[str, float]) -> Choice | None:
-        """The nearest valid choice within the budgets: units of least score for what they save are added until it fits, then those
-        of the highest score that need not go are put back. None when there is none from here."""
+    def repair(self, choice: Collection[str], scores: Mapping[str, float], minimal: bool = True) -> Choice | None:
+        """The nearest valid choice within the budgets: units of least score for what they save are added until it fits; then, when
+        `minimal`, those of the highest score that need not go are put back. None when there is none from here."""
         chosen = self._without_overlaps(choice)
         while not self.fits(chosen):
             gaps = np.maximum(self.needed - self.savings @ self._mask(chosen), 0) / np.maximum(self.needed, 1e-12)
@@ -185,7 +186,7 @@ class Space:
                 return None
             label = min(rate, key=rate.__getitem__)
             chosen = chosen | {label} | {b for a, b in self.required if a == label}
-        return self._put_back(chosen, scores)
+        return self._put_back(chosen, scores) if minimal else chosen
 
     def drawn(self, order: Sequence[str]) -> Choice | None:
         """The units in that order, as many as it takes to meet the budgets; None when all of them do not."""

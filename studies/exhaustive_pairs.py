@@ -13,7 +13,7 @@ import argparse
 import csv
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -40,16 +40,16 @@ N_SAMPLES = 128
 BATCH_SIZE = 64
 
 
-def space(*budgets: str) -> Space:
-    """The fourteen units under budgets; those in parameters are of the whole pipeline."""
+def space(*budgets: str, units: Callable[[BlockGraph], Mapping[str, Architecture]] | None = None) -> Space:
+    """The fourteen units, or others, under budgets; those in parameters are of the whole pipeline."""
     configs = checkpoints.configs("tiny-digits")
     latent = configs.latent(None)
     graph = trace(configs.unet, latent, configs.n_tokens)
     outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
-    return Space(graph, units(graph), [parse_budget(budget, graph, outside, None) for budget in budgets])
+    return Space(graph, (units or fourteen)(graph), [parse_budget(budget, graph, outside, None) for budget in budgets])
 
 
-def units(graph: BlockGraph) -> dict[str, Architecture]:
+def fourteen(graph: BlockGraph) -> dict[str, Architecture]:
     every = graph.units("pair") | graph.units("stage")
     return {name: every[name] for name in (*PAIRS, *STAGES)}
 

@@ -18,42 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from conftest import Cli
 from PIL import Image
 
 from blockprune import store
-from blockprune.cli import main
 
-Cli = Callable[..., tuple[int, str, str]]
 QUICK = ["--unit", "stage", "--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4"]
 IMAGES = "eps_mse,fid,clip_score,params"
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        try:
-            main([str(a) for a in args])
-            code: Any = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return (code, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def one_line(cli: Cli) -> Callable[..., str]:
-    """Runs a command that must fail with exit code 2 and one line; returns the line."""
-
-    def run(*args: str | Path) -> str:
-        code, _, err = cli(*args)
-        lines = [line for line in err.splitlines() if line.strip()]
-        assert code == 2, err
-        assert len(lines) == 1, err
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-    return run
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -107,18 +107,12 @@ class Hunt:
 
     def work(self) -> Iterator[tuple[str, Evaluation]]:
         """Scores until the search and its finals are done; yields what this process scored, with the kind of its ledger."""
-        main, strategy = self.ledger(), self.problem.strategy(self.opts["seed"] + 1000 * self.opts.get("worker", 0))
-        tiers = self.tiers()
+        seed = self.opts["seed"] + 1000 * self.opts.get("worker", 0)
+        main, strategy, tiers = self.ledger(), self.problem.strategy(seed), self.tiers()
         for e in search(main, strategy, tiers, self.opts["trials"]):
             main.count_cached(strategy.cached)
             yield "search", e
-        objective = self.objective(self.fresh, "teacher-fresh")
-        for e in search(
-            self.ledger("random"),
-            Chance(strategy, self.opts["seed"] + 1000 * self.opts.get("worker", 0)),
-            self.tiers(),
-            self.opts["random"],
-        ):
+        for e in search(self.ledger("random"), Chance(strategy, seed), tiers, self.opts["random"]):
             yield "random", e
         listed = Listed(finalists(main.evaluations(), self.problem.spaces, self.opts["finalists"]))
         objective = self.objective(self.fresh, "teacher-fresh")

@@ -15,6 +15,7 @@ from blockprune.pricing import pipeline_costs
 from blockprune.search import Strategy
 from blockprune.space import Space
 
+N_EXACT = 8
 SWEEP = (90, 80, 70, 60, 50, 40, 30)
 _LATENCY = re.compile(r"(\d\s*m?s|%latency)$")
 
@@ -91,6 +92,7 @@ class Problem:
 
     def strategy(self, seed: int) -> Strategy:
         """How candidates are found. Units are scored one by one where the trials allow it or their scores are there already."""
-        affordable = self.opts["trials"] > len(self.units) + len(self.presets)
-        scan, teacher = affordable or bool(self.opts["from_scan"]), self.opts["objective"] not in ("eps_mse", "feature_distance")
-        return Strategy(self.space, self.spaces, self.presets, self.opts["sampler"], seed, scan=scan, teacher=teacher)
+        left = self.opts["trials"] - len(self.units) - len(self.presets)
+        scan, teacher = left > 0 or bool(self.opts["from_scan"]), self.opts["objective"] not in ("eps_mse", "feature_distance")
+        n_exact = max(1, min(N_EXACT, left) // len(self.spaces)) if scan else 0
+        return Strategy(self.space, self.spaces, self.presets, self.opts["sampler"], seed, n_exact, scan, teacher)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,7 +25,6 @@ from blockprune.records import Evaluation, Score
 from blockprune.sampling import NotFinite
 from blockprune.scan import Scan
 from blockprune.scoring import FULL, Examiner
-from blockprune.search import SCAN
 from blockprune.store import Run, differences, read_rows, read_run
 from blockprune.trace import trace
 
@@ -39,19 +38,22 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
     if not ready.problem.timed:
         ready.problem.space.check()
     known = _known(ready) if ready.opts["from_scan"] else []
+    if ready.opts["storage"]:
+        ready.ledger()
     with _open(ready) as out:
         ready.keep = lambda name, arrays: outputs.keep_arrays(out, name, arrays)
         if ready.problem.timed:
             ready = _timed(ready, out)
         ledgers = {kind: ready.ledger(kind) for kind in KINDS}
-        strategy = ready.problem.strategy(ready.opts["seed"])
-        for label, arch, score in known:
-            ledgers["search"].add_scored(strategy.of(arch, SCAN, label), score)
+        for e in _evaluated(ready.problem, known):
+            ledgers["search"].add_scored(e.candidate, e.score)
         err = console.make_console(stderr=True)
         with console.SearchProgress(err, ready.opts["trials"], lambda: ledgers["search"].cached) as progress:
             for _ in _steps(ready, progress):
                 _keep(out, ledgers, progress)
             _keep(out, ledgers, progress)
+            if (n := len(ledgers["search"].known())) < ready.opts["trials"]:
+                progress.say(f"the search ended with {n} architectures: nothing new was proposed any more")
         _look_at_finalists(ready, out, ledgers["final"].evaluations())
         console.print_finalists(outputs.write_search(out), console.make_console())
         print(f"best.json, finalists.csv, report.md and figures are in {folder}")
@@ -216,15 +218,18 @@ def solve_only(opts: Mapping[str, Any], folder: Path) -> None:
     problem = Problem(graph, {**opts, "from_scan": str(source)})
     if problem.timed:
         raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")
-    evaluations = [_evaluated(problem, *known) for known in scores_in(source, opts["objective"])]
+    evaluations = _evaluated(problem, scores_in(source, opts["objective"]))
     strategy = problem.strategy(opts["seed"])
-    missing = [c for c in strategy.first() if c.source == SCAN and c.arch.key not in {e.candidate.arch.key for e in evaluations}]
-    if missing:
-        name, objective = missing[0].label, opts["objective"]
-        raise UserError(f"{str(source)!r} has no {objective} of {name!r}: scan it, or give the --unit that was scanned")
-    presets = {c.arch.key for c in strategy.first()}
-    console.print_solutions(strategy.candidates(evaluations, presets), graph.total, console.make_console())
+    known = {e.candidate.arch.key for e in evaluations}
+    if missing := [c.label for c in strategy.alone() if c.arch.key not in known]:
+        scored, name = opts["objective"], missing[0]
+        raise UserError(f"{str(source)!r} has no {scored} of {name!r}: scan it, or give the --unit that was scanned")
+    designs = {c.arch.key for c in [*strategy.alone(), *strategy.known_designs()]}
+    console.print_solutions(strategy.candidates(evaluations, designs), graph.total, console.make_console())
 
 
-def _evaluated(problem: Problem, label: str, arch: Architecture, score: Score) -> Evaluation:
-    return Evaluation(0, problem.strategy(0).of(arch, SCAN, label), (score,), 0.0, 0.0)
+def _evaluated(problem: Problem, known: Iterable[tuple[str, Architecture, Score]]) -> list[Evaluation]:
+    """Scores of an earlier run as evaluations of this search's candidates."""
+    strategy = problem.strategy(problem.opts["seed"])
+    first = {c.arch.key: c for c in [*strategy.alone(), *strategy.known_designs()]}
+    return [Evaluation(0, first.get(a.key) or strategy.of(a, "known", label), (score,), 0.0, 0.0) for label, a, score in known]

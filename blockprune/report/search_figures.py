@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -119,8 +120,8 @@ def _finalist(ax: Axes, view: SearchView, e: Evaluation, quantity: str) -> None:
         ax.vlines(x, e.score.low, e.score.high, color=colour, lw=1)
     ax.plot([x], [e.score.value], ls="", marker="D" if known else "o", ms=6.5, color=colour, mec="white", mew=0.6, zorder=3)
     if known or e.candidate.arch == view.best.candidate.arch:
-        style = {"xytext": (7, 6), "textcoords": "offset points", "fontsize": 7.5, "color": colour, "parse_math": False}
-        ax.annotate(plain(e.score.label), (x, e.score.value), **style)
+        style: dict[str, Any] = {"xytext": (7, 6), "textcoords": "offset points", "fontsize": 7.5, "color": colour}
+        ax.annotate(plain(e.score.label), (x, e.score.value), parse_math=False, **style)
 
 
 def _as_scan(view: SearchView) -> ScanView:

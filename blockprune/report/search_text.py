@@ -118,11 +118,12 @@ def against(view: SearchView) -> list[str]:
 
 def _larger(view: SearchView, own: Evaluation, preset: Evaluation) -> str:
     """What is not budgeted and where the finalist takes more than the preset."""
-    more = [q for q in ("params", "macs") if q not in view.quantities and view.share(own, q) > view.share(preset, q)]
-    return "".join(
-        f" It takes more {QUANTITIES[q]}: {view.share(own, q):.1%} of the teacher's against {view.share(preset, q):.1%}."
-        for q in more
-    )
+    lines = []
+    for q in ("params", "macs"):
+        mine, theirs = view.share(own, q), view.share(preset, q)
+        if q not in view.quantities and mine > theirs:
+            lines.append(f" It takes more {QUANTITIES[q]}: {mine:.1%} of the teacher's against {theirs:.1%}.")
+    return "".join(lines)
 
 
 def _scored(e: Evaluation) -> str:

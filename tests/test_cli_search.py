@@ -1,0 +1,297 @@
+"""`blockprune search` as a user runs it: outputs, resuming, many workers, a real PostgreSQL, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+from test_cli_scan import main_in_process
+
+from blockprune import store
+from blockprune.arch import Architecture
+
+SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8", "--final-factor", "2", "--finalists", "2"]
+QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", "20", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small search of the built-in model, left undisturbed."""
+    out = tmp_path_factory.mktemp("search") / "run"
+    main_in_process("search", *QUICK, "--random", "3", "--out", str(out))
+    return out
+
+
+def scored(folder: Path, kind: str = "search") -> dict[str, Any]:
+    """Architecture key => value of everything a run has scored."""
+    rows = [row for row in store.read_rows(folder) if row["kind"] == kind]
+    keys = [row["tiers"][-1]["arch"] for row in rows]
+    assert len(keys) == len(set(keys))
+    return {key: row["tiers"][-1]["value"] for key, row in zip(keys, rows, strict=True)}
+
+
+def test_outputs_are_all_there(searched: Path) -> None:
+    names = {p.name for p in searched.iterdir()}
+    assert {"best.json", "finalists.csv", "report.md", "history.png", "front.png", "unet-best.png", "grid.png"} <= names
+    best = json.loads((searched / "best.json").read_text())
+    assert Architecture.from_json(best).removed
+    assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]
+    assert set(best["cost"]["macs"]) == {"thop", "conv_linear", "with_attention"}
+    (own,) = (s for s in best["scores"] if s["measure"] == "eps_mse")
+    assert own["n"] == 16
+    assert own["seed"] != best["score_in_search"]["seed"]
+    assert own["low"] < own["value"] < own["high"]
+    table = list(csv.DictReader((searched / "finalists.csv").read_text().splitlines()))
+    assert table[0]["label"] == best["label"]
+    assert {"bk-sdm-small", "bk-sdm-tiny", "bk-sdm-base"} <= {row["label"] for row in table}
+    values = [float(row["eps_mse"]) for row in table]
+    assert values == sorted(values)
+    report = (searched / "report.md").read_text()
+    assert "What is removed" in report
+    assert "bk-sdm-small" in report
+    assert len(scored(searched)) == 20
+    assert len(scored(searched, "random")) == 3
+
+
+def test_same_command_again_adds_nothing(searched: Path, cli: Cli) -> None:
+    before = (searched / "rows.jsonl").read_bytes()
+    code, out, _ = cli("search", *QUICK, "--random", "3", "--out", searched)
+    assert code == 0
+    assert "best.json" in out
+    assert (searched / "rows.jsonl").read_bytes() == before
+
+
+def test_the_best_is_an_architecture_for_other_commands(searched: Path, cli: Cli) -> None:
+    code, out, _ = cli("cost", "--arch", searched / "best.json", "--json")
+    assert code == 0
+    best = json.loads((searched / "best.json").read_text())
+    assert json.loads(out)["unet"]["params"] == best["cost"]["params"]
+
+
+def test_killed_and_started_again_ends_with_the_same_scores(searched: Path, tmp_path: Path) -> None:
+    args = [*QUICK, "--random", "3", "--out", str(tmp_path / "run")]
+    for n_rows in (3, 14):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "blockprune", "search", *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and len(store.read_rows(tmp_path / "run")) < n_rows:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    main_in_process("search", *args)
+    first = {key: value for key, value in scored(searched).items() if key in scored(tmp_path / "run")}
+    assert {key: scored(tmp_path / "run")[key] for key in first} == first
+    assert len(scored(tmp_path / "run")) == 20
+    assert _best(tmp_path / "run")["holds_budget"] == "True"
+
+
+def _best(folder: Path) -> dict[str, str]:
+    return next(csv.DictReader((folder / "finalists.csv").read_text().splitlines()))
+
+
+def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(searched, tmp_path / "run")
+    before = scored(searched)
+    args = [*QUICK[:5], "24", *SMALL, "--study-name", "run", "--out", tmp_path / "run"]
+    assert cli("search", *args)[0] == 0
+    after = scored(tmp_path / "run")
+    assert len(after) == 24
+    assert after.items() >= before.items()
+
+
+def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli) -> None:
+    common = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
+    assert cli("scan", "--unit", "stage", *common, "--measures", "eps_mse", "--out", tmp_path / "scan")[0] == 0
+    code, out, _ = cli("search", *QUICK, "--from-scan", tmp_path / "scan", "--solve-only")
+    assert code == 0
+    assert "removed" in out
+    assert cli("search", *QUICK, "--from-scan", tmp_path / "scan", "--out", tmp_path / "run")[0] == 0
+    rows = {row["label"]: row["value"] for row in store.read_rows(tmp_path / "scan")}
+    found = [row for row in store.read_rows(tmp_path / "run") if row["kind"] == "search" and row["source"] == "scan"]
+    assert {row["tiers"][-1]["label"]: row["tiers"][-1]["value"] for row in found} == rows
+    assert all(row["seconds"] == 0 for row in found)
+
+
+def test_other_budgets_are_solved_without_forward_passes(searched: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockprune import checkpoints
+
+    monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("weights were loaded"))
+    texts = []
+    for budget in ("70%params", "90%macs"):
+        code, out, _ = cli("search", "--unit", "stage", "--budget", budget, "--solve-only", "--out", searched)
+        assert code == 0
+        texts.append(out)
+    assert texts[0] != texts[1]
+
+
+def test_two_workers_share_a_search(tmp_path: Path) -> None:
+    main_in_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
+    assert len(scored(tmp_path / "run")) == 20
+    assert _best(tmp_path / "run")["holds_budget"] == "True"
+
+
+def test_a_front(tmp_path: Path, cli: Cli) -> None:
+    args = ["--pareto", "params", "--unit", "stage", "--trials", "30", *SMALL]
+    assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
+    front = json.loads((tmp_path / "run" / "pareto.json").read_text())["front"]
+    shares = [point["share_of_teacher"] for point in front]
+    losses = [point["score"]["value"] for point in front]
+    assert shares == sorted(shares)
+    assert losses == sorted(losses, reverse=True)
+    assert len(front) >= 3
+
+
+def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli) -> None:
+    args = ["--budget", "95%latency", *QUICK[:2], "--trials", "16", *SMALL]
+    code, _, err = cli("search", *args, "--out", tmp_path / "run")
+    if code == 2:  # a busy machine may time no finalist below the budget, and then it must say so
+        assert "no finalist holds the budgets" in err
+        return
+    rows = store.read_rows(tmp_path / "run")
+    timed = {row["label"] for row in rows if row["kind"] == "timing" and row["measure"] == "latency_ratio"}
+    assert {"calibration", "mid_block", json.loads((tmp_path / "run" / "best.json").read_text())["label"]} <= timed
+
+
+def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
+    assert cli("search", *QUICK, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
+    for row in store.read_rows(tmp_path / "run"):
+        if row["kind"] == "search":
+            arch = Architecture(frozenset(row["removed"]))
+            assert "mid_block" not in arch
+            assert "down_blocks.1.resnets.1" not in arch
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--budget", "plenty"], "cannot read the budget 'plenty'"),
+        (["--budget", "5%params"], "the least to be had is"),
+        (["--budget", "1%macs"], "GMACs for a U-Net step"),
+        ([], "no budget: give --budget"),
+        (["--budget", "65%params", "--objective", "vibes"], "unknown objective 'vibes'"),
+        (["--budget", "65%params", "--sampler", "cma"], "unknown sampler 'cma'"),
+        (["--budget", "65%params", "--trials", "0"], "--trials must be at least 1"),
+        (["--budget", "65%params", "--workers", "0"], "--workers must be at least 1"),
+        (["--budget", "65%params", "--finalists", "0"], "--finalists must be at least 1"),
+        (["--budget", "65%params", "--random", "-1"], "--random must be at least 0"),
+        (["--budget", "65%params", "--scope", "all"], "unknown scope 'all'"),
+        (["--budget", "65%params", "--macs", "flops"], "unknown MAC convention"),
+        (["--budget", "65%params", "--unit", "brick"], "unknown unit 'brick'"),
+        (["--budget", "65%params", "--unit", "layer", "--keep", "*attentions*,mid_block"], "nothing is left to remove"),
+        (["--budget", "65%params", "--keep", "mid_blok"], "did you mean mid_block"),
+        (["--pareto", "beauty"], "unknown pareto 'beauty'"),
+        (["--budget", "65%params", "--from-scan", "/nowhere"], "is not a run directory"),
+        (["--budget", "65%params", "--solve-only", "--from-scan", "/nowhere"], "is not a run directory"),
+        (["--budget", "65%params", "--workers", "2", "--storage", "sqlite:///x.db"], "SQLite lets two workers take one trial"),
+        (["--budget", "65%params", "--storage", "postgresql://u:secret@127.0.0.1:1/db"], "cannot open the storage"),
+        (["--budget", "65%params", "--storage", "nonsense"], "cannot open the storage 'nonsense'"),
+        (["--budget", "65%params", "--model", "sd-v1-4"], "download"),
+        (["--budget", "65%params", "--objective", "fid", "--reference", "/nowhere"], "no reference at '/nowhere'"),
+    ],
+)
+def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:
+    line = one_line("search", *args, "--out", tmp_path / "run")
+    assert says in line
+    assert "secret" not in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_protocol_in_the_same_directory(searched: Path, one_line: Callable[..., str]) -> None:
+    line = one_line("search", *QUICK, "--eps-samples", "16", "--out", searched)
+    assert "eps_samples is 8 there, 16 asked" in line
+
+
+def test_a_scan_of_another_protocol(searched: Path, one_line: Callable[..., str], tmp_path: Path) -> None:
+    line = one_line("search", *QUICK, "--eps-samples", "16", "--from-scan", searched, "--out", tmp_path / "run")
+    assert "of another protocol (eps_samples is 8 there, 16 asked)" in line
+
+
+def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tiny_folder: Callable[[str], Path]) -> None:
+    assert cli("graph", "--model", tiny_folder("sd1"))[0] == 0
+    line = one_line("search", "--model", tiny_folder("sd1"), "--budget", "80%params", "--objective", "fid")
+    assert "needs a reference: give --reference" in line
+
+
+@pytest.mark.parametrize("kind", ["sd1-v", "sdxl"])
+def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    args = ["--model", tiny_folder(kind), "--unit", "pair", "--budget", "80%params", "--trials", "5", *SMALL]
+    code, out, err = cli("search", *args, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "best.json" in out
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The URL of a server of its own on loopback; skipped where Debian's postgresql is not installed."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not binaries:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    home = tmp_path_factory.mktemp("postgresql")
+    home.chmod(0o777)
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if as_user:
+        shutil.chown(home, "postgres")
+        for parent in home.parents[:3]:
+            parent.chmod(parent.stat().st_mode | 0o055)
+
+    def run(tool: str, *args: str) -> None:
+        subprocess.run([*as_user, str(binaries[-1] / tool), *args], check=True, capture_output=True, timeout=120)
+
+    run("initdb", "-D", str(home / "data"), "-A", "trust", "-U", "me")
+    port = 20000 + os.getpid() % 20000
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={home}"
+    run("pg_ctl", "-D", str(home / "data"), "-o", options, "-l", str(home / "log"), "-w", "start")
+    try:
+        yield f"postgresql://me@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-D", str(home / "data"), "-m", "immediate", "stop")
+
+
+def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Path, tmp_path: Path) -> None:
+    """Two hosts of two workers each, as one shared search over the same candidates; two workers die in mid-trial."""
+    rows = [row for row in store.read_rows(searched) if row["kind"] == "search"]
+    n = str(len([row for row in rows if row["source"] in ("scan", "exact", "preset")]))
+    args = ["--unit", "stage", "--budget", "75%params", "--trials", n, *SMALL, "--study-name", "shared", "--storage", postgresql]
+    command = [sys.executable, "-m", "blockprune", "search", *args, "--workers", "2"]
+    outs = [tmp_path / "host-a", tmp_path / "host-b"]
+    hosts = [subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for out in outs]
+    killed = []
+    for host, out in zip(hosts, outs, strict=True):
+        while host.poll() is None and len(store.read_rows(out) if (out / "run.json").exists() else []) < 2:
+            time.sleep(0.05)
+        victim = next(iter(_workers(host.pid)), None)
+        assert victim, host.communicate()[0]
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
+    texts = [host.communicate(timeout=600)[0].decode() for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], texts
+    assert all("died" in text for text in texts)
+    whole = {key: value for key, value in scored(searched).items() if key in scored(outs[0])}
+    assert len(whole) == int(n)
+    assert scored(outs[0]) == scored(outs[1]) == pytest.approx(whole)
+    assert min(whole, key=whole.__getitem__) == min(scored(outs[0]), key=scored(outs[0]).__getitem__)
+
+
+def _workers(parent: int) -> list[int]:
+    """The worker processes of a search, by its process id."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            line = stat.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and b"spawn_main" in line:
+            found.append(int(stat.parent.name))
+    return found
