@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
@@ -82,12 +84,21 @@ class Ledger:
     """One study: candidates wait in it, are claimed by one worker each, and are finished with a score.
 
     No architecture is scored twice: of several trials of one architecture the oldest that has not failed owns it. A trial whose
-    worker died is failed and put in again. `asked` is what makes scores comparable; a study of other terms is refused.
+    worker died is failed and put in again. `asked` is what makes scores comparable; a study of other terms is refused. Pictures of
+    trials go to the folder `artifacts`.
     """
 
-    def __init__(self, storage: BaseStorage, name: str, measure: str, asked: Mapping[str, Any], grace_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        measure: str,
+        asked: Mapping[str, Any],
+        grace_s: float = 120.0,
+        artifacts: Path | None = None,
+    ) -> None:
         direction = StudyDirection.MINIMIZE if MEASURES[measure].direction == "down" else StudyDirection.MAXIMIZE
-        self.storage, self.grace_s = storage, grace_s
+        self.storage, self.grace_s, self.artifacts = storage, grace_s, artifacts
         self._evaluations: dict[int, Evaluation] = {}
         self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
         self.study_id = storage.get_study_id_from_name(name)
@@ -193,6 +204,17 @@ class Ledger:
         finally:
             stop.set()
             thread.join()
+
+    def attach(self, trial: FrozenTrial, png: bytes) -> None:
+        """Keeps a picture of a trial that is in work among the artifacts, where optuna-dashboard finds it."""
+        if self.artifacts is None:
+            return
+        self.artifacts.mkdir(exist_ok=True)
+        store = FileSystemArtifactStore(str(self.artifacts))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, f"{trial.user_attrs['label']}.png")
+            file.write_bytes(png)
+            upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial, storage=self.storage)
 
     def finish(self, trial: FrozenTrial, tiers: Sequence[Score]) -> Evaluation | None:
         """Ends a trial with its scores; one whose last has no value is kept as failed and never tried again.

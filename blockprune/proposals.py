@@ -1,8 +1,9 @@
-"""Which architecture to score next: what is asked of an Optuna sampler, repaired to the budget, and never the same twice."""
+"""What to score next: what an Optuna sampler asks for, or a neighbour of the best, repaired to the budget, never the same twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import itemgetter
 
 import numpy as np
 import optuna
@@ -16,6 +17,7 @@ from blockprune.space import Choice, Space
 
 PATIENCE = 16
 JITTER = 0.5
+N_BEST = 5
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=1),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=1),
@@ -32,8 +34,10 @@ def sampler_of(name: str, seed: int) -> BaseSampler:
 
 
 class Proposer:
-    """Asks a sampler over the units of a space. It has a study of its own in memory, so that the shared one holds no trial but what
-    was scored, and proposes again for free where repair ends at an architecture that is known.
+    """Asks a sampler over the units of a space and, every other time, looks around the best that is known.
+
+    It has a study of its own in memory, so that the shared one holds no trial but what was scored, and proposes again for free
+    where repair ends at an architecture that is known.
 
     `scores` are what the removal of each unit alone loses; repair goes by them.
     """
@@ -44,6 +48,8 @@ class Proposer:
         self.cached = 0
         self._asked: dict[Choice, Trial] = {}
         self._told: set[int] = set()
+        self._best: list[tuple[float, Choice]] = []
+        self.name, self._turn = sampler, 0
 
     def tell(self, evaluations: Iterable[Evaluation]) -> None:
         """Lets the sampler learn of scores, its own proposals' and others'."""
@@ -52,17 +58,39 @@ class Proposer:
                 continue
             self._told.add(e.trial)
             state = TrialState.COMPLETE if e.score.value is not None else TrialState.FAIL
-            asked = self._asked.pop(frozenset(label for label, on in e.candidate.params.items() if on), None)
+            choice = frozenset(label for label, on in e.candidate.params.items() if on)
+            if state == TrialState.COMPLETE and self.space.holds(e.candidate.arch):
+                self._best = sorted([*self._best, (e.loss, choice)], key=itemgetter(0))[:N_BEST]
+            asked = self._asked.pop(choice, None)
             if asked is not None:
                 self.study.tell(asked, e.loss if state == TrialState.COMPLETE else None, state=state)
             elif state == TrialState.COMPLETE:
                 self.study.add_trial(self._trial(e))
 
-    def ask(self, known: Collection[str]) -> Choice | None:
-        """A choice within the budget whose architecture is not among the `known` keys; None when none is found.
+    def ask(self, known: Collection[str]) -> tuple[str, Choice] | None:
+        """Where it comes from, and a choice within the budget whose architecture is not among the `known` keys; None for none.
 
         Where repair to a smallest set keeps ending at what is known, larger sets and then random ones are tried.
         """
+        self._turn += 1
+        if self._turn % 2 == 0 and (near := self._neighbour(known)) is not None:
+            return "near", near
+        asked = self._sampled(known)
+        return None if asked is None else (self.name, asked)
+
+    def _neighbour(self, known: Collection[str]) -> Choice | None:
+        """One of the best with one to three units changed, repaired; None when nothing new is found."""
+        for _ in range(PATIENCE if self._best else 0):
+            base = self._best[self.draw.integers(len(self._best))][1]
+            changed = self.draw.choice(self.space.labels, size=min(self.draw.integers(1, 4), len(self.space.labels)), replace=False)
+            choice = self.space.repair(base ^ frozenset(changed.tolist()), self._jittered(JITTER))
+            if choice is not None and self.space.arch(choice).key not in known:
+                return choice
+            self.cached += choice is not None
+        return None
+
+    def _sampled(self, known: Collection[str]) -> Choice | None:
+        """What the sampler asks for, repaired."""
         for attempt in range(PATIENCE):
             trial = self.study.ask()
             asked = [label for label in self.space.labels if trial.suggest_categorical(label, [False, True])]

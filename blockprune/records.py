@@ -145,3 +145,16 @@ class Evaluation:
         tiers = tuple(Score.from_json(row) for row in data["tiers"])
         candidate = Candidate(arch, tiers[-1].label, data["source"], data["params"], data["over"], data["costs"])
         return cls(data["trial"], candidate, tiers, data["ended"], data["seconds"])
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """One optimiser step: every term of the loss, how many images went in over all processes, and the seconds it took."""
+
+    step: int
+    losses: Mapping[str, float]
+    n_images: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"losses": dict(self.losses)}

@@ -34,7 +34,8 @@ class Source(Protocol):
 
 @dataclass
 class Strategy:
-    """First every unit alone; then the exact best sums of those scores, and the presets that fit; then a sampler's proposals.
+    """First every unit alone; then the exact best sums of those scores, and the presets that fit; then what a sampler
+    proposes and, in turn with it, neighbours of the best.
 
     `space` holds the budgets that every candidate is held against; `spaces` are where candidates are sought: that one alone, or
     for a front one for each step of its sweep. Without `scan` no unit is scored alone and all are taken for alike. `teacher` scores
@@ -96,8 +97,9 @@ class Strategy:
         turn = len(known) % len(self.spaces)
         for proposer in self._proposers[turn:] + self._proposers[:turn]:
             proposer.tell(evaluations)
-            if (choice := proposer.ask(known)) is not None:
-                return [self.candidate(choice, self.sampler)]
+            if (proposal := proposer.ask(known)) is not None:
+                source, choice = proposal
+                return [self.candidate(choice, source)]
         return []
 
     @property
@@ -114,7 +116,7 @@ class Strategy:
         choice = space.choice(arch)
         params = {} if choice is None else {label: label in choice for label in space.labels}
         cost = space.graph.cost(arch)
-        costs = {"params": cost.params, "macs_thop": cost.thop, "latency_s": space.latency(arch)}
+        costs = {"params": cost.params, "macs_thop": cost.thop} | ({"latency_s": space.latency(arch)} if space.latency_s else {})
         return Candidate(arch, label or f"{source}-{arch.key[:6]}", source, params, space.over(arch), costs)
 
 
@@ -179,16 +181,19 @@ def search(
     source: Source,
     score: Callable[[Candidate, Sequence[Evaluation]], tuple[Score, ...]],
     n_trials: int | None = None,
+    picture: Callable[[Candidate], bytes | None] = lambda candidate: None,
 ) -> Iterator[Evaluation]:
     """Scores candidates until `n_trials` architectures are known or there are no more, and yields those that this process scored.
 
-    Others may work on the same ledger; this ends when nobody is at work any more.
+    `picture` gives a PNG to go with a trial. Others may work on the same ledger; this ends when nobody is at work any more.
     """
     while True:
         ledger.recover()
         if (trial := ledger.claim(n_trials)) is not None:
             with ledger.beating(trial):
                 scores = score(ledger.candidate(trial), ledger.evaluations())
+                if (png := picture(ledger.candidate(trial))) is not None:
+                    ledger.attach(trial, png)
             if (done := ledger.finish(trial, scores)) is not None:
                 yield done
             continue

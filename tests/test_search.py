@@ -62,7 +62,7 @@ def test_phases_come_in_order_and_are_all_charged() -> None:
     found = list(search(ledger(), Strategy(of, [of], PRESETS, n_exact=5), Landscape(of).plain, 70))
     sources = [e.candidate.source for e in found]
     assert len(found) == 70
-    assert list(dict.fromkeys(sources)) == ["scan", "exact", "preset", "tpe"]
+    assert list(dict.fromkeys(sources)) == ["scan", "exact", "preset", "tpe", "near"]
     assert sources.count("scan") == len(BLOCKS)
     assert {e.score.label for e in found if e.candidate.source == "preset"} == {"bk-sdm-small", "bk-sdm-tiny"}
     assert len({e.candidate.arch for e in found}) == 70
@@ -88,9 +88,9 @@ def test_it_ends_at_the_optimum_and_when_all_is_known() -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_proposes_new_sets_within_the_budget(sampler: str) -> None:
     of = space(STAGES, "75%params", "90%macs")
-    found = list(search(ledger(), Strategy(of, [of], {}, sampler, n_exact=1), Landscape(of).plain, len(STAGES) + 9))
+    found = list(search(ledger(), Strategy(of, [of], {}, sampler, n_exact=1), Landscape(of).plain, len(STAGES) + 17))
     proposed = [e for e in found if e.candidate.source == sampler]
-    assert len(proposed) == 8
+    assert len(proposed) >= 8
     assert all(e.candidate.fits for e in proposed)
 
 
@@ -110,7 +110,7 @@ def test_same_seed_same_search() -> None:
 def test_too_few_trials_for_a_scan_take_the_presets_first() -> None:
     of = space(BLOCKS, "70%params")
     found = list(search(ledger(), Strategy(of, [of], PRESETS, n_exact=0, scan=False), Landscape(of).plain, 5))
-    assert [e.candidate.source for e in found] == ["preset", "preset", "tpe", "tpe", "tpe"]
+    assert [e.candidate.source for e in found] == ["preset", "preset", "tpe", "near", "tpe"]
 
 
 def test_a_resumed_search_goes_on_where_it_was() -> None:
@@ -177,7 +177,7 @@ def test_a_front_looks_in_every_space() -> None:
     spaces = [space(BLOCKS, f"{p}%params") for p in (80, 65, 55)]
     free = space(BLOCKS)
     found = list(search(ledger(), Strategy(free, spaces, PRESETS, n_exact=2), Landscape(free).plain, 70))
-    tpe = [e for e in found if e.candidate.source == "tpe"]
+    tpe = [e for e in found if e.candidate.source in ("tpe", "near")]
     assert [sum(s.holds(e.candidate.arch) for e in tpe) for s in spaces] == sorted(
         (sum(s.holds(e.candidate.arch) for e in tpe) for s in spaces), reverse=True
     )

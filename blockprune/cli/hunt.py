@@ -12,8 +12,10 @@ from blockprune import workbench
 from blockprune.cli import options, outputs
 from blockprune.cli.measuring import plan_of, terms
 from blockprune.cli.problem import Problem
+from blockprune.imaging import Judges
 from blockprune.ledger import Ledger, open_storage
-from blockprune.records import Evaluation
+from blockprune.records import Candidate, Evaluation
+from blockprune.sampling import NotFinite
 from blockprune.scoring import Arrays, Examiner, Objective, Plan
 from blockprune.search import Chance, Listed, Tiers, finalists, search
 from blockprune.workbench import Bench
@@ -64,7 +66,7 @@ class Hunt:
         """The study of the "search", of its "final", or of "random" sets for comparison."""
         asked = self.asked | ({"final_factor": self.opts["final_factor"]} if kind == "final" else {})
         name = self.opts["study_name"] + ("" if kind == "search" else f"-{kind}")
-        return Ledger(self.storage, name, self.opts["objective"], asked)
+        return Ledger(self.storage, name, self.opts["objective"], asked, artifacts=self.folder / "artifacts")
 
     @cached_property
     def storage(self) -> Any:
@@ -116,8 +118,17 @@ class Hunt:
             yield "random", e
         listed = Listed(finalists(main.evaluations(), self.problem.spaces, self.opts["finalists"]))
         objective = self.objective(self.fresh, "teacher-fresh")
-        for e in search(self.ledger("final"), listed, lambda c, _: (objective(c.arch, c.label),)):
+        for e in search(self.ledger("final"), listed, lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
             yield "final", e
+
+    def picture(self, candidate: Candidate) -> bytes | None:
+        """The first images of a finalist, side by side; None when it draws none."""
+        protocol = replace(self.plan.protocol, seed=self.fresh.protocol.seed, n_images=self.plan.n_pictures)
+        examiner = Examiner(self.bench.pipe, self.bench.graph, replace(self.plan, protocol=protocol, judges=Judges()))
+        try:
+            return outputs.strip_png(examiner.observe(candidate.arch, candidate.label)[1])
+        except NotFinite:
+            return None
 
 
 def hunt(opts: Mapping[str, Any], folder: Path) -> Hunt:

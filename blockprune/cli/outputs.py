@@ -35,13 +35,17 @@ def recall_arrays(folder: Path, name: str) -> Arrays | None:
     return load(file.read_bytes()) if file.exists() else None
 
 
-def keep_picture(run: Run, arch: Architecture, images: NDArray[np.uint8]) -> None:
-    """(k, H, W, 3) images of an architecture side by side in one PNG."""
+def strip_png(images: NDArray[np.uint8]) -> bytes:
+    """(k, H, W, 3) images side by side in one PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(list(images), axis=1)).save(buffer, format="PNG")
-    run.write(f"images/{arch.key}.png", buffer.getvalue())
+    return buffer.getvalue()
+
+
+def keep_picture(run: Run, arch: Architecture, images: NDArray[np.uint8]) -> None:
+    run.write(f"images/{arch.key}.png", strip_png(images))
 
 
 def _pictures(folder: Path, archs: Mapping[str, Architecture], n: int) -> dict[str, NDArray[np.uint8]]:

@@ -72,7 +72,7 @@ def history_figure(view: SearchView) -> Figure:
     if is_wide(abs(_value(e.loss, view.measure)) for e in fitting):
         ax.set_yscale("log")
     for i, e in enumerate(view.search, 1):
-        if i > 1 and e.candidate.source != view.search[i - 2].candidate.source and e.candidate.source != PRESET:
+        if i > 1 and e.candidate.source not in {PRESET, *(f.candidate.source for f in view.search[: i - 1])}:
             ax.axvline(i - 0.5, color=FAINT, lw=0.8)
             write(ax, i, 1.01, e.candidate.source, transform=ax.get_xaxis_transform(), fontsize=7, color=MUTED)
     ax.set_xlabel("evaluations", fontsize=8.5, color=INK)
