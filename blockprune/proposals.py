@@ -82,7 +82,7 @@ class Proposer:
         """One of the best with one to three units changed, repaired; None when nothing new is found."""
         for _ in range(PATIENCE if self._best else 0):
             base = self._best[self.draw.integers(len(self._best))][1]
-            changed = self.draw.choice(self.space.labels, size=min(self.draw.integers(1, 4), len(self.space.labels)), replace=False)
+            changed = self.draw.permutation(self.space.labels)[: self.draw.integers(1, 4)]
             choice = self.space.repair(base ^ frozenset(changed.tolist()), self._jittered(JITTER))
             if choice is not None and self.space.arch(choice).key not in known:
                 return choice

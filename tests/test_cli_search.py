@@ -135,6 +135,15 @@ def test_other_budgets_are_solved_without_forward_passes(searched: Path, cli: Cl
     assert texts[0] != texts[1]
 
 
+def test_solving_on_a_scan_leaves_out_what_it_lacks(searched: Path, cli: Cli, one_line: Callable[..., str]) -> None:
+    code, out, _ = cli("search", "--unit", "stage,block", "--budget", "80%params", "--solve-only", "--out", searched)
+    assert code == 0
+    assert out.startswith("left out, for want of eps_mse in")
+    assert "down_blocks.0.resnets.0" in out.splitlines()[0]
+    line = one_line("search", "--unit", "layer", "--budget", "99%params", "--solve-only", "--out", searched)
+    assert "has eps_mse of no unit 'layer'" in line
+
+
 def test_two_workers_share_a_search(tmp_path: Path) -> None:
     main_in_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
     assert len(scored(tmp_path / "run")) == 20

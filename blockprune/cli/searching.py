@@ -218,12 +218,13 @@ def solve_only(opts: Mapping[str, Any], folder: Path) -> None:
     problem = Problem(graph, {**opts, "from_scan": str(source)})
     if problem.timed:
         raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")
-    evaluations = _evaluated(problem, scores_in(source, opts["objective"]))
-    strategy = problem.strategy(opts["seed"])
-    known = {e.candidate.arch.key for e in evaluations}
-    if missing := [c.label for c in strategy.alone() if c.arch.key not in known]:
-        scored, name = opts["objective"], missing[0]
-        raise UserError(f"{str(source)!r} has no {scored} of {name!r}: scan it, or give the --unit that was scanned")
+    scored = {arch.key for _, arch, _ in scores_in(source, opts["objective"])}
+    if unscored := [label for label, unit in problem.units.items() if unit.key not in scored]:
+        print(f"left out, for want of {opts['objective']} in {source}: {', '.join(unscored)}")
+    problem.units = {label: unit for label, unit in problem.units.items() if label not in unscored}
+    if not problem.units:
+        raise UserError(f"{str(source)!r} has {opts['objective']} of no unit {opts['unit']!r}: scan them, or give the --unit there")
+    evaluations, strategy = _evaluated(problem, scores_in(source, opts["objective"])), problem.strategy(opts["seed"])
     designs = {c.arch.key for c in [*strategy.alone(), *strategy.known_designs()]}
     console.print_solutions(strategy.candidates(evaluations, designs), graph.total, console.make_console())
 
