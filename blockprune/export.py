@@ -1,25 +1,33 @@
-"""A pruned U-Net on disk: its weights, its teacher's configuration, and the architecture without which they mean nothing."""
+"""A pruned U-Net on disk: bare, with the architecture without which its weights mean nothing, or in a whole pipeline's folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blockprune import surgery
+from blockprune import checkpoints, surgery
 from blockprune.arch import Architecture
+from blockprune.card import model_card
 from blockprune.errors import UserError
+from blockprune.families import family_of
+from blockprune.stock import BlockMap, Stock, expressible, slots
 
 # not the name that stock loaders look for: they would fill the removed blocks of the full configuration at random
 WEIGHTS = "pruned_unet.safetensors"
 ARCHITECTURE = "architecture.json"
+PRUNING = "pruning"  # of an exported folder; nothing there is read by diffusers
+BLOCK_MAP = "block_map.json"
 
 
 def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -> None:
@@ -34,13 +42,17 @@ def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -
     (folder / ARCHITECTURE).write_text(arch.dumps())
 
 
+def read_architecture(folder: Path) -> Architecture:
+    """What the student in `folder` lacks; UserError when its architecture.json is missing or damaged."""
+    return Architecture.from_json(_json(folder / ARCHITECTURE))
+
+
 def load_student(folder: Path, device: str | torch.device = "cpu") -> UNet2DConditionModel:
     """The pruned U-Net that `save_student` wrote, in evaluation mode and in its stored precision.
 
     Raises UserError when a file is missing or damaged, or the weights are not exactly those of the architecture.
     """
-    arch = Architecture.from_json(_json(folder / ARCHITECTURE))
-    unet = surgery.skeleton(_json(folder / "config.json"), arch)
+    unet = surgery.skeleton(_json(folder / "config.json"), read_architecture(folder))
     path = folder / WEIGHTS
     try:
         tensors = load_file(path, device=str(device))
@@ -54,6 +66,141 @@ def load_student(folder: Path, device: str | torch.device = "cpu") -> UNet2DCond
         raise UserError(f"{str(path)!r} is of another U-Net than its config.json: {reshaped[0]!r} differs in shape; save it again")
     unet.load_state_dict({name: _aligned(t) for name, t in tensors.items()}, assign=True)
     return unet.eval()
+
+
+def load_pipeline(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The pipeline that `export_pipeline` wrote, with a stock U-Net or not, for inference; any other model as `checkpoints.load`.
+
+    Raises UserError when a file is missing or damaged.
+    """
+    stock = not (Path(folder) / "unet" / ARCHITECTURE).is_file()
+    pipe = checkpoints.load(str(folder), dtype=dtype) if stock else _load_slots(Path(folder), dtype)
+    pipe.unet.load_state_dict({name: _aligned(t) for name, t in pipe.unet.state_dict().items()}, assign=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _load_slots(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    name = _json(folder / "model_index.json").get("_class_name")
+    if name not in checkpoints.PIPELINES:
+        raise UserError(f"{str(folder)!r} holds a {name}: give a {' or '.join(checkpoints.PIPELINES)}")
+    unet = load_student(folder / "unet")
+    try:
+        with checkpoints._silence():
+            unet = unet.to(dtype)
+            return checkpoints.PIPELINES[name].from_pretrained(folder, unet=unet, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, TypeError, SafetensorError) as err:
+        raise UserError(f"cannot load the pipeline in {str(folder)!r}: {(str(err).splitlines() or [''])[0][:300]}") from None
+
+
+def export_pipeline(
+    pipe: DiffusionPipeline, unet: UNet2DConditionModel, arch: Architecture, folder: Path, card: Mapping[str, Any]
+) -> Stock | str:
+    """Writes the teacher `pipe` with the student `unet` in place of its U-Net as a diffusers folder, and reads it back to compare.
+
+    Returns the stock form, which any diffusers loads, or why there is none; then `load_pipeline` alone loads the folder. `card`
+    fills the README (see `model_card`). Raises UserError, and leaves no folder, when `folder` is taken, `unet` is no student of
+    `pipe` by `arch`, or what was read back computes something else.
+    """
+    check_free(folder)
+    if changed := _changes(pipe.unet.config, unet.config):
+        raise UserError(
+            f"the student is of another teacher: their U-Nets differ in {', '.join(changed)}; give the one it was cut from"
+        )
+    state = {name: t.detach().contiguous() for name, t in unet.state_dict().items()}
+    _same_keys(state, surgery.skeleton(unet.config, arch).state_dict(), f"the U-Net to export as {arch.key}")
+    found = expressible(unet.config, arch)
+    blocks = found.blocks if isinstance(found, Stock) else slots(unet.config, arch)
+    with _folder_in_the_making(folder) as part, checkpoints._silence():
+        for name, component in pipe.components.items():
+            if name != "unet" and component is not None:
+                component.save_pretrained(part / name)
+        pipe.save_config(part)
+        if isinstance(found, Stock):
+            stock = surgery.skeleton(found.config, Architecture())
+            stock.load_state_dict({str(blocks.new_name(name)): t for name, t in state.items()}, assign=True)
+            stock.save_pretrained(part / "unet")
+        else:
+            save_student(unet, arch, part / "unet")
+        (part / PRUNING).mkdir()
+        (part / PRUNING / ARCHITECTURE).write_text(arch.dumps())
+        (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n")
+        (part / "README.md").write_text(model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card))
+        _check_equal(part, unet.config, arch, state, blocks)
+    return found
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError when `folder` is there already and not an empty directory."""
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} is there already: choose another --out, or remove it")
+
+
+@contextmanager
+def _folder_in_the_making(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that becomes it when the context ends well, and disappears when it does not."""
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _changes(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
+    a, b = (json.loads(json.dumps({k: v for k, v in c.items() if not k.startswith("_")})) for c in (teacher, student))
+    return sorted(k for k in {*a, *b} - {"sample_size"} if a.get(k) != b.get(k))
+
+
+def _check_equal(
+    folder: Path, config: Mapping[str, Any], arch: Architecture, state: Mapping[str, Tensor], blocks: BlockMap
+) -> None:
+    """Raises UserError unless the exported U-Net has the student's weights and outputs, bit for bit, on the CPU in float32."""
+    student, again = surgery.skeleton(config, arch), load_pipeline(folder).unet
+    student.load_state_dict({name: _aligned(t.float().cpu()) for name, t in state.items()}, assign=True)
+    weights = again.state_dict()
+    for name, t in student.state_dict().items():
+        if not torch.equal(t, weights[str(blocks.new_name(name))]):
+            raise UserError(f"the export is not the student: {name!r} came back with other values (or is not a number)")
+    inputs = _probe(config)
+    with torch.no_grad():
+        ours, theirs = (u(**inputs, return_dict=False)[0] for u in (student, again))
+    if not torch.equal(ours, theirs):
+        raise UserError(
+            f"the exported U-Net of {arch.key} computes something else than the student, {(ours - theirs).abs().max():.2g} apart: "
+            "please report this architecture"
+        )
+
+
+def _probe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Random arguments of the U-Net's forward, two rows, a small latent."""
+    g = torch.Generator().manual_seed(0)
+    side = 2 ** len(config["down_block_types"])
+    sample = torch.randn(2, config["in_channels"], side, side, generator=g)
+
+    def noise(value: Any) -> Any:
+        return {k: noise(v) for k, v in value.items()} if isinstance(value, dict) else torch.randn(value.shape, generator=g)
+
+    condition = noise(family_of(config).blank(config, 2, 8, sample))
+    return {"sample": sample, "timestep": torch.tensor([20, 700]), **condition}
+
+
+def read_block_map(folder: Path) -> BlockMap:
+    """Where an exported folder keeps its teacher's blocks; UserError when it does not say."""
+    if not (folder / PRUNING / BLOCK_MAP).is_file():
+        raise UserError(f"no {PRUNING}/{BLOCK_MAP} in {str(folder)!r}: give a folder that `blockprune export` wrote")
+    return BlockMap.from_json(_json(folder / PRUNING / BLOCK_MAP))
+
+
+def exported_skeleton(folder: Path) -> UNet2DConditionModel:
+    """The U-Net of an exported folder on the meta device, without weights."""
+    unet = folder / "unet"
+    arch = read_architecture(unet) if (unet / ARCHITECTURE).is_file() else Architecture()
+    return surgery.skeleton(_json(unet / "config.json"), arch)
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,13 @@ class Run:
                 raise
         finally:
             os.close(fd)
+
+    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Leaves only the rows that are wanted: those after the checkpoint from which work goes on will be made again."""
+        rows = self.rows()
+        kept = [row for row in rows if wanted(row)]
+        if len(kept) < len(rows):
+            self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Writes a whole file, atomically; folders in `name` are made."""

@@ -166,7 +166,7 @@ def removed(unet: UNet2DConditionModel, arch: Architecture) -> AbstractContextMa
 
 def check_innermost(unet: UNet2DConditionModel, arch: Architecture) -> None:
     """Raises UserError when `arch` removes a part of the innermost stage and keeps another."""
-    parts = innermost(unet)
+    parts = innermost(unet) if arch else frozenset()  # a pruned U-Net has no innermost stage to look for
     if arch.removed & parts and not parts <= arch.removed:
         raise UserError(f"the innermost stage goes as one: also remove {', '.join(sorted(parts - arch.removed))}")
 

@@ -14,15 +14,17 @@ import blockprune
 
 ROOT = Path(blockprune.__file__).parent
 # A group's modules may import every group above it. Within a group, a tuple is in import order; the members of a set are strangers.
-VALUES = ("errors", "arch", "records", "presets", "budgets")
+VALUES = ("errors", "arch", "records", "presets", "budgets", "recipe")
 MATHS = {"metrics", "losses"}
 LAYERS: list[tuple[str, ...] | set[str]] = [
     VALUES,
     MATHS,
-    {"surgery", "families", "data", "digits", "features", "imaging", "costs", "latency", "crosscheck", "store", "checkpoints"},
-    {"trace", "replay", "sampling", "space", "export", "pricing", "ledger"},
+    {"surgery", "families", "data", "digits", "features", "imaging", "costs", "latency", "crosscheck", "store", "checkpoints"}
+    | {"snapshots", "taps"},
+    {"stock", "card"},
+    {"trace", "replay", "sampling", "pairs", "space", "export", "adapters", "pricing", "ledger"},
     {"proposals"},
-    {"denoising", "workbench"},
+    {"denoising", "workbench", "cache"},
     {"scoring"},
     {"scan", "search", "distill", "evaluate", "report"},
     {"cli"},

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from blockprune.cli import cost, graph, scan, search, stats
+from blockprune.cli import cache, cost, distill, export, graph, map_lora, scan, search, stats
 from blockprune.errors import UserError
 
 app = typer.Typer(
@@ -24,8 +24,12 @@ app = typer.Typer(
 )
 app.command("graph")(graph.graph)
 app.command("cost")(cost.cost)
+app.command("cache")(cache.cache)
 app.command("scan")(scan.scan)
 app.command("search")(search.search)
+app.command("distill")(distill.distill)
+app.command("export")(export.export)
+app.command("map-lora")(map_lora.map_lora)
 app.command("stats")(stats.stats)
 
 

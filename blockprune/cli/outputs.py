@@ -110,6 +110,15 @@ def write_search(run: Run) -> SearchView:
     return view
 
 
+def write_curves(run: Run) -> None:
+    """Writes losses.png and, where there was a validation, validation.png."""
+    from blockprune.report.canvas import png
+    from blockprune.report.curves import curves
+
+    for name, figure in curves(run.rows()):
+        run.write(name, png(figure))
+
+
 def view_of(folder: Path) -> ScanView:
     """What a scan directory says. Raises UserError when it is none."""
     said = read_run(folder)

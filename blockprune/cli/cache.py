@@ -1,0 +1,53 @@
+"""`blockprune cache`: encode training pairs once, so that training needs no VAE and no text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockprune.cli import options
+from blockprune.errors import UserError
+
+
+def cache(
+    data: Annotated[
+        str | None, typer.Option(help="folder with metadata.csv or metadata.jsonl, .tar shards as 'x/{000..012}.tar', or digits")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the cache; the same command again goes on")] = None,
+    model: options.Model = "tiny-digits",
+    n_images: Annotated[int | None, typer.Option(help="only the first so many pairs")] = None,
+    resolution: options.Resolution = None,
+    flip: Annotated[bool, typer.Option(help="hold every image mirrored as well, for training with --flip")] = False,
+    shard_size: Annotated[int, typer.Option(help="pairs per file")] = 512,
+    batch_size: Annotated[int, typer.Option(help="images at a time; 1 gives the very numbers of training without a cache")] = 1,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+) -> None:
+    """Encode the images and captions of training data, for `distill`; several processes may share the work."""
+    for name, value in {"--shard-size": shard_size, "--batch-size": batch_size}.items():
+        options.at_least(name, value, 1)
+    from blockprune import cache as caches
+    from blockprune import checkpoints, pairs, workbench
+    from blockprune.cli import console
+
+    data = data or workbench.defaults_of(model).get("data")
+    if data is None:
+        raise UserError("no data: give --data, a folder with metadata.csv or .tar shards")
+    config = checkpoints.configs(model)
+    height, width = (side * config.vae_factor for side in config.latent(resolution))
+    if height != width:
+        raise UserError(f"a cache needs a square resolution: got {height}x{width}")
+    reader = pairs.Reader(pairs.source_of(data, height, n_images))
+    pipe = checkpoints.load(model, options.device_of(device), options.dtype_of(dtype))
+    folder = out or Path("runs") / f"cache-{Path(model).name}"
+    left = caches.unfinished(folder, len(reader), shard_size)
+    teacher = checkpoints.identity(model)
+    with console.WorkProgress(console.make_console(stderr=True), left) as progress:
+        said = caches.write_cache(
+            pipe, reader, folder, shard_size, teacher=teacher, flip=flip, chunk=batch_size, tick=progress.tick
+        )
+    n_bytes = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+    skipped = f", {said['n_skipped']} unreadable samples replaced by the next" if said["n_skipped"] else ""
+    print(f"{folder}: {len(reader)} pairs at {height} pixels{skipped}, {n_bytes / 2**20:.1f} MiB")

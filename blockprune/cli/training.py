@@ -1,0 +1,321 @@
+"""How a distillation runs: its phases, what it keeps, where it goes on, validation, and the pipeline that it ends with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from blockprune import checkpoints, presets, workbench
+from blockprune.arch import Architecture
+from blockprune.cache import Cached, Live, Provider, Remembered
+from blockprune.cli import console, outputs
+from blockprune.cli.measuring import plan_of, possible
+from blockprune.distill import Distiller, Sampler, Settings, student_of
+from blockprune.errors import UserError
+from blockprune.export import export_pipeline, load_student, save_student
+from blockprune.families import family_of
+from blockprune.imaging import STATISTICS, judge
+from blockprune.pairs import Reader, source_of
+from blockprune.recipe import Phase, Recipe, read_recipe
+from blockprune.records import TrainState
+from blockprune.sampling import NotFinite
+from blockprune.scoring import FULL, Examiner
+from blockprune.snapshots import Snapshot, read_snapshot, write_snapshot
+from blockprune.store import Run
+from blockprune.trace import trace
+from blockprune.workbench import Bench
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A phase as it will run: optimiser steps `first` to `last`, exclusive."""
+
+    teacher: str
+    arch: Architecture
+    first: int
+    last: int
+
+
+def stretches(recipe: Recipe, opts: Mapping[str, Any]) -> list[Stretch]:
+    """The phases with their teachers, architectures and steps filled in; each may remove more than the one before, not less."""
+    phases = list(recipe.phases)
+    if len(opts["teacher"]) > 1:
+        if len(phases) > 1:
+            raise UserError("several --teacher and a recipe with phases: name the teachers in the recipe's phases")
+        phases = [Phase(None, name, None) for name in opts["teacher"]]
+    open_ended = [p for p in phases if p.steps is None]
+    left = opts["max_train_steps"] - sum(p.steps or 0 for p in phases)
+    if left < len(open_ended) or (left and not open_ended):
+        raise UserError(
+            f"--max-train-steps {opts['max_train_steps']} does not match the recipe's phases: {sum(p.steps or 0 for p in phases)} "
+            f"steps are given there, {len(open_ended)} phases share the rest"
+        )
+    config = checkpoints.configs(opts["teacher"][0])
+    graph = trace(config.unet, config.latent(opts["resolution"]), config.n_tokens)
+    found: list[Stretch] = []
+    teacher, arch = opts["teacher"][0], Architecture()
+    for i, phase in enumerate(phases):
+        teacher = phase.teacher or teacher
+        last_one = i == len(phases) - 1
+        wanted = presets.parse(opts["arch"] if phase.arch is None or last_one else phase.arch, graph)
+        if not arch <= wanted:
+            raise UserError(f"phase {i + 1} puts back {', '.join(arch - wanted)}: a phase may only remove more than the one before")
+        share = phase.steps or (left // len(open_ended) + (left % len(open_ended) if phase is open_ended[-1] else 0))
+        first = found[-1].last if found else 0
+        arch = wanted
+        found.append(Stretch(teacher, arch, first, first + share))
+    return found
+
+
+def provider_of(bench: Bench, opts: Mapping[str, Any]) -> Provider:
+    """The training pairs, encoded: from a cache folder, or encoded once as they come and remembered."""
+    data = opts["data"] or "digits"
+    if (Path(data) / "cache.json").is_file():
+        return Remembered(Cached(data, {"teacher": bench.identity}))
+    height, width = (side * bench.pipe.vae_scale_factor for side in bench.latent)
+    if height != width:
+        raise UserError(f"training needs a square resolution: got {height}x{width}")
+    return Remembered(Live(bench.pipe, Reader(source_of(data, height))))
+
+
+def run(opts: Mapping[str, Any], folder: Path) -> None:
+    """Trains phase after phase, goes on where an earlier attempt stopped, and exports the student."""
+    recipe = read_recipe(opts["recipe"])
+    if opts["learning_rate"] is not None:
+        recipe = replace(recipe, learning_rate=opts["learning_rate"])
+    plan = stretches(recipe, opts)
+    accelerator = Accelerator(
+        cpu=opts["cpu"],
+        mixed_precision=opts["mixed_precision"],
+        gradient_accumulation_steps=opts["gradient_accumulation_steps"],
+        log_with=opts["report_to"],
+        project_dir=str(folder),
+    )
+    training = Training(opts, folder, recipe, plan, accelerator)
+    with training.opened() as out:
+        training.train(out)
+        if accelerator.is_main_process and out is not None:
+            training.finish(out)
+
+
+class Training:
+    """One distillation. Every process of `accelerate launch` holds one; only the main process writes."""
+
+    def __init__(
+        self, opts: Mapping[str, Any], folder: Path, recipe: Recipe, plan: Sequence[Stretch], accelerator: Accelerator
+    ) -> None:
+        self.opts, self.folder, self.recipe, self.plan, self.accelerator = opts, folder, recipe, plan, accelerator
+        self.bench = self._load(plan[0].teacher)
+        self.provider = provider_of(self.bench, opts)
+        self.err = console.make_console(stderr=True)
+
+    def _load(self, model: str) -> Bench:
+        return workbench.load_bench(model, self.opts["resolution"], self.accelerator.device, torch.float32)
+
+    @property
+    def settings(self) -> Settings:
+        o = self.opts
+        return Settings(
+            o["train_batch_size"],
+            o["gradient_accumulation_steps"],
+            o["seed"],
+            o["ema"],
+            gradient_checkpointing=o["gradient_checkpointing"],
+            channels_last=self.accelerator.device.type == "cuda",
+        )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What must be the same for a run to go on. How the global batch is cut over processes changes no number but rounding."""
+        o, world = self.opts, self.accelerator.num_processes
+        phases = [{"teacher": s.teacher, "arch": list(s.arch), "first": s.first, "last": s.last} for s in self.plan]
+        same = ("mixed_precision", "ema", "seed", "flip")
+        return {
+            "recipe": {k: v for k, v in self.recipe.to_json().items() if k != "phases"},
+            "phases": phases,
+            "teacher": self.bench.identity,
+            "teacher_model": self.plan[0].teacher,
+            "data": self.provider.identity,
+            "latent": self.bench.latent,
+            "batch": o["train_batch_size"] * o["gradient_accumulation_steps"] * world,
+            **{name: o[name] for name in same},
+        }
+
+    @contextmanager
+    def opened(self) -> Iterator[Run | None]:
+        """The run directory in the main process, None in the others."""
+        out = None
+        if self.accelerator.is_main_process:
+            note = {"made_with": workbench.made_with(self.accelerator.device), "arch": list(self.plan[-1].arch)}
+            out = Run(self.folder, "distill", self.asked, note)
+        self.accelerator.wait_for_everyone()
+        try:
+            yield out
+        finally:
+            if out is not None:
+                out.close()
+
+    def train(self, out: Run | None) -> None:
+        """Every phase that is not done yet, from the newest sound checkpoint on."""
+        start, wrong = read_snapshot(self.folder / "checkpoints")
+        done = start.step if start else 0
+        if out is not None:
+            for line in wrong:
+                self.err.print(line, style="red")
+            out.keep(lambda row: row["step"] <= done)
+            self.accelerator.init_trackers("blockprune")
+        weights: Mapping[str, torch.Tensor] | None = start.parts["student"] if start else None
+        total = self.plan[-1].last
+        with console.WorkProgress(self.err, {"training": (total - done) * self.n_images}) as progress:
+            for stretch in self.plan:
+                if stretch.last <= done:
+                    continue
+                inside = start if start and start.step > stretch.first else None
+                distiller = self._distiller(stretch, weights, inside)
+                self._phase(distiller, stretch, out, progress)
+                weights = {k: v.detach().clone() for k, v in distiller.bare.state_dict().items()}
+        self.accelerator.end_training()
+
+    @property
+    def n_images(self) -> int:
+        """Images of one optimiser step."""
+        return self.asked["batch"]
+
+    def _distiller(self, stretch: Stretch, weights: Mapping[str, torch.Tensor] | None, start: Snapshot | None) -> Distiller:
+        """The phase ready to run: its teacher, and the student as the phase before left it, with more removed."""
+        bench = self.bench if stretch.teacher == self.plan[0].teacher else self._load(stretch.teacher)
+        pipe, o = bench.pipe, self.opts
+        student = student_of(pipe.unet, stretch.arch, self.recipe.initialise, o["seed"])
+        if weights is not None and start is None:
+            student.load_state_dict({name: weights[name] for name in student.state_dict()})
+        height, width = (side * pipe.vae_scale_factor for side in bench.latent)
+        blank = family_of(pipe.unet.config).empty(pipe, (height, width))
+        schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        shape = (pipe.unet.config.in_channels, *bench.latent)
+        sampler = Sampler(self.provider, schedule, _cpu(blank), o["seed"], shape, o["flip"], self.recipe.caption_dropout)
+        unet = copy.deepcopy(pipe.unet)
+        run = (sampler, self.recipe, self.settings, stretch.first, start)
+        return Distiller(self.accelerator, unet, student, bench.graph, stretch.arch, *run)
+
+    def _phase(self, distiller: Distiller, stretch: Stretch, out: Run | None, progress: console.WorkProgress) -> None:
+        every, validate = self.opts["checkpointing_steps"], self.opts["validation_steps"]
+        try:
+            for state in distiller.run(stretch.last - stretch.first):
+                self._log(state, out, progress)
+                last = state.step == stretch.last
+                if state.step % every == 0 or last:
+                    self._snapshot(distiller, state.step)
+                if out is not None and ((last and stretch is self.plan[-1]) or (validate and state.step % validate == 0)):
+                    with self._weights(distiller):
+                        self._validate(distiller, state.step, out)
+                self.accelerator.wait_for_everyone()
+        except FloatingPointError as err:
+            kept, _ = read_snapshot(self.folder / "checkpoints")
+            where = f"the last good checkpoint is {str(kept.path)!r}" if kept else "there is no checkpoint yet"
+            raise UserError(f"{err}: {where}; lower --learning-rate or use --mixed-precision no, in another --out") from None
+        if out is not None and stretch is self.plan[-1]:
+            with self._weights(distiller):
+                save_student(distiller.bare, stretch.arch, self.folder / "student")
+
+    def _log(self, state: TrainState, out: Run | None, progress: console.WorkProgress) -> None:
+        if out is None:
+            return
+        out.append({"kind": "train", **state.to_json()})
+        main = {name: value for name, value in state.losses.items() if not name.startswith("feature/")}
+        self.accelerator.log(main, step=state.step)
+        progress.tick("training", state.n_images)
+        if state.step % max(1, self.plan[-1].last // 20) == 0:
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in main.items())
+            progress.say(f"step {state.step}/{self.plan[-1].last}: {terms}; {state.n_images / state.seconds:.3g} images/s")
+
+    def _snapshot(self, distiller: Distiller, step: int) -> None:
+        if self.accelerator.is_main_process:
+            write_snapshot(self.folder / "checkpoints", step, distiller.parts(), self.opts["checkpoints_total_limit"])
+
+    @contextmanager
+    def _weights(self, distiller: Distiller) -> Iterator[None]:
+        """Within this context the student has its averaged weights, where there are any, and is in evaluation mode."""
+        unet, ema = distiller.bare, distiller.ema
+        unet.eval()
+        if ema is not None:
+            ema.store(unet.parameters())
+            ema.copy_to(unet.parameters())
+        try:
+            yield
+        finally:
+            if ema is not None:
+                ema.restore(unet.parameters())
+            unet.train()
+
+    def _validate(self, distiller: Distiller, step: int, out: Run) -> None:
+        """Images and their scores at fixed seeds, a row for each measure."""
+        opts = {**MEASURING, **self.opts, "model": self.plan[0].teacher, "prompts": self.opts["validation_prompts"]}
+        opts |= {k: v for k, v in self.bench.defaults.items() if opts.get(k) is None}
+        plan = plan_of(self.bench, {**opts, "data": "digits" if "data" in self.bench.defaults else None}, ["params"])
+        measures = [m for m in possible(plan.judges) if m in STATISTICS and m != "feature_distance"]
+        teacher, self.bench.pipe.unet = self.bench.pipe.unet, distiller.bare
+        examiner = Examiner(self.bench.pipe, self.bench.graph, plan)
+        if not measures:
+            protocol = replace(plan.protocol, n_images=plan.n_pictures)
+            examiner = Examiner(self.bench.pipe, self.bench.graph, replace(plan, protocol=protocol))
+        try:
+            seen, pictures = examiner.observe(Architecture(), FULL)
+        except NotFinite as err:
+            self.err.print(f"validation at step {step}: {err}", style="red")
+            return
+        finally:
+            self.bench.pipe.unet = teacher
+        out.write(f"images/step-{step:07d}.png", outputs.strip_png(pictures))
+        key = self.plan[-1].arch.key
+        for score in judge(key, f"step {step}", measures, seen, seen, plan.judges, plan.protocol.seed):
+            out.append({"kind": "validation", "step": step, "score": score.to_json()})
+
+    def finish(self, out: Run) -> None:
+        """Curves, the model card's entries, and the pipeline."""
+        outputs.write_curves(out)
+        if (self.folder / "pipeline").exists():
+            print(f"the pipeline is in {self.folder / 'pipeline'} already")
+            return
+        card = self._card(out.rows())
+        out.write("card.json", json.dumps(card, indent=2) + "\n")
+        unet = load_student(self.folder / "student")
+        pipe = self._load(self.plan[0].teacher).pipe.to("cpu")
+        found = export_pipeline(pipe, unet, self.plan[-1].arch, self.folder / "pipeline", card)
+        loads = f"only blockprune.load_pipeline loads it: {found}" if isinstance(found, str) else "any diffusers loads it"
+        print(f"the pipeline is in {self.folder / 'pipeline'}; {loads}")
+
+    def _card(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        last = max((row["step"] for row in rows if row["kind"] == "validation"), default=None)
+        scores = [_score(row["score"]) for row in rows if row["kind"] == "validation" and row["step"] == last]
+        graph, arch = self.bench.graph, self.plan[-1].arch
+        return {
+            "teacher": ", then ".join(dict.fromkeys(s.teacher for s in self.plan)),
+            "data": self.opts["data"] or "digits",
+            "steps": self.plan[-1].last,
+            "batch": self.n_images,
+            "recipe": self.opts["recipe"],
+            "costs": {"teacher": graph.total.to_json(), "student": graph.cost(arch).to_json()},
+            "scores": scores,
+        }
+
+
+MEASURING: dict[str, Any] = dict.fromkeys(
+    ("eps_samples", "detector", "inception_weights", "clip", "reference", "batch_size"), None
+) | {"scheduler": ""}
+
+
+def _score(score: Mapping[str, Any]) -> dict[str, Any]:
+    return {"measure": score["measure"], "value": score["value"], "low": score["low"], "high": score["high"], "n": score["n"]}
+
+
+def _cpu(condition: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _cpu(v) if isinstance(v, dict) else v.cpu() for k, v in condition.items()}

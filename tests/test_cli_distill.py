@@ -1,0 +1,217 @@
+"""`blockprune distill` as a user runs it: from a search to a pipeline, killed and resumed, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli
+from diffusers import StableDiffusionPipeline
+from test_cli_scan import main_in_process
+
+from blockprune import load_pipeline, store
+from blockprune.arch import Architecture
+
+QUICK = ["--train-batch-size", "2", "--n-images", "8", "--steps", "2", "--max-train-steps", "6", "--checkpointing-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on the built-in model, left undisturbed."""
+    out = tmp_path_factory.mktemp("distill") / "run"
+    main_in_process("distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", str(out))
+    return out
+
+
+def losses(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(row["step"], row["losses"]) for row in store.read_rows(folder) if row["kind"] == "train"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "student" / "pruned_unet.safetensors")
+
+
+def test_outputs_are_all_there(distilled: Path) -> None:
+    names = {p.name for p in distilled.iterdir()}
+    assert {"run.json", "rows.jsonl", "checkpoints", "student", "pipeline", "card.json", "losses.png", "validation.png"} <= names
+    assert sorted(p.name for p in (distilled / "checkpoints").iterdir()) == [f"step-000000{i}" for i in (2, 4, 6)]
+    rows = store.read_rows(distilled)
+    assert [step for step, _ in losses(distilled)] == list(range(1, 7))
+    assert {"loss", "task", "output", "feature", "feature/down_blocks.0"} <= set(losses(distilled)[0][1])
+    validated = {(row["step"], row["score"]["measure"]) for row in rows if row["kind"] == "validation"}
+    assert {(4, "fid"), (4, "clip_score"), (6, "fid"), (6, "is")} <= validated
+    assert len(list((distilled / "images").iterdir())) == 2
+    card = (distilled / "pipeline" / "README.md").read_text()
+    assert "tiny-digits" in card
+    assert "mid_block" in card
+
+
+def test_the_pipeline_is_stock_and_draws(distilled: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(distilled / "pipeline", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("bold upright: three top left", num_inference_steps=2).images[0].size == (32, 32)
+    assert sum(p.numel() for p in pipe.unet.parameters()) < 1_300_000
+
+
+def test_same_command_again_changes_nothing(distilled: Path, cli: Cli) -> None:
+    before = (distilled / "rows.jsonl").read_bytes()
+    args = ["distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", distilled]
+    code, out, _ = cli(*args)
+    assert code == 0
+    assert "already" in out
+    assert (distilled / "rows.jsonl").read_bytes() == before
+
+
+def test_killed_and_started_again_is_the_undisturbed_run(distilled: Path, tmp_path: Path) -> None:
+    args = ["--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", str(tmp_path / "run")]
+    for n_rows in (1, 4):
+        command = [sys.executable, "-m", "blockprune", "distill", *args]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(store.read_rows(tmp_path / "run")) < n_rows:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    main_in_process("distill", *args)
+    assert losses(tmp_path / "run") == losses(distilled)
+    ours, theirs = weights(tmp_path / "run"), weights(distilled)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_torn_checkpoint_falls_back(distilled: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(distilled, tmp_path / "run")
+    for name in ("pipeline", "student"):
+        shutil.rmtree(tmp_path / "run" / name)
+    file = tmp_path / "run" / "checkpoints" / "step-0000006" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    args = ["distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", tmp_path / "run"]
+    code, _, err = cli(*args)
+    assert code == 0, err
+    assert "step-0000006" in err
+    assert "going back" in err
+    assert losses(tmp_path / "run") == losses(distilled)
+
+
+def test_from_scan_to_pipeline(tmp_path: Path, cli: Cli) -> None:
+    """The whole path in miniature, as the README shows it."""
+    small = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
+    assert cli("scan", "--unit", "stage", *small, "--measures", "eps_mse", "--out", tmp_path / "scan")[0] == 0
+    search = ["--unit", "stage", "--budget", "75%params", "--trials", "16", *small, "--from-scan", tmp_path / "scan"]
+    assert cli("search", *search, "--final-factor", "1", "--out", tmp_path / "search")[0] == 0
+    best = tmp_path / "search" / "best.json"
+    code, out, err = cli("distill", "--arch", best, *QUICK, "--out", tmp_path / "distill")
+    assert code == 0, err
+    pipe = load_pipeline(tmp_path / "distill" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    arch = Architecture.from_json(json.loads(best.read_text()))
+    assert len(arch) > 0
+    assert pipe("thin upright: one top left", num_inference_steps=2).images[0].size == (32, 32)
+
+
+def test_phases_remove_more_and_change_the_teacher(tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path]) -> None:
+    first, second = tiny_folder("sd1"), tmp_path / "other"
+    shutil.copytree(first, second)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'taps = "layers"\n[[phases]]\nsteps = 2\narch = "bk-sdm-base"\n[[phases]]\nteacher = "{second}"\n')
+    data = _folder(tmp_path / "data", 6)
+    args = ["--teacher", first, "--recipe", recipe, "--data", data, *QUICK, "--random-flip", "--out", tmp_path / "run"]
+    code, _, err = cli("distill", "--arch", "bk-sdm-small", *args)
+    assert code == 0, err
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 7))
+    phases = json.loads((tmp_path / "run" / "run.json").read_text())["asked"]["phases"]
+    assert [(p["first"], p["last"]) for p in phases] == [(0, 2), (2, 6)]
+    tapped = [{k for k in terms if k.startswith("feature/mid_block")} for _, terms in losses(tmp_path / "run")]
+    assert tapped[0]
+    assert not tapped[-1]
+
+
+def _folder(folder: Path, n: int) -> Path:
+    """A folder of `n` pictures with BK-SDM's metadata.csv."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    lines = ["file_name,text"]
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,picture number {i}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_a_cache_trains_as_the_images_do(tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path]) -> None:
+    model, data = tiny_folder("sd1"), _folder(tmp_path / "data", 5)
+    assert cli("cache", "--model", model, "--data", data, "--out", tmp_path / "cache")[0] == 0
+    rows = []
+    for source in (data, tmp_path / "cache"):
+        out = tmp_path / f"run-{source.name}"
+        args = ["--arch", "mid-removed", "--teacher", model, "--data", source, *QUICK, "--out", out]
+        code, _, err = cli("distill", *args)
+        assert code == 0, err
+        rows.append(losses(out))
+    for (_, live), (_, cached) in zip(*rows, strict=True):
+        assert cached == pytest.approx(live, rel=1e-4)
+
+
+def test_a_diverging_run_stops_with_one_line(tmp_path: Path, one_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockprune.distill import Distiller
+
+    real = Distiller._optimise
+
+    def broken(self: Any) -> dict[str, float]:
+        return real(self) | ({"loss": math.nan} if self.step == 3 else {})
+
+    monkeypatch.setattr(Distiller, "_optimise", broken)
+    monkeypatch.setattr("blockprune.cli.console.WorkProgress.say", lambda *a: None)
+    line = one_line("distill", "--arch", "mid-removed", *QUICK, "--out", tmp_path / "run")
+    assert "the loss is nan at step 4" in line
+    assert "step-0000002" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--arch", "mid_blok"], "did you mean mid_block"),
+        (["--arch", "nowhere.json"], "no architecture file"),
+        (["--arch", "mid-removed", "--recipe", "nope"], "no recipe 'nope'"),
+        (["--arch", "mid-removed", "--data", "/nowhere"], "/nowhere"),
+        (["--arch", "mid-removed", "--teacher", "no-such-model"], "no-such-model"),
+        (["--arch", "mid-removed", "--max-train-steps", "0"], "--max-train-steps must be at least 1"),
+        (["--arch", "mid-removed", "--train-batch-size", "0"], "--train-batch-size must be at least 1"),
+        (["--arch", "mid-removed", "--validation-steps", "0"], "--validation-steps must be at least 1"),
+        (["--arch", "mid-removed", "--learning-rate", "-1"], "--learning-rate must be above 0"),
+        (["--arch", "mid-removed", "--mixed-precision", "fp8"], "unknown --mixed-precision 'fp8'"),
+        (["--arch", "mid-removed", "--report-to", "paper"], "unknown --report-to 'paper'"),
+        (["--arch", "mid-removed", "--resolution", "33"], "multiple of"),
+    ],
+)
+def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:
+    assert says in one_line("distill", *args, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_recipe_in_the_same_directory(distilled: Path, one_line: Callable[..., str]) -> None:
+    line = one_line("distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--learning-rate", "1", "--out", distilled)
+    assert "recipe is" in line
+
+
+def test_phases_that_do_not_add_up(tmp_path: Path, one_line: Callable[..., str]) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[[phases]]\nsteps = 2\n[[phases]]\nsteps = 3\n")
+    assert "does not match the recipe's phases" in one_line("distill", "--arch", "mid-removed", "--recipe", recipe, *QUICK)
+    recipe.write_text('[[phases]]\nsteps = 2\narch = "bk-sdm-base"\n[[phases]]\n')
+    line = one_line("distill", "--arch", "mid_block", "--recipe", recipe, *QUICK)
+    assert "phase 2 puts back" in line

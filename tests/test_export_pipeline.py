@@ -1,0 +1,489 @@
+"""Students in stock form and as whole folders: the rule, its bit-for-bit proof, both ways of loading, the card, the command."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+import blockprune
+from blockprune import checkpoints, export, surgery
+from blockprune.arch import Architecture
+from blockprune.card import in_words, model_card
+from blockprune.errors import UserError
+from blockprune.export import export_pipeline, load_pipeline, read_block_map, save_student
+from blockprune.presets import expand, fitting, preset
+from blockprune.stock import BlockMap, Stock, expressible, slots
+from blockprune.trace import trace
+
+Folder = Callable[[str], Path]
+OneLine = Callable[..., str]
+TEACHERS = {kind: tiny.unet(kind) for kind in tiny.KINDS}
+FITTING = [(kind, label) for kind in tiny.KINDS for label in fitting(trace(tiny.config(kind)))]
+
+
+def arch(*patterns: str) -> Architecture:
+    return Architecture(frozenset(name for pattern in patterns for name in expand(pattern)))
+
+
+def run(unet: UNet2DConditionModel, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(**inputs, return_dict=False)[0]
+
+
+def in_stock_form(student: UNet2DConditionModel, found: Stock) -> UNet2DConditionModel:
+    """Stock diffusers with the student's weights, by a strict load."""
+    stock = surgery.skeleton(found.config, Architecture())
+    stock.load_state_dict({str(found.blocks.new_name(k)): t for k, t in student.state_dict().items()}, strict=True, assign=True)
+    return stock
+
+
+def assert_equal_in_stock_form(kind: str, a: Architecture, found: Stock, sizes: tuple[Any, ...] = (16,)) -> None:
+    """At 16, the innermost feature maps are 2x2; of 1x1 ones torch cannot tell the memory format, on which rounding depends."""
+    student = surgery.prune(TEACHERS[kind], a)
+    stock = in_stock_form(student, found)
+    for size in sizes:
+        inputs = tiny.inputs(kind, size=size)
+        assert torch.equal(run(student, inputs), run(stock, inputs)), a.describe()
+
+
+@pytest.mark.parametrize(("kind", "label"), FITTING)
+def test_every_preset_is_stock_bit_for_bit(kind: str, label: str) -> None:
+    found = expressible(tiny.config(kind), preset(label))
+    assert isinstance(found, Stock), found
+    json.dumps(found.config)
+    assert_equal_in_stock_form(kind, preset(label), found, (16, (13, 8)))
+
+
+def random_design(kind: str, seed: int) -> Architecture:
+    """A removal of the forms that the rule must judge: pairs and attentions by stage, layers, the mid stage, the innermost one."""
+    draw, unet, names = random.Random(seed), TEACHERS[kind], []
+    n = len(unet.down_blocks)
+    gone = kind != "sdxl" and draw.random() < 0.3
+    names += [f"down_blocks.{n - 2}.downsamplers.0", f"down_blocks.{n - 1}", "up_blocks.0"] if gone else []
+    for i in range(n - gone):
+        n_down = draw.choice([0, 0, 1]) if i in (1, 2) else draw.choice([0, 0, 1, 1, 2])
+        plain = draw.random() < 0.2
+        for path, s, size, n_gone in (("down_blocks", i, 2, n_down), ("up_blocks", n - 1 - i, 3, n_down)):
+            lost = draw.sample(range(1 if i in (1, 2) or path == "up_blocks" else 0, size), n_gone)
+            for j in range(size):
+                attention = f"{path}.{s}.attentions.{j}"
+                has = hasattr(unet.get_submodule(f"{path}.{s}"), "attentions")
+                names += [f"{path}.{s}.resnets.{j}"] if j in lost else []
+                names += [attention] if has and (j in lost or (plain and path == "up_blocks")) else []
+                if has and attention not in names and draw.random() < 0.1:
+                    names.append(f"{attention}.transformer_blocks.0")
+    mid = [[], ["mid_block"], ["mid_block.attentions.0", f"mid_block.resnets.{draw.randrange(2)}"], ["mid_block.resnets.0"]]
+    return Architecture(frozenset(names + draw.choice(mid)))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_whatever_the_rule_calls_stock_is_stock(kind: str) -> None:
+    verdicts = []
+    for seed in range(12):
+        a = random_design(kind, seed)
+        found = expressible(tiny.config(kind), a)
+        verdicts.append(isinstance(found, Stock))
+        if isinstance(found, Stock):
+            assert_equal_in_stock_form(kind, a, found)
+    assert 3 <= sum(verdicts) <= 9
+
+
+STOCK = {
+    "an innermost ResNet and either up ResNet that takes the same skip": (
+        "sd1",
+        arch("down_blocks.3.resnets.0", "up_blocks.0.resnets.1"),
+    ),
+    "the same, the other one": ("sd1", arch("down_blocks.3.resnets.0", "up_blocks.0.resnets.2")),
+    "a stage without a ResNet": ("sd1", arch("down_blocks.3.resnets.{0,1}", "up_blocks.0.resnets.{0,2}")),
+    "up attentions alone": ("sd2", arch("up_blocks.2.attentions.{0,1,2}")),
+    "the second mid ResNet kept": ("sd2", arch("mid_block.{attentions.0,resnets.0}")),
+    "a mid stage by its parts": ("sd1", arch("mid_block.{attentions.0,resnets.0,resnets.1}")),
+    "an attention without layers": ("sd1", arch("down_blocks.0.attentions.1.transformer_blocks.0")),
+    "layers from the middle": ("sdxl", arch("up_blocks.0.attentions.2.transformer_blocks.{0,3,7}")),
+    "shallower mid and both its neighbours": (
+        "sdxl",
+        arch("mid_block.attentions.0.transformer_blocks.{1,2}", "down_blocks.2.attentions.{0,1}.transformer_blocks.{8,9}"),
+    ),
+    "an innermost stage without its mid": ("sd1", arch("down_blocks.2.downsamplers.0", "down_blocks.3", "up_blocks.0")),
+}
+
+
+@pytest.mark.parametrize("label", STOCK)
+def test_less_usual_designs_are_stock(label: str) -> None:
+    kind, a = STOCK[label]
+    found = expressible(tiny.config(kind), a)
+    assert isinstance(found, Stock), found
+    assert_equal_in_stock_form(kind, a, found)
+
+
+NOT_STOCK = [
+    ("sd1", arch("down_blocks.1.attentions.1"), r"down_blocks\.1 lacks attentions\.1 but keeps resnets\.1"),
+    ("sd1", arch("down_blocks.1.resnets.1"), r"down_blocks\.1 lacks resnets\.1 but keeps attentions\.1"),
+    ("sd1", arch("down_blocks.1.{resnets,attentions}.1"), r"down_blocks\.1 keeps 1 ResNets and up_blocks\.2 keeps 3"),
+    ("sd1", arch("down_blocks.1.{resnets,attentions}.0"), r"down_blocks\.1\.resnets\.0 changes the width"),
+    ("sd1", arch("mid_block.resnets.0"), r"mid_block lacks resnets\.0 but keeps resnets\.1"),
+    ("sd1", arch("mid_block.attentions.0"), r"mid_block lacks attentions\.0 but keeps resnets\.0"),
+    ("sdxl", arch("mid_block.attentions.0.transformer_blocks.9"), r"keeps 9 transformer layers .* first attention 10"),
+    ("sd1", arch("down_blocks.3.resnets.1", "up_blocks.0.resnets.2"), r"up_blocks\.0\.resnets\.1 takes the output of down"),
+]
+
+
+@pytest.mark.parametrize(("kind", "a", "why"), NOT_STOCK, ids=[a.key for _, a, _ in NOT_STOCK])
+def test_reasons(kind: str, a: Architecture, why: str) -> None:
+    found = expressible(tiny.config(kind), a)
+    assert isinstance(found, str)
+    assert re.search(why, found), found
+
+
+def test_a_skip_from_elsewhere_is_why_a_design_of_the_right_shapes_is_not_stock() -> None:
+    a = arch("down_blocks.3.resnets.1", "up_blocks.0.resnets.2")
+    config = {k: v for k, v in tiny.config("sd1").items() if k[0] != "_"} | {"layers_per_block": [2, 2, 2, 1]}
+    student = surgery.prune(tiny.unet("sd1"), a)
+    stock = in_stock_form(student, Stock(config, BlockMap({}, a.removed)))
+    ours, theirs = (run(unet, tiny.inputs("sd1", size=16)) for unet in (student, stock))
+    assert (ours - theirs).abs().max() > 1e-3
+
+
+def test_settings_count_not_only_shapes() -> None:
+    """The mid stage would take the number of heads of another stage, which no tensor shows."""
+    config = tiny.config("sd1") | {"attention_head_dim": [1, 2, 4, 2]}
+    innermost = arch("down_blocks.2.downsamplers.0", "down_blocks.3", "up_blocks.0")
+    assert "mid_block.attentions.0" in str(expressible(config, innermost))
+    assert isinstance(expressible(config, innermost | arch("mid_block")), Stock)
+
+
+def test_the_full_model_is_stock_as_it_is() -> None:
+    found = expressible(tiny.config("sdxl"), Architecture())
+    assert isinstance(found, Stock) and found.blocks == BlockMap({}, frozenset())
+    assert_equal_in_stock_form("sdxl", Architecture(), found)
+
+
+def test_half_an_innermost_stage_is_an_error() -> None:
+    with pytest.raises(UserError, match="goes as one"):
+        expressible(tiny.config("sd1"), arch("up_blocks.0"))
+
+
+FULL_SIZE = [
+    ("sd-v1-4", "bk-sdm-base", 579_384_964, 442, 126),
+    ("sd-v1-4", "bk-sdm-small", 482_346_884, 396, 126),
+    ("sd-v1-4", "bk-sdm-tiny", 323_384_964, 358, 232),
+    ("sdxl", "ssd-1b", 1_331_334_404, 944, 0),
+    ("sdxl", "vega", 745_225_604, 564, 0),
+]
+
+
+@pytest.mark.parametrize(("model", "label", "n_params", "n_keys", "n_renamed"), FULL_SIZE)
+def test_published_students_at_full_size(model: str, label: str, n_params: int, n_keys: int, n_renamed: int) -> None:
+    config = checkpoints.configs(model).unet
+    found = expressible(config, preset(label))
+    assert isinstance(found, Stock)
+    stock, kept = surgery.skeleton(found.config, Architecture()), surgery.skeleton(config, preset(label)).state_dict()
+    assert (stock.num_parameters(), len(stock.state_dict())) == (n_params, n_keys)
+    assert sum(found.blocks.new_name(key) != key for key in kept) == n_renamed
+
+
+def test_published_configurations() -> None:
+    base, tiny_, ssd = (
+        expressible(checkpoints.configs(model).unet, preset(label))
+        for model, label in (("sd-v1-4", "bk-sdm-base"), ("sd-v1-4", "bk-sdm-tiny"), ("sdxl", "ssd-1b"))
+    )
+    assert isinstance(base, Stock) and isinstance(tiny_, Stock) and isinstance(ssd, Stock)
+    assert base.config["layers_per_block"] == tiny_.config["layers_per_block"] == 1
+    assert tiny_.config["mid_block_type"] is None
+    assert tiny_.config["block_out_channels"] == [320, 640, 1280]
+    assert tiny_.config["up_block_types"] == ["CrossAttnUpBlock2D"] * 3
+    assert ssd.config["mid_block_type"] == "UNetMidBlock2D"
+    assert ssd.config["transformer_layers_per_block"] == [1, [2, 2], [4, 4]]
+    assert ssd.config["reverse_transformer_layers_per_block"] == [[4, 4, 10], [2, 1, 1], 1]
+    assert dict(tiny_.blocks.moved) == {
+        **{f"up_blocks.{s + 1}.{part}.{o}": f"up_blocks.{s}.{part}.{n}" for s in range(3) for part in ("resnets", "attentions")
+           for n, o in ((0, 0), (1, 2))},
+        **{f"up_blocks.{s + 1}.upsamplers": f"up_blocks.{s}.upsamplers" for s in range(2)},
+    }  # fmt: skip
+
+
+def test_block_map_on_the_wire() -> None:
+    blocks = BlockMap({"up_blocks.1": "up_blocks.0", "up_blocks.1.resnets.2": "up_blocks.0.resnets.1"}, frozenset({"up_blocks.0"}))
+    text = (
+        '{"format": 1, "moved": {"up_blocks.1": "up_blocks.0", "up_blocks.1.resnets.2": "up_blocks.0.resnets.1"}, '
+        '"removed": ["up_blocks.0"]}'
+    )
+    assert json.dumps(blocks.to_json()) == text
+    assert BlockMap.from_json(json.loads(text)) == blocks
+    names = ("up_blocks.0.resnets.1", "up_blocks.1.resnets.2.conv1.weight", "up_blocks.1.resnets.20", "up_blocks.10")
+    assert [blocks.new_name(n) for n in names] == [
+        None,
+        "up_blocks.0.resnets.1.conv1.weight",
+        "up_blocks.0.resnets.20",
+        "up_blocks.10",
+    ]
+    with pytest.raises(UserError, match="a block map is JSON like"):
+        BlockMap.from_json({"format": 2})
+
+
+def test_a_trained_shortcut_stays_in_the_map() -> None:
+    blocks = slots(tiny.config("sd1"), arch("down_blocks.1.resnets.0"))
+    names = ("down_blocks.1.resnets.0.conv1.weight", "down_blocks.1.resnets.0.conv_shortcut.weight")
+    assert [blocks.new_name(n) for n in names] == [None, names[1]]
+
+
+Exported = tuple[Path, UNet2DConditionModel]
+NO_STOCK = arch("down_blocks.1.resnets.0", "up_blocks.1.attentions.2")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Architecture], Exported]:
+    """(kind, architecture) => an exported folder, which tests must not write to, and its student."""
+    made: dict[tuple[str, str], Exported] = {}
+
+    def get(kind: str, a: Architecture) -> Exported:
+        if (kind, a.key) not in made:
+            pipe = checkpoints.load(str(tiny_folder(kind)))
+            student = surgery.prune(pipe.unet, a)
+            folder = tmp_path_factory.mktemp("exports") / "model"
+            export_pipeline(pipe, student, a, folder, {"teacher": kind})
+            made[kind, a.key] = folder, student
+        return made[kind, a.key]
+
+    return get
+
+
+LOAD_PLAINLY = """
+import copy, sys
+sys.modules["blockprune"] = None
+from pathlib import Path
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    pipe, x = DiffusionPipeline.from_pretrained(folder), load_file(folder + "-inputs.safetensors")
+    pipe.unet = copy.deepcopy(pipe.unet)  # out of the file's addresses, on which rounding depends
+    added = {k: x.pop(k) for k in ("text_embeds", "time_ids") if k in x}
+    with torch.no_grad():
+        sample = pipe.unet(**x, added_cond_kwargs=added or None).sample
+    image = torch.from_numpy(pipe("a 3", num_inference_steps=2, output_type="np").images)
+    save_file({"sample": sample, "image": image.contiguous()}, out)
+"""
+PLAIN = [("sd1", "bk-sdm-tiny"), ("sd1-v", "mid-removed"), ("sdxl", "ssd-1b")]
+
+
+def test_a_process_without_this_package_loads_stock_students(exported: Callable[..., Exported], tmp_path: Path) -> None:
+    args = []
+    for kind, label in PLAIN:
+        folder, _ = exported(kind, preset(label))
+        x = tiny.inputs(kind)
+        added = x.pop("added_cond_kwargs", {})
+        save_file({k: t.contiguous() for k, t in (x | added).items()}, f"{folder}-inputs.safetensors")
+        args += [str(folder), str(tmp_path / kind)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", LOAD_PLAINLY, *args], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for kind, label in PLAIN:
+        out = load_file(tmp_path / kind)
+        assert torch.equal(out["sample"], run(exported(kind, preset(label))[1], tiny.inputs(kind)))
+        assert out["image"].shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(("kind", "a"), [("sd1", preset("bk-sdm-small")), ("sdxl", preset("koala-700m")), ("sd1", NO_STOCK)])
+def test_load_pipeline_loads_both_kinds(kind: str, a: Architecture, exported: Callable[..., Exported]) -> None:
+    folder, student = exported(kind, a)
+    pipe = blockprune.load_pipeline(folder)
+    assert type(pipe) is type(checkpoints.load(str(folder)) if a is not NO_STOCK else pipe)
+    assert torch.equal(run(pipe.unet, tiny.inputs(kind)), run(student, tiny.inputs(kind)))
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+    assert pipe("a 3", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
+    assert load_pipeline(str(folder), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert Architecture.from_json(json.loads((folder / "pruning" / "architecture.json").read_text())) == a
+    assert read_block_map(folder).removed == a.removed
+
+
+def test_plain_diffusers_fails_loudly_where_there_is_no_stock_form(exported: Callable[..., Exported]) -> None:
+    folder, _ = exported("sd1", NO_STOCK)
+    for load in (DiffusionPipeline.from_pretrained, StableDiffusionPipeline.from_pretrained):
+        with pytest.raises(OSError, match="diffusion_pytorch_model"):
+            load(folder)
+    with pytest.raises(UserError, match="holds a pruned U-Net"):
+        checkpoints.load(str(folder))
+
+
+@pytest.mark.parametrize("a", [preset("mid-removed"), NO_STOCK], ids=["stock", "slots"])
+def test_half_precision_and_a_masked_teacher(a: Architecture, tiny_folder: Folder, tmp_path: Path) -> None:
+    pipe = checkpoints.load(str(tiny_folder("sd1")), dtype=torch.bfloat16)
+    with surgery.removed(pipe.unet, a):
+        export_pipeline(pipe, pipe.unet, a, tmp_path / "new" / "x", {})
+    again, student = load_pipeline(tmp_path / "new" / "x").unet.state_dict(), surgery.prune(pipe.unet, a).state_dict()
+    blocks = read_block_map(tmp_path / "new" / "x")
+    assert all(torch.equal(again[str(blocks.new_name(k))], t.float()) for k, t in student.items())
+    assert {t.dtype for t in load_file(next((tmp_path / "new" / "x" / "unet").glob("*.safetensors"))).values()} == {torch.bfloat16}
+    assert pipe.unet.state_dict().keys() == tiny.unet("sd1").state_dict().keys()
+
+
+def test_an_export_that_is_not_the_student_leaves_nothing(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, a = checkpoints.load(str(tiny_folder("sd1"))), preset("mid-removed")
+    student = surgery.prune(pipe.unet, a)
+    found = expressible(pipe.unet.config, a)
+    assert isinstance(found, Stock)
+    swapped = {f"up_blocks.0.resnets.{i}": f"up_blocks.0.resnets.{1 - i}" for i in range(2)}
+    monkeypatch.setattr(export, "expressible", lambda *args: replace(found, blocks=BlockMap(swapped, a.removed)))
+    with pytest.raises(UserError, match="computes something else"):
+        export_pipeline(pipe, student, a, tmp_path / "x", {})
+    monkeypatch.undo()
+    with torch.no_grad():
+        student.conv_in.bias[0] = torch.nan
+    with pytest.raises(UserError, match=r"'conv_in\.bias' came back with other values \(or is not a number\)"):
+        export_pipeline(pipe, student, a, tmp_path / "x", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_belong_together_is_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    pipe, a = checkpoints.load(str(tiny_folder("sd1"))), preset("mid-removed")
+    student = surgery.prune(pipe.unet, a)
+    with pytest.raises(UserError, match="46 tensors beyond its architecture"):
+        export_pipeline(pipe, surgery.prune(pipe.unet, preset("bk-sdm-base")), preset("bk-sdm-small"), tmp_path / "x", {})
+    other = checkpoints.load(str(tiny_folder("sd2")))
+    with pytest.raises(UserError, match="differ in attention_head_dim, use_linear_projection"):
+        export_pipeline(other, student, a, tmp_path / "x", {})
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(UserError, match="is there already"):
+        export_pipeline(pipe, student, a, tmp_path / "taken", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+CARD = {
+    "teacher": "CompVis/stable-diffusion-v1-4",
+    "license": "openrail++",
+    "data": "10,274 pairs | a <b>folder</b>",
+    "steps": 50_000,
+    "recipe": {"lr": 5e-05},
+    "costs": {"teacher": {"params": 859_520_964, "macs": {"thop": 338_749_194_240}}, "student": {"params": 482_346_884}},
+    "scores": {"teacher": {"fid": 13.05}, "student": {"fid": 15.76, "clip_score": 0.2878}},
+}
+
+
+def test_a_card_says_what_is_known_and_no_more() -> None:
+    text = model_card(preset("bk-sdm-tiny"), "StableDiffusionPipeline", "", CARD)
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "openrail++"
+    assert yaml.safe_load(front)["library_name"] == "diffusers"
+    for line in (
+        "| teacher | CompVis/stable-diffusion-v1-4 |",
+        "| training data | 10,274 pairs \\| a &lt;b>folder&lt;/b> |",
+        "| training steps | 50,000 |",
+        '| recipe | {"lr": 5e-05} |',
+        "| U-Net parameters | 859,520,964 | 482,346,884 |",
+        "| MACs of a U-Net step (thop) | 338,749,194,240 |  |",
+        "|  | fid | clip_score |",
+        "| teacher | 13.05 |  |",
+        "- `down_blocks.1`: attention 1, ResNet 1 of the down stage 1",
+        "- `mid_block`: the whole mid stage",
+        'pipe = StableDiffusionPipeline.from_pretrained("FOLDER")',
+    ):
+        assert line in body.splitlines(), line
+    bare = model_card(preset("mid-removed"), "StableDiffusionPipeline", "a reason", {})
+    assert not any(word in bare for word in ("license", "base_model", "## Costs", "## Scores", "## How", "None"))
+    assert "from blockprune import load_pipeline" in bare and "(a reason)" in bare
+    rows = [{"measure": "fid", "value": 15.76}, {"measure": "is", "n": 30_000}]
+    assert "| is |  | 30,000 |" in model_card(Architecture(), "P", "", {"scores": rows})
+
+
+def test_removed_layers_in_words() -> None:
+    assert in_words(arch("up_blocks.0.attentions.1.transformer_blocks.{1,4,5,6}", "up_blocks.0.resnets.1")) == [
+        "`up_blocks.0`: ResNet 1, transformer layers 1, 4-6 of attention 1 of the up stage 0"
+    ]
+
+
+@pytest.mark.parametrize("card", [{"costs": [1]}, {"costs": {"student": 3}}, {"scores": 3}, {"scores": [3]}])
+def test_a_card_of_another_form_is_refused(card: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"the card's (costs|scores) are like"):
+        model_card(Architecture(), "P", "", card)
+
+
+@pytest.fixture
+def saved(tiny_folder: Folder, tmp_path: Path) -> Path:
+    """A run directory with a student of the tiny SD v1."""
+    pipe, a = checkpoints.load(str(tiny_folder("sd1"))), preset("bk-sdm-base")
+    save_student(surgery.prune(pipe.unet, a), a, tmp_path / "run" / "student")
+    asked = {"teacher_model": str(tiny_folder("sd1"))}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"format": 1, "command": "distill", "asked": asked}))
+    (tmp_path / "run" / "card.json").write_text(json.dumps({"steps": 77}))
+    return tmp_path / "run"
+
+
+def test_command_exports_a_run(saved: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "x").mkdir()  # an empty folder is free to use
+    code, out, err = cli("export", saved, "--out", tmp_path / "x")
+    assert code == 0, err
+    assert "load it with diffusers" in out
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "x")
+    student = export.load_student(saved / "student")
+    assert torch.equal(run(copy.deepcopy(pipe.unet), tiny.inputs("sd1")), run(student, tiny.inputs("sd1")))
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert str(tmp_path) not in card and "base_model" not in card
+    assert "| training steps | 77 |" in card and f"{student.num_parameters():,}" in card
+
+
+def test_command_exports_a_bare_student(tiny_folder: Folder, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    pipe = checkpoints.load(str(tiny_folder("sdxl")))
+    a = arch("down_blocks.1.attentions.0")
+    save_student(surgery.prune(pipe.unet, a), a, tmp_path / "s")
+    code, out, err = cli("export", tmp_path / "s", "--out", tmp_path / "x", "--teacher", tiny_folder("sdxl"))
+    assert code == 0, err
+    assert "no stock configuration: down_blocks.1 lacks attentions.0 but keeps resnets.0" in out
+    assert blockprune.load_pipeline(tmp_path / "x").unet.num_parameters() < pipe.unet.num_parameters()
+
+
+def test_command_says_what_is_wrong(saved: Path, tmp_path: Path, tiny_folder: Folder, one_line: OneLine) -> None:
+    out = tmp_path / "x"
+    assert "no student in" in one_line("export", tmp_path / "nowhere", "--out", out)
+    assert "give --teacher" in one_line("export", saved / "student", "--out", out)
+    assert "is there already" in one_line("export", saved, "--out", saved)
+    assert "no model 'nothing'" in one_line("export", saved, "--out", out, "--teacher", "nothing")
+    assert "another teacher" in one_line("export", saved, "--out", out, "--teacher", tiny_folder("sd2"))
+    (saved / "card.json").write_text("[]")
+    assert "card.json': it is no JSON object" in one_line("export", saved, "--out", out)
+    (saved / "card.json").write_text("{")
+    assert "cannot read" in one_line("export", saved, "--out", out)
+    (saved / "card.json").write_text('{"scores": 1}')
+    assert "the card's scores" in one_line("export", saved, "--out", out)
+    (saved / "card.json").unlink()
+    (saved / "run.json").write_text('{"format": 1, "asked": {}}')
+    assert "give --teacher" in one_line("export", saved, "--out", out)
+    (saved / "student" / "architecture.json").write_text("{")
+    assert "cannot read" in one_line("export", saved, "--out", out, "--teacher", tiny_folder("sd1"))
+    assert not out.exists()
+
+
+def test_damaged_exports_are_named(exported: Callable[..., Exported], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported("sd1", NO_STOCK)[0], tmp_path / "x"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "OtherPipeline"}))
+    with pytest.raises(UserError, match="holds a OtherPipeline"):
+        load_pipeline(folder)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(UserError, match="cannot load the pipeline"):
+        load_pipeline(folder)
+    (folder / "pruning" / "block_map.json").unlink()
+    with pytest.raises(UserError, match=r"no pruning/block_map\.json"):
+        read_block_map(folder)
