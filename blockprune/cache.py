@@ -22,7 +22,7 @@ from torch import Tensor
 from blockprune.errors import UserError
 from blockprune.families import Condition, join
 from blockprune.pairs import Reader
-from blockprune.sampling import _upcast, encode
+from blockprune.sampling import upcast, encode
 from blockprune.store import differences
 
 FORMAT = 1
@@ -100,7 +100,7 @@ class Live(Provider):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images NCHW uint8 => mean and log-variance as `Encoded` holds them."""
         vae = self.pipe.vae
-        with torch.inference_mode(), _upcast(vae):
+        with torch.inference_mode(), upcast(vae):
             parts = [vae.encode(x.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist for x in images.split(self.chunk)]
         mean, logvar = (torch.cat([getattr(p, name).float().cpu() for p in parts]) for name in ("mean", "logvar"))
         if not (mean.isfinite().all() and logvar.isfinite().all()):

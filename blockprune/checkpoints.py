@@ -220,7 +220,7 @@ def load(model: str, device: str | torch.device = "cpu", dtype: torch.dtype = to
     damaged, or lack a tensor of their configuration.
     """
     source = _weights_source(model)
-    with _silence():
+    with silence():
         pipe = _from_file(source, dtype) if source.is_file() else _from_folder(source, dtype)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -319,7 +319,7 @@ def _first_line(err: Exception) -> str:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Without the libraries' own progress bars and notices."""
     loggers = (diffusers.utils.logging, transformers.utils.logging)
     levels = [log.get_verbosity() for log in loggers]

@@ -64,19 +64,27 @@ class Answer:
         self.unet, self.recording = unet, Recording(graph) if replay else None
         self.input = samples.batch(start, stop, unet)
         with self.recording.of(unet) if self.recording else nullcontext():
-            self.output = self._forward().float()
+            self.output = self._forward(unet).float()
 
-    def _forward(self) -> Tensor:
+    def _forward(self, unet: UNet2DConditionModel) -> Tensor:
         x, t, condition = self.input
-        return self.unet(x, t, **condition, return_dict=False)[0]
+        return unet(x, t, **condition, return_dict=False)[0]
 
     @torch.inference_mode()
     def errors(self, arch: Architecture) -> Floats:
         """(batch,) of |e(removed) - e(full)|² / elements: arXiv 2404.11098, eq. 4, per element. NaN where the U-Net fails."""
         masked = self.recording.removed if self.recording else surgery.removed
         with masked(self.unet, arch):
-            student = self._forward().float()
-        return (student - self.output).square().mean((1, 2, 3)).double().cpu().numpy()
+            student = self._forward(self.unet)
+        return self._compared(student)
+
+    @torch.inference_mode()
+    def errors_of(self, student: UNet2DConditionModel) -> Floats:
+        """`errors` of a U-Net of its own, such as a trained student."""
+        return self._compared(self._forward(student))
+
+    def _compared(self, student: Tensor) -> Floats:
+        return (student.float() - self.output).square().mean((1, 2, 3)).double().cpu().numpy()
 
     @property
     def mem_bytes(self) -> int:
@@ -114,8 +122,15 @@ class Denoiser:
 
     def errors(self, arch: Architecture, n: int | None = None) -> Floats:
         """(n,) errors on the first `n` samples, all of them when None; `n` is rounded up to whole batches."""
+        return np.concatenate([answer.errors(arch) for answer in self._first(n)])
+
+    def errors_of(self, student: UNet2DConditionModel) -> Floats:
+        """(n,) errors of a U-Net of its own."""
+        return np.concatenate([answer.errors_of(student) for answer in self._first(None)])
+
+    def _first(self, n: int | None) -> list[Answer]:
         n_batches = -(-min(n or self.n, self.n) // self.batch_size)
         while len(self._answers) < n_batches:
             replay = sum(a.mem_bytes for a in self._answers) < self.keep_bytes
             self._answers.append(self._answer(len(self._answers) * self.batch_size, replay))
-        return np.concatenate([a.errors(arch) for a in self._answers[:n_batches]])
+        return self._answers[:n_batches]

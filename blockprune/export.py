@@ -89,7 +89,7 @@ def _load_slots(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise UserError(f"{str(folder)!r} holds a {name}: give a {' or '.join(checkpoints.PIPELINES)}")
     unet = load_student(folder / "unet")
     try:
-        with checkpoints._silence():
+        with checkpoints.silence():
             unet = unet.to(dtype)
             return checkpoints.PIPELINES[name].from_pretrained(folder, unet=unet, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, TypeError, SafetensorError) as err:
@@ -114,11 +114,8 @@ def export_pipeline(
     _same_keys(state, surgery.skeleton(unet.config, arch).state_dict(), f"the U-Net to export as {arch.key}")
     found = expressible(unet.config, arch)
     blocks = found.blocks if isinstance(found, Stock) else slots(unet.config, arch)
-    with _folder_in_the_making(folder) as part, checkpoints._silence():
-        for name, component in pipe.components.items():
-            if name != "unet" and component is not None:
-                component.save_pretrained(part / name)
-        pipe.save_config(part)
+    with _folder_in_the_making(folder) as part, checkpoints.silence():
+        _write_teacher(pipe, part)
         if isinstance(found, Stock):
             stock = surgery.skeleton(found.config, Architecture())
             stock.load_state_dict({str(blocks.new_name(name)): t for name, t in state.items()}, assign=True)
@@ -129,8 +126,20 @@ def export_pipeline(
         (part / PRUNING / ARCHITECTURE).write_text(arch.dumps())
         (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n")
         (part / "README.md").write_text(model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card))
+        for weights in part.rglob("*.safetensors"):  # safetensors writes files that only their owner may read
+            weights.chmod((part / "README.md").stat().st_mode)
         _check_equal(part, unet.config, arch, state, blocks)
     return found
+
+
+def _write_teacher(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Everything of the teacher but its U-Net and the path that it was loaded from."""
+    for name, component in pipe.components.items():
+        if name != "unet" and component is not None:
+            component.save_pretrained(folder / name)
+    pipe.save_config(folder)
+    index = {k: v for k, v in _json(folder / "model_index.json").items() if k != "_name_or_path"}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def check_free(folder: Path) -> None:
@@ -142,9 +151,13 @@ def check_free(folder: Path) -> None:
 @contextmanager
 def _folder_in_the_making(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that becomes it when the context ends well, and disappears when it does not."""
+    folder = Path(os.path.abspath(folder))
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
+    except OSError as err:
+        raise UserError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another --out") from None
+    try:
         yield part
         os.replace(part, folder)
     finally:

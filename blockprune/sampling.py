@@ -110,7 +110,7 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Latents (N, C, h, w) => images NCHW uint8 on CPU. Raises NotFinite."""
     vae = pipe.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    with _upcast(vae):
+    with upcast(vae):
         images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
     if not torch.isfinite(images).all():
         raise NotFinite("the decoded images are not finite")
@@ -121,13 +121,13 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 def encode_images(pipe: Any, images: Tensor) -> Tensor:
     """Images NCHW uint8 => the mean of the VAE's latents (N, C, h, w), scaled as the U-Net takes them."""
     vae = pipe.vae
-    with _upcast(vae):
+    with upcast(vae):
         moments = vae.encode(images.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
     return (moments.mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 @contextmanager
-def _upcast(vae: Any) -> Iterator[None]:
+def upcast(vae: Any) -> Iterator[None]:
     """float32 for a VAE that overflows in float16 (SDXL's `force_upcast`), and back."""
     dtype = vae.dtype
     needed = bool(getattr(vae.config, "force_upcast", False)) and dtype == torch.float16

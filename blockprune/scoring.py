@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
@@ -122,9 +122,24 @@ class Objective:
         seed = self.examiner.plan.protocol.seed
         if self.measure == "eps_mse":
             return eps_score(arch, label, self._denoiser.errors(arch, n), seed)
-        plan = self.examiner.plan
+        return self._of_images(arch, label, n, masked=arch)
+
+    def of(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> Score:
+        """The score of a U-Net of its own, such as a trained student of that architecture, on all samples."""
+        plan, pipe = self.examiner.plan, self.examiner.pipe
+        if self.measure == "eps_mse":
+            return eps_score(arch, label, self._denoiser.errors_of(student), plan.protocol.seed)
+        teacher, pipe.unet = pipe.unet, student
         try:
-            seen = self.teacher if not arch else self.examiner.observe(arch, label, n)[0]
+            return self._of_images(arch, label, None, masked=Architecture())
+        finally:
+            pipe.unet = teacher
+
+    def _of_images(self, arch: Architecture, label: str, n: int | None, masked: Architecture) -> Score:
+        plan = self.examiner.plan
+        seed = plan.protocol.seed
+        try:
+            seen = self.teacher if not arch else self.examiner.observe(masked, label, n)[0]
         except NotFinite as err:
             return Score(arch.key, label, self.measure, None, n or self.n, seed, error=str(err))
         rows = len(seen["latents"])

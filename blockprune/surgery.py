@@ -40,7 +40,7 @@ class DropSkip(nn.Module):
         self.channels = channels
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        last = hidden.is_contiguous(memory_format=torch.channels_last)
+        last = hidden.is_contiguous(memory_format=torch.channels_last) and not hidden.is_contiguous()
         return hidden[:, : self.channels].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 

@@ -196,6 +196,7 @@ def test_command_says_what_is_wrong(
     assert "no pruning/block_map.json" in one_line("map-lora", lora, "--model", tiny_folder("sd1"), "--out", out)
     assert "must be a .safetensors file" in one_line("map-lora", lora, "--model", model, "--out", tmp_path)
     assert "another file than the LoRA" in one_line("map-lora", lora, "--model", model, "--out", lora)
+    assert "cannot write to" in one_line("map-lora", lora, "--model", model, "--out", lora / "x.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(lora.read_bytes()[:-7])
     assert "is damaged" in one_line("map-lora", broken, "--model", model, "--out", out)

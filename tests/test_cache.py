@@ -141,8 +141,10 @@ def test_broken_samples_are_replaced_alike_and_counted_at_the_end(models: dict[s
     cached = Cached(tmp_path / "cache")
     assert cached.skipped == reader.skipped
     assert_equal(Live(pipe, Reader(reader.source)).encoded(range(20), [False] * 20), cached.encoded(range(20), [False] * 20))
-    again = Reader(reader.source)
-    write_cache(pipe, again, tmp_path / "cache", 4, teacher="t")
+    again, known = Reader(reader.source), list[list[int]]()
+    (tmp_path / "cache" / "shard-00004.safetensors").unlink()
+    write_cache(pipe, again, tmp_path / "cache", 4, teacher="t", tick=lambda name, n: known.append(sorted(again.skipped)))
+    assert known == [[1, 2, 3, 4, 5, 6]] * 4
     assert again.skipped == reader.skipped
 
 
@@ -345,9 +347,11 @@ def test_half_precision_of_sdxl_encodes_in_single(models: dict[str, Any], monkey
     monkeypatch.setattr(pipe.vae, "_internal_dict", type(pipe.vae.config)(dict(pipe.vae.config) | {"force_upcast": True}))
     expected = Live(pipe, reader).encoded([0], [False])
     pipe.vae.to(torch.float16)
+    real, seen = pipe.vae.encode, list[torch.dtype]()
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: seen.append(x.dtype) or real(x))
     try:
         found = Live(pipe, reader).encoded([0], [False])
-        assert pipe.vae.dtype == torch.float16
+        assert pipe.vae.dtype == torch.float16 and seen == [torch.float32]
         assert found.mean.dtype == torch.float32
         torch.testing.assert_close(found.mean, expected.mean, atol=0.05, rtol=0.05)
     finally:
@@ -382,6 +386,17 @@ def test_the_command_runs_on_the_built_in_model(cli: Cli, tmp_path: Path) -> Non
     assert code == 0, err
     assert "3 pairs at 32 pixels" in out
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["source"] == "digits"
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("blockprune.cache.save_file", fill)
+    code, _, err = cli("cache", "--n-images", "2", "--out", tmp_path / "cache", "--device", "cpu")
+    assert code == 2 and "the disk is full" in err
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["cache.json"]
 
 
 def test_the_command_says_what_it_skipped(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -172,6 +172,18 @@ def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli) -> None:
     assert {"calibration", "mid_block", json.loads((tmp_path / "run" / "best.json").read_text())["label"]} <= timed
 
 
+def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli) -> None:
+    args = [*QUICK[:4], "--trials", "16", *SMALL, "--recover", "2", "--recover-batch-size", "2"]
+    code, _, err = cli("search", *args, "--out", tmp_path / "run")
+    assert code == 0, err
+    final, recovered = (scored(tmp_path / "run", kind) for kind in ("final", "recovered"))
+    assert final.keys() == recovered.keys()
+    assert all(recovered[key] != final[key] for key in final)
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["score_recovered"]["value"] == min(recovered.values())
+    assert "Kendall τ between the two orders" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
     assert cli("search", *QUICK, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
     for row in store.read_rows(tmp_path / "run"):
@@ -194,6 +206,7 @@ def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
         (["--budget", "65%params", "--workers", "0"], "--workers must be at least 1"),
         (["--budget", "65%params", "--finalists", "0"], "--finalists must be at least 1"),
         (["--budget", "65%params", "--random", "-1"], "--random must be at least 0"),
+        (["--budget", "65%params", "--recover", "-1"], "--recover must be at least 0"),
         (["--budget", "65%params", "--scope", "all"], "unknown scope 'all'"),
         (["--budget", "65%params", "--macs", "flops"], "unknown MAC convention"),
         (["--budget", "65%params", "--unit", "brick"], "unknown unit 'brick'"),

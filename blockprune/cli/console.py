@@ -208,8 +208,8 @@ class SearchProgress:
 
     def tell(self, kind: str, e: Evaluation) -> None:
         """One more architecture is scored: "search", or "final" on fresh seeds."""
-        if kind == "final":
-            self.say(f"finalist {e.score.label}: {_scored(e)}, n = {e.score.n}")
+        if kind in ("final", "recovered"):
+            self.say(f"{'finalist' if kind == 'final' else 'recovered'} {e.score.label}: {_scored(e)}, n = {e.score.n}")
         if kind != "search":
             return
         self.n, self.n_new = self.n + 1, self.n_new + (e.ended >= self.start_time)

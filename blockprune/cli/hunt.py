@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from blockprune import workbench
 from blockprune.cli import options, outputs
 from blockprune.cli.measuring import plan_of, terms
 from blockprune.cli.problem import Problem
+from blockprune.cli.samples import provider_of, samples_of
+from blockprune.distill import Distiller, Sampler, Settings, student_of
 from blockprune.imaging import Judges
 from blockprune.ledger import Ledger, open_storage
-from blockprune.records import Candidate, Evaluation
+from blockprune.recipe import read_recipe
+from blockprune.records import Candidate, Evaluation, Score
 from blockprune.sampling import NotFinite
 from blockprune.scoring import Arrays, Examiner, Objective, Plan
 from blockprune.search import Chance, Listed, Tiers, finalists, search
 from blockprune.workbench import Bench
 
 FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck does not win again
+RECOVERY_RATE = 5e-4  # higher than the papers': a recovery is short
 PICTURE_TERMS = ("prompts", "n_images", "steps", "cfg_scale", "scheduler")
 JUDGE_TERMS = ("detector", "clip", "reference", "n_reference")
 COMMON_TERMS = ("teacher", "latent", "dtype", "device", "seed")
@@ -63,8 +70,10 @@ class Hunt:
         return Problem(self.bench.graph, self.opts)
 
     def ledger(self, kind: str = "search") -> Ledger:
-        """The study of the "search", of its "final", or of "random" sets for comparison."""
-        asked = self.asked | ({"final_factor": self.opts["final_factor"]} if kind == "final" else {})
+        """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"."""
+        asked = self.asked | ({"final_factor": self.opts["final_factor"]} if kind in ("final", "recovered") else {})
+        if kind == "recovered":
+            asked |= {name: self.opts[name] for name in ("recover", "recover_batch_size", "train_data")}
         name = self.opts["study_name"] + ("" if kind == "search" else f"-{kind}")
         return Ledger(self.storage, name, self.opts["objective"], asked, artifacts=self.folder / "artifacts")
 
@@ -120,6 +129,31 @@ class Hunt:
         objective = self.objective(self.fresh, "teacher-fresh")
         for e in search(self.ledger("final"), listed, lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
             yield "final", e
+
+        if self.opts["recover"]:
+            ours = Listed([e.candidate for e in self.ledger("final").evaluations()])
+            for e in search(self.ledger("recovered"), ours, lambda c, _: (self.recovered(objective, c),)):
+                yield "recovered", e
+
+    def recovered(self, objective: Objective, candidate: Candidate) -> Score:
+        """The score of a finalist after a short distillation, on data, order and noise that are the same for all finalists."""
+        settings = Settings(self.opts["recover_batch_size"], seed=self.opts["seed"])
+        recipe = replace(read_recipe("bk-sdm"), learning_rate=RECOVERY_RATE)
+        accelerator = Accelerator(cpu=self.bench.pipe.device.type == "cpu")
+        student = student_of(self.bench.pipe.unet, candidate.arch, "teacher", 0)
+        teacher, graph = copy.deepcopy(self.bench.pipe.unet), self.bench.graph
+        run = Distiller(accelerator, teacher, student, graph, candidate.arch, self.training_samples, recipe, settings)
+        try:
+            for _ in run.run(self.opts["recover"]):
+                pass
+        except FloatingPointError as err:
+            return replace(objective(candidate.arch, candidate.label, 1), value=None, low=None, high=None, error=str(err))
+        return objective.of(run.bare.eval(), candidate.arch, candidate.label)
+
+    @cached_property
+    def training_samples(self) -> Sampler:
+        """What finalists recover on: the training pairs of --train-data, encoded once."""
+        return samples_of(self.bench, provider_of(self.bench, self.opts["train_data"]), self.opts["seed"])
 
     def picture(self, candidate: Candidate) -> bytes | None:
         """The first images of a finalist, side by side; None when it draws none."""

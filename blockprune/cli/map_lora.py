@@ -17,7 +17,7 @@ def map_lora(
 ) -> None:
     """Rename a teacher's LoRA for its student: what adapts a removed block goes, the rest follows its block."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from blockprune import adapters
     from blockprune.checkpoints import header
@@ -33,10 +33,14 @@ def map_lora(
         metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     mapped = adapters.map_lora(tensors, blocks, metadata)
     adapters.check_fits(mapped, exported_skeleton(model))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise UserError(f"cannot write to {str(out)!r} ({err.strerror}): choose another --out") from None
     part = out.with_name(f".{out.name}.part")
     try:
-        save_file({key: t.contiguous() for key, t in mapped.tensors.items()}, part, metadata={"format": "pt", **mapped.metadata})
+        kept = {key: t.contiguous() for key, t in mapped.tensors.items()}
+        part.write_bytes(save(kept, {"format": "pt", **mapped.metadata}))
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)

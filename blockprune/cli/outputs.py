@@ -65,9 +65,8 @@ def search_view_of(folder: Path) -> SearchView:
     if said["command"] != "search":
         raise UserError(f"{str(folder)!r} holds a {said['command']} run, not a search")
     graph, asked = BlockGraph.from_json(said["graph"]), said["asked"]
-    evaluations = {
-        kind: [Evaluation.from_json(row) for row in rows if row["kind"] == kind] for kind in ("search", "random", "final")
-    }
+    kinds = ("search", "random", "final", "recovered")
+    evaluations = {kind: [Evaluation.from_json(row) for row in rows if row["kind"] == kind] for kind in kinds}
     scores: dict[str, dict[str, Score]] = {}
     for row in rows:
         found = row["scores"] if row["kind"] == "seen" else [row] if row["kind"] == "timing" else []
@@ -85,6 +84,7 @@ def search_view_of(folder: Path) -> SearchView:
         search=sorted(evaluations["search"], key=lambda e: e.trial),
         random=sorted(evaluations["random"], key=lambda e: e.trial),
         finals=evaluations["final"],
+        recovered=evaluations["recovered"],
         scores=scores,
         images=_pictures(folder, {"full": Architecture(), **archs}, len(said["pictured_prompts"])),
         prompts=said["pictured_prompts"],

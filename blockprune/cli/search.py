@@ -32,6 +32,9 @@ def search(
     finalists: Annotated[int, typer.Option(help="how many are scored again on fresh seeds, presets besides")] = 4,
     final_factor: Annotated[int, typer.Option(help="how many times more samples the finalists get")] = 4,
     random: Annotated[int, typer.Option(help="random sets to score as well, for comparison in the report")] = 0,
+    recover: Annotated[int, typer.Option(help="updates of distillation for every finalist before the choice; 0 for none")] = 0,
+    recover_batch_size: Annotated[int, typer.Option(help="images of each such update")] = 8,
+    train_data: Annotated[str, typer.Option(help="training pairs for --recover: see `blockprune distill --data`")] = "digits",
     pareto: Annotated[str | None, typer.Option(help=f"a front instead of one budget: {', '.join(PARETO)}")] = None,
     solve_only: Annotated[bool, typer.Option("--solve-only", help="no forward pass: solve exactly on known scores")] = False,
     from_scan: Annotated[Path | None, typer.Option(help="run directory of a scan or search whose scores are taken over")] = None,
@@ -79,6 +82,8 @@ def _checked(opts: dict[str, Any]) -> dict[str, Any]:
     for name in ("trials", "finalists", "final_factor", "workers"):
         options.at_least(f"--{name.replace('_', '-')}", opts[name], 1)
     options.at_least("--random", opts["random"], 0)
+    options.at_least("--recover", opts["recover"], 0)
+    options.at_least("--recover-batch-size", opts["recover_batch_size"], 1)
     options.convention(opts["macs"])
     if not opts["budget"] and not opts["pareto"]:
         raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")

@@ -28,7 +28,7 @@ from blockprune.scoring import FULL, Examiner
 from blockprune.store import Run, differences, read_rows, read_run
 from blockprune.trace import trace
 
-KINDS = ("search", "random", "final")
+KINDS = ("search", "random", "final", "recovered")
 POLL_S = 0.5
 
 
@@ -44,7 +44,7 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
         ready.keep = lambda name, arrays: outputs.keep_arrays(out, name, arrays)
         if ready.problem.timed:
             ready = _timed(ready, out)
-        ledgers = {kind: ready.ledger(kind) for kind in KINDS}
+        ledgers = {kind: ready.ledger(kind) for kind in KINDS if kind != "recovered" or ready.opts["recover"]}
         for e in _evaluated(ready.problem, known):
             ledgers["search"].add_scored(e.candidate, e.score)
         err = console.make_console(stderr=True)

@@ -12,19 +12,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 
 from blockprune import checkpoints, presets, workbench
 from blockprune.arch import Architecture
-from blockprune.cache import Cached, Live, Provider, Remembered
 from blockprune.cli import console, outputs
 from blockprune.cli.measuring import plan_of, possible
-from blockprune.distill import Distiller, Sampler, Settings, student_of
+from blockprune.cli.samples import provider_of, samples_of
+from blockprune.distill import Distiller, Settings, student_of
 from blockprune.errors import UserError
 from blockprune.export import export_pipeline, load_student, save_student
-from blockprune.families import family_of
 from blockprune.imaging import STATISTICS, judge
-from blockprune.pairs import Reader, source_of
 from blockprune.recipe import Phase, Recipe, read_recipe
 from blockprune.records import TrainState
 from blockprune.sampling import NotFinite
@@ -76,17 +73,6 @@ def stretches(recipe: Recipe, opts: Mapping[str, Any]) -> list[Stretch]:
     return found
 
 
-def provider_of(bench: Bench, opts: Mapping[str, Any]) -> Provider:
-    """The training pairs, encoded: from a cache folder, or encoded once as they come and remembered."""
-    data = opts["data"] or "digits"
-    if (Path(data) / "cache.json").is_file():
-        return Remembered(Cached(data, {"teacher": bench.identity}))
-    height, width = (side * bench.pipe.vae_scale_factor for side in bench.latent)
-    if height != width:
-        raise UserError(f"training needs a square resolution: got {height}x{width}")
-    return Remembered(Live(bench.pipe, Reader(source_of(data, height))))
-
-
 def run(opts: Mapping[str, Any], folder: Path) -> None:
     """Trains phase after phase, goes on where an earlier attempt stopped, and exports the student."""
     recipe = read_recipe(opts["recipe"])
@@ -115,7 +101,7 @@ class Training:
     ) -> None:
         self.opts, self.folder, self.recipe, self.plan, self.accelerator = opts, folder, recipe, plan, accelerator
         self.bench = self._load(plan[0].teacher)
-        self.provider = provider_of(self.bench, opts)
+        self.provider = provider_of(self.bench, opts["data"])
         self.err = console.make_console(stderr=True)
 
     def _load(self, model: str) -> Bench:
@@ -197,11 +183,7 @@ class Training:
         student = student_of(pipe.unet, stretch.arch, self.recipe.initialise, o["seed"])
         if weights is not None and start is None:
             student.load_state_dict({name: weights[name] for name in student.state_dict()})
-        height, width = (side * pipe.vae_scale_factor for side in bench.latent)
-        blank = family_of(pipe.unet.config).empty(pipe, (height, width))
-        schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-        shape = (pipe.unet.config.in_channels, *bench.latent)
-        sampler = Sampler(self.provider, schedule, _cpu(blank), o["seed"], shape, o["flip"], self.recipe.caption_dropout)
+        sampler = samples_of(bench, self.provider, o["seed"], o["flip"], self.recipe.caption_dropout)
         unet = copy.deepcopy(pipe.unet)
         run = (sampler, self.recipe, self.settings, stretch.first, start)
         return Distiller(self.accelerator, unet, student, bench.graph, stretch.arch, *run)
@@ -315,7 +297,3 @@ MEASURING: dict[str, Any] = dict.fromkeys(
 
 def _score(score: Mapping[str, Any]) -> dict[str, Any]:
     return {"measure": score["measure"], "value": score["value"], "low": score["low"], "high": score["high"], "n": score["n"]}
-
-
-def _cpu(condition: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _cpu(v) if isinstance(v, dict) else v.cpu() for k, v in condition.items()}

@@ -54,9 +54,7 @@ def validation_figure(scores: Sequence[tuple[int, Score]]) -> Figure:
     """FID, IS and CLIP score along training with their intervals; the best FID and the last checkpoint are marked."""
     measures = [m for m in VALIDATED if any(s.measure == m and s.value is not None for _, s in scores)]
     figure = new_figure(7.4, 1.0 + 2.1 * len(measures))
-    title(
-        figure, "Validation along training", "95 % intervals. Dashed: best FID; dotted: last. They need not be the same."
-    )
+    title(figure, "Validation along training", "95 % intervals. Dashed: best FID; dotted: last. They need not be the same.")
     fid = [(s.value, step) for step, s in scores if s.measure == "fid" and s.value is not None]
     last = max(step for step, _ in scores)
     height = figure.get_figheight()

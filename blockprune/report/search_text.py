@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from blockprune.arch import CONVENTIONS, KINDS, Architecture, BlockGraph
+from blockprune.metrics import kendall_tau
 from blockprune.records import MEASURES, Evaluation
 from blockprune.report.search_view import SearchView
 from blockprune.report.text import escaped, table, with_interval
@@ -28,6 +29,7 @@ def best_json(view: SearchView) -> str:
         "teacher_cost": view.graph.total.to_json() | {"pipeline_params": view.graph.total.params + view.outside_params},
         "scores": [s.to_json() for s in [best.score, *view.scores.get(best.score.label, {}).values()]],
         "score_in_search": next(e.score.to_json() for e in view.search if e.candidate.arch == best.candidate.arch),
+        "score_recovered": after.score.to_json() if (after := view.after(best)) else None,
         "n_evaluations": len(view.search),
         "protocol": dict(view.protocol),
     }
@@ -44,6 +46,8 @@ def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
     cost, own = view.cost(e), view.scores.get(e.score.label, {})
     row: dict[str, Any] = {"rank": rank, "label": e.score.label, "source": e.candidate.source, "holds_budget": view.holds(e)}
     row |= {view.measure: e.score.value, "low": e.score.low, "high": e.score.high, "n": e.score.n, "seed": e.score.seed}
+    if (after := view.after(e)) is not None:
+        row |= {"recovered": after.score.value, "recovered_low": after.score.low, "recovered_high": after.score.high}
     row |= {m: own[m].value if m in own else None for m in _others(view)}
     row |= {"params": cost.params, "pipeline_params": cost.params + view.outside_params}
     return row | {f"macs_{c}": cost.macs(c) for c in CONVENTIONS} | {"removed": " ".join(e.candidate.arch)}
@@ -106,10 +110,11 @@ def against(view: SearchView) -> list[str]:
         if own is None:
             lines.append(f"No finalist is as small as {name} in {size}: ask for its size as a budget to compare with it.")
             continue
-        said = f"`{own.score.label}` {_scored(own)} against {name} {_scored(preset)} (n = {own.score.n}, fresh seeds)"
-        if own.score.bounds[1] < preset.score.bounds[0]:
+        mine, theirs = view.judged(own), view.judged(preset)
+        said = f"`{own.score.label}` {_scored(mine)} against {name} {_scored(theirs)} (n = {mine.score.n}, fresh seeds)"
+        if mine.score.bounds[1] < theirs.score.bounds[0]:
             lines.append(f"Better than {name} at no more {size}, intervals apart: {said}.{_larger(view, own, preset)}")
-        elif own.loss < preset.loss:
+        elif mine.loss < theirs.loss:
             lines.append(f"Better than {name} at no more {size}, but the intervals overlap: {said}.{_larger(view, own, preset)}")
         else:
             lines.append(f"Not better than {name}: {said}. The hand design stays ahead on this measure.")
@@ -160,6 +165,7 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
         "\n".join(f"- {line}" for line in against(view)) or "No preset of this U-Net fits the budget.",
         "## Finalists, on fresh seeds",
         _finalists(view),
+        *(["## After recovery", _recovery(view)] if view.recovered else []),
         *(["## Figures"] if rest else []),
         *(f"![{CAPTIONS[name]}]({name})\n\n*{CAPTIONS[name]}*" for name in rest),
         "## How often each unit is removed among the best tenth",
@@ -197,6 +203,18 @@ def _finalists(view: SearchView) -> str:
         cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "yes" if view.holds(e) else "no"]
         lines.append(cells)
     return table(head, lines)
+
+
+def _recovery(view: SearchView) -> str:
+    """What a short distillation changes, and whether the order survives it."""
+    pairs = [(e, after) for e in view.ranked if (after := view.after(e)) is not None]
+    lines = [[f"`{escaped(e.score.label)}`", _scored(e), _scored(after)] for e, after in pairs]
+    told = table(["architecture", f"{view.measure}, one-shot", f"{view.measure}, recovered"], lines)
+    tau = kendall_tau([e.loss for e, _ in pairs], [after.loss for _, after in pairs])
+    order = f"Kendall τ between the two orders is {tau:.2f} over {len(pairs)} architectures." if tau is not None else ""
+    return (
+        f"Every finalist was distilled briefly (`--recover`) on the same samples; these scores decide.\n\n{told}\n\n{order}".strip()
+    )
 
 
 def _frequency(view: SearchView) -> str:

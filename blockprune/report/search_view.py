@@ -23,7 +23,8 @@ class SearchView:
     """What a search directory says.
 
     `search` are the evaluations in the order of trials, `random` those of random sets for comparison (none unless asked for),
-    `finals` those of the finalists on fresh seeds. `limits` are the budgets:
+    `finals` those of the finalists on fresh seeds, `recovered` those of finalists after a short distillation (none unless asked
+    for; then these decide). `limits` are the budgets:
     text => (quantity, limit for the U-Net alone). `scores` holds timings and image measures of finalists, by label then measure;
     `images` maps a label to (k, H, W, 3) uint8 images at common seeds, captioned by `prompts`.
     """
@@ -35,6 +36,7 @@ class SearchView:
     search: Sequence[Evaluation]
     random: Sequence[Evaluation]
     finals: Sequence[Evaluation]
+    recovered: Sequence[Evaluation]
     scores: Mapping[str, Mapping[str, Score]]
     images: Mapping[str, NDArray[np.uint8]]
     prompts: Sequence[str]
@@ -72,8 +74,17 @@ class SearchView:
 
     @cached_property
     def ranked(self) -> list[Evaluation]:
-        """The finalists that hold the budgets, best first on fresh seeds."""
-        return sorted((e for e in self.finals if self.holds(e) and e.score.value is not None), key=lambda e: e.loss)
+        """The finalists that hold the budgets, best first on fresh seeds; after recovery where there was one."""
+        sound = [e for e in self.finals if self.holds(e) and e.score.value is not None]
+        return sorted(sound, key=lambda e: self.judged(e).loss)
+
+    def judged(self, e: Evaluation) -> Evaluation:
+        """What decides about a finalist: its score after recovery, else the one on fresh seeds."""
+        return self.after(e) or e
+
+    def after(self, e: Evaluation) -> Evaluation | None:
+        """What a finalist scored after recovery; None when it was not recovered."""
+        return next((r for r in self.recovered if r.candidate.arch == e.candidate.arch), None)
 
     @property
     def best(self) -> Evaluation:
@@ -93,7 +104,7 @@ class SearchView:
         """The best finalist no larger than a preset in what is budgeted, other than a preset; None when there is none."""
         own = [e for e in self.finals if e.candidate.source != PRESET and e.score.value is not None]
         small = [e for e in own if all(self.share(e, q) <= self.share(preset, q) for q in self.quantities)]
-        return min(small, key=lambda e: e.loss, default=None)
+        return min(small, key=lambda e: self.judged(e).loss, default=None)
 
     @property
     def quantities(self) -> list[str]:
