@@ -22,7 +22,7 @@ from torch import Tensor
 from blockprune.errors import UserError
 from blockprune.families import Condition, join
 from blockprune.pairs import Reader
-from blockprune.sampling import upcast, encode
+from blockprune.sampling import encode, upcast
 from blockprune.store import differences
 
 FORMAT = 1

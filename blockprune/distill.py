@@ -257,6 +257,11 @@ class Distiller:
         values = self.accelerator.reduce(torch.stack(list(sums.values())), "mean")
         return dict(zip(sums, values.tolist(), strict=True))
 
+    def close(self) -> None:
+        """Leaves the teacher as it was."""
+        self.theirs.close()
+        self.mine.close()
+
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a continuation needs, as named tensors."""
         names = [name for name, _ in self.bare.named_parameters()]

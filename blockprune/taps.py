@@ -85,8 +85,12 @@ class Watch:
         modules = dict(self.unet.named_modules())
         if missing := [name for name in self.names if name not in modules]:
             raise UserError(f"no module {missing[0]!r} to tap in this U-Net: see `blockprune graph`, and mend the recipe's taps")
-        for name in self.names:
-            modules[name].register_forward_hook(self._keep(name))
+        self._hooks = [modules[name].register_forward_hook(self._keep(name)) for name in self.names]
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _keep(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

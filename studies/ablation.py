@@ -4,8 +4,8 @@
 
 Variants, as in table 4 of arXiv 2305.15798: random initialisation; the teacher's weights; with output KD; with feature KD as well;
 and that with the mid stage removed too. Every run is a `blockprune distill` of its own, so a killed study goes on; scores are those
-of its validations, on 128 images of fixed seeds. Writes `ablation.md`, `ablation.json` and `ablation.png` (scores along training, as
-the paper's figure 6). `--dry-run` prints the runs.
+of its validations, on 128 images of fixed seeds. Writes `ablation.md`, `ablation.json` and `ablation.png` (scores along training,
+as the paper's figure 6). `--dry-run` prints the runs.
 """
 
 from __future__ import annotations

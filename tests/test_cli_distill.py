@@ -111,7 +111,7 @@ def test_from_scan_to_pipeline(tmp_path: Path, cli: Cli) -> None:
     search = ["--unit", "stage", "--budget", "75%params", "--trials", "16", *small, "--from-scan", tmp_path / "scan"]
     assert cli("search", *search, "--final-factor", "1", "--out", tmp_path / "search")[0] == 0
     best = tmp_path / "search" / "best.json"
-    code, out, err = cli("distill", "--arch", best, *QUICK, "--out", tmp_path / "distill")
+    code, _, err = cli("distill", "--arch", best, *QUICK, "--out", tmp_path / "distill")
     assert code == 0, err
     pipe = load_pipeline(tmp_path / "distill" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -201,6 +201,13 @@ def test_a_diverging_run_stops_with_one_line(tmp_path: Path, one_line: Callable[
 def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:
     assert says in one_line("distill", *args, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_trackers_hear_the_losses(tmp_path: Path, cli: Cli, one_line: Callable[..., str]) -> None:
+    args = ["distill", "--arch", "mid-removed", *QUICK[:6], "--max-train-steps", "2", "--out", tmp_path / "run"]
+    assert cli(*args, "--report-to", "tensorboard")[0] == 0
+    assert list((tmp_path / "run").rglob("events*"))
+    assert "needs its package: pip install wandb" in one_line(*args, "--report-to", "wandb")
 
 
 def test_another_recipe_in_the_same_directory(distilled: Path, one_line: Callable[..., str]) -> None:

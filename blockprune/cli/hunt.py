@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -141,13 +140,15 @@ class Hunt:
         recipe = replace(read_recipe("bk-sdm"), learning_rate=RECOVERY_RATE)
         accelerator = Accelerator(cpu=self.bench.pipe.device.type == "cpu")
         student = student_of(self.bench.pipe.unet, candidate.arch, "teacher", 0)
-        teacher, graph = copy.deepcopy(self.bench.pipe.unet), self.bench.graph
-        run = Distiller(accelerator, teacher, student, graph, candidate.arch, self.training_samples, recipe, settings)
+        bench = self.bench
+        run = Distiller(accelerator, bench.pipe.unet, student, bench.graph, candidate.arch, self.training_samples, recipe, settings)
         try:
             for _ in run.run(self.opts["recover"]):
                 pass
         except FloatingPointError as err:
             return replace(objective(candidate.arch, candidate.label, 1), value=None, low=None, high=None, error=str(err))
+        finally:
+            run.close()
         return objective.of(run.bare.eval(), candidate.arch, candidate.label)
 
     @cached_property

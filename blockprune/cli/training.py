@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ def stretches(recipe: Recipe, opts: Mapping[str, Any]) -> list[Stretch]:
 
 def run(opts: Mapping[str, Any], folder: Path) -> None:
     """Trains phase after phase, goes on where an earlier attempt stopped, and exports the student."""
+    if opts["report_to"] and find_spec(opts["report_to"]) is None:
+        raise UserError(f"--report-to {opts['report_to']} needs its package: pip install {opts['report_to']}")
     recipe = read_recipe(opts["recipe"])
     if opts["learning_rate"] is not None:
         recipe = replace(recipe, learning_rate=opts["learning_rate"])
@@ -168,7 +170,8 @@ class Training:
                 inside = start if start and start.step > stretch.first else None
                 distiller = self._distiller(stretch, weights, inside)
                 self._phase(distiller, stretch, out, progress)
-                weights = {k: v.detach().clone() for k, v in distiller.bare.state_dict().items()}
+                distiller.close()
+                weights = distiller.bare.state_dict()
         self.accelerator.end_training()
 
     @property
@@ -184,9 +187,8 @@ class Training:
         if weights is not None and start is None:
             student.load_state_dict({name: weights[name] for name in student.state_dict()})
         sampler = samples_of(bench, self.provider, o["seed"], o["flip"], self.recipe.caption_dropout)
-        unet = copy.deepcopy(pipe.unet)
         run = (sampler, self.recipe, self.settings, stretch.first, start)
-        return Distiller(self.accelerator, unet, student, bench.graph, stretch.arch, *run)
+        return Distiller(self.accelerator, pipe.unet, student, bench.graph, stretch.arch, *run)
 
     def _phase(self, distiller: Distiller, stretch: Stretch, out: Run | None, progress: console.WorkProgress) -> None:
         every, validate = self.opts["checkpointing_steps"], self.opts["validation_steps"]
