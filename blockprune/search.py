@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -208,12 +209,18 @@ def search(
         time.sleep(POLL_S)
 
 
-def finalists(evaluations: Sequence[Evaluation], spaces: Sequence[Space], k: int) -> list[Candidate]:
-    """The `k` best of every space, and every preset that one of them holds."""
+def finalists(
+    evaluations: Sequence[Evaluation], spaces: Sequence[Space], k: int, holds: Callable[[Candidate], bool] = lambda candidate: True
+) -> list[Candidate]:
+    """The `k` best of every space, and every preset that one of them holds.
+
+    `holds` has the last word about a budget that can only be predicted before; it is asked from the best on, of 6 k at most.
+    """
     chosen: dict[str, Candidate] = {}
     for space in spaces:
-        holds = (e for e in evaluations if e.score.value is not None and space.holds(e.candidate.arch))
-        for i, e in enumerate(sorted(holds, key=lambda e: e.loss)):
-            if i < k or e.candidate.source == PRESET:
-                chosen.setdefault(e.candidate.arch.key, e.candidate)
+        inside = [e for e in evaluations if e.score.value is not None and space.holds(e.candidate.arch)]
+        order = [e.candidate for e in sorted(inside, key=lambda e: e.loss)]
+        best = islice((c for c in order[: 6 * k] if holds(c)), k)
+        known = (c for c in order if c.source == PRESET)
+        chosen |= {c.arch.key: c for c in [*best, *known]}
     return list(chosen.values())

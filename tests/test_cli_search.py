@@ -169,7 +169,8 @@ def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli) -> None:
         return
     rows = store.read_rows(tmp_path / "run")
     timed = {row["label"] for row in rows if row["kind"] == "timing" and row["measure"] == "latency_ratio"}
-    assert {"calibration", "mid_block", json.loads((tmp_path / "run" / "best.json").read_text())["label"]} <= timed
+    best = json.loads((tmp_path / "run" / "best.json").read_text())["label"]
+    assert {"calibration 0", "calibration 11", "mid_block", best} <= timed
 
 
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli) -> None:

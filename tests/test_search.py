@@ -7,12 +7,14 @@ import random
 from collections.abc import Collection, Sequence
 from itertools import chain, combinations
 
+import numpy as np
 import pytest
 import tiny
 
 from blockprune.arch import Architecture
 from blockprune.budgets import parse_budget
 from blockprune.errors import UserError
+from blockprune.latency import fitted_savings
 from blockprune.ledger import Ledger, open_storage
 from blockprune.presets import fitting
 from blockprune.proposals import SAMPLERS, sampler_of
@@ -227,3 +229,16 @@ def test_bounds_are_losses() -> None:
     assert up.loss == -0.5
     assert Score("", "", "fid", None, 1, 0).loss == math.inf
     assert Score("", "", "fid", 3.0, 1, 0).bounds == (3.0, 3.0)
+
+
+def test_savings_are_fitted_to_sets_and_stay_near_what_units_save_alone() -> None:
+    draw = np.random.default_rng(0)
+    true = draw.random(20) * 0.01
+    sets = draw.random((12, 20)) < 0.4
+    noisy = 0.5 * true + 0.002 * draw.standard_normal(20)  # alone everything seems to save half, and noisily
+    fitted = np.array(fitted_savings(noisy, sets, sets @ true))
+    other = draw.random((50, 20)) < 0.4
+    before, after = (np.abs(other @ guess - other @ true).mean() for guess in (noisy, fitted))
+    assert after < before / 3
+    assert (fitted >= 0).all()
+    assert fitted_savings([0.1, 0.2], [[True, True]], [0.3]) == pytest.approx([0.1, 0.2])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from blockprune import workbench
+from blockprune import latency, surgery, workbench
+from blockprune.arch import Architecture
 from blockprune.cli import options, outputs
 from blockprune.cli.measuring import plan_of, terms
 from blockprune.cli.problem import Problem
@@ -18,6 +19,7 @@ from blockprune.cli.samples import provider_of, samples_of
 from blockprune.distill import Distiller, Sampler, Settings, student_of
 from blockprune.imaging import Judges
 from blockprune.ledger import Ledger, open_storage
+from blockprune.pricing import unet_inputs
 from blockprune.recipe import read_recipe
 from blockprune.records import Candidate, Evaluation, Score
 from blockprune.sampling import NotFinite
@@ -124,15 +126,28 @@ class Hunt:
             yield "search", e
         for e in search(self.ledger("random"), Chance(strategy, seed), tiers, self.opts["random"]):
             yield "random", e
-        listed = Listed(finalists(main.evaluations(), self.problem.spaces, self.opts["finalists"]))
-        objective = self.objective(self.fresh, "teacher-fresh")
-        for e in search(self.ledger("final"), listed, lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
+        finals, objective = self.ledger("final"), self.objective(self.fresh, "teacher-fresh")
+        chosen = self.problem.timed and finals.known()  # another timing might choose others
+        listed = [] if chosen else finalists(main.evaluations(), self.problem.spaces, self.opts["finalists"], self.fast_enough)
+        for e in search(finals, Listed(listed), lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
             yield "final", e
 
         if self.opts["recover"]:
             ours = Listed([e.candidate for e in self.ledger("final").evaluations()])
             for e in search(self.ledger("recovered"), ours, lambda c, _: (self.recovered(objective, c),)):
                 yield "recovered", e
+
+    def fast_enough(self, candidate: Candidate) -> bool:
+        """True when a candidate's step, measured in turn with the teacher's, keeps a latency budget with 1 % to spare."""
+        limits = [b.limit for b in self.problem.space.budgets if b.quantity == "latency"]
+        if not limits:
+            return True
+        unet, n_tokens = self.bench.pipe.unet, self.bench.graph.n_tokens
+        inputs = unet_inputs(unet.config, self.bench.latent, n_tokens, 1, unet.device, unet.dtype)
+        archs = {"full": Architecture(), "own": candidate.arch}
+        models = {name: partial(surgery.removed, unet, arch) for name, arch in archs.items()}
+        timings = latency.measure(models, inputs, self.plan.n_timings, 2, unet.device)
+        return self.opts["latency_s"] * latency.ratio(timings["full"], timings["own"])[0] <= 0.99 * min(limits)
 
     def recovered(self, objective: Objective, candidate: Candidate) -> Score:
         """The score of a finalist after a short distillation, on data, order and noise that are the same for all finalists."""

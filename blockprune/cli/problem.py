@@ -74,6 +74,11 @@ class Problem:
         timings = self.opts.get("latency_s") or 0.0, self.opts.get("saved_s") or {}
         return Space(self.graph, self.units, budgets, self.opts["macs"], *timings)
 
+    @property
+    def free(self) -> Space:
+        """The units without any budget."""
+        return self._space([])
+
     @cached_property
     def space(self) -> Space:
         """The budgets that are given; UserError when nothing meets them."""

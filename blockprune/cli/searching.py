@@ -10,9 +10,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from blockprune import checkpoints, workbench
+from blockprune import checkpoints, latency, workbench
 from blockprune.arch import Architecture
 from blockprune.cli import console, outputs
 from blockprune.cli.hunt import Hunt, hunt, relevant
@@ -30,6 +31,7 @@ from blockprune.trace import trace
 
 KINDS = ("search", "random", "final", "recovered")
 POLL_S = 0.5
+N_CALIBRATIONS = 12
 
 
 def run(opts: Mapping[str, Any], folder: Path) -> None:
@@ -149,20 +151,20 @@ def _keep(out: Run, ledgers: Mapping[str, Ledger], progress: console.SearchProgr
 def _timed(ready: Hunt, out: Run) -> Hunt:
     """The search with the teacher's latency and what each unit saves of it, measured here unless rows have it already.
 
-    Savings of single units do not add up exactly: they are scaled so that their sum is right for one design at the budget.
+    Savings of single units do not add up exactly: they are fitted to a few random sets of units, measured as well.
     """
-    timings = _latencies(ready, out, ready.problem.units)
+    problem = ready.problem
+    timings = _latencies(ready, out, problem.units)
     full = timings[FULL]["latency"]
-    saved = {label: max(0.0, 1 - timings[label]["latency_ratio"]) * full for label in ready.problem.units}
-    ready = replace(ready, opts={**ready.opts, "latency_s": full, "saved_s": saved})
-    space = ready.problem.spaces[len(ready.problem.spaces) // 2]
-    choice = space.repair([], dict.fromkeys(space.labels, 1.0))
-    if choice is None:
-        return ready
-    predicted = sum(saved[label] for label in choice)
-    ratio = _latencies(ready, out, {"calibration": space.arch(choice)})["calibration"]["latency_ratio"]
-    factor = (1 - ratio) * full / predicted
-    return replace(ready, opts={**ready.opts, "saved_s": {label: factor * s for label, s in saved.items()}})
+    alone = {label: (1 - timings[label]["latency_ratio"]) * full for label in problem.units}
+    free, draw = problem.free, np.random.default_rng(ready.opts["seed"])
+    subsets = [[label for label in free.labels if draw.random() < share] for share in np.linspace(0.1, 0.8, N_CALIBRATIONS)]
+    sets = {f"calibration {i}": free.repair(subset, alone, minimal=False) or frozenset() for i, subset in enumerate(subsets)}
+    measured = _latencies(ready, out, {name: free.arch(choice) for name, choice in sets.items()})
+    saved = [(1 - measured[name]["latency_ratio"]) * full for name in sets]
+    rows = [[label in choice for label in free.labels] for choice in sets.values()]
+    fitted = latency.fitted_savings(list(alone.values()), rows, saved)
+    return replace(ready, opts={**ready.opts, "latency_s": full, "saved_s": dict(zip(alone, fitted, strict=True))})
 
 
 def _latencies(ready: Hunt, out: Run, archs: Mapping[str, Architecture]) -> dict[str, dict[str, float]]:
