@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from blockprune.arch import Architecture
 from blockprune.errors import UserError
@@ -43,12 +44,22 @@ def open_storage(url: str | None, path: Path | None) -> BaseStorage:
     if url is None:
         return InMemoryStorage() if path is None else JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
     try:
-        return RDBStorage(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
+        return _connected(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
     except ImportError as err:
         raise UserError(f"the storage {_hidden(url)!r} needs a driver ({err}): pip install 'blockprune[postgresql]'") from None
     except Exception as err:
         why = " ".join(str(err).split())[:160]
         raise UserError(f"cannot open the storage {_hidden(url)!r} ({why}): give a URL like postgresql://user@host/name") from None
+
+
+def _connected(url: str) -> RDBStorage:
+    """The database; tried again when another process is just making its tables."""
+    for attempt in range(10):
+        try:
+            return RDBStorage(url)
+        except (IntegrityError, ProgrammingError):
+            time.sleep(0.2 * (attempt + 1))
+    return RDBStorage(url)
 
 
 def _hidden(url: str) -> str:

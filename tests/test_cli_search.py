@@ -289,14 +289,12 @@ def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Pat
     command = [sys.executable, "-m", "blockprune", "search", *args, "--workers", "2"]
     outs = [tmp_path / "host-a", tmp_path / "host-b"]
     hosts = [subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for out in outs]
-    killed = []
     for host, out in zip(hosts, outs, strict=True):
         while host.poll() is None and len(store.read_rows(out) if (out / "run.json").exists() else []) < 2:
             time.sleep(0.05)
         victim = next(iter(_workers(host.pid)), None)
         assert victim, host.communicate()[0]
         os.kill(victim, signal.SIGKILL)
-        killed.append(victim)
     texts = [host.communicate(timeout=600)[0].decode() for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], texts
     assert all("died" in text for text in texts)
