@@ -1,6 +1,6 @@
 """Does knowledge distillation rank as in BK-SDM's ablation? Base layout on tiny-digits, equal steps, several seeds.
 
-    python studies/ablation.py --out reports --runs runs/ablation      # 15 runs of 300 updates; about 30 minutes on 2 cores
+    python studies/ablation.py --out reports --runs runs/ablation      # 15 runs of 200 updates; about 15 minutes on 2 cores
 
 Variants, as in table 4 of arXiv 2305.15798: random initialisation; the teacher's weights; with output KD; with feature KD as well;
 and that with the mid stage removed too. Every run is a `blockprune distill` of its own, so a killed study goes on; scores are those
@@ -25,7 +25,7 @@ from blockprune.records import Score
 from blockprune.report.canvas import axis_title, new_figure, png, tidy, title
 from blockprune.store import read_rows
 
-N_STEPS, BATCH_SIZE, N_IMAGES, EVERY = 300, 8, 128, 100
+N_STEPS, BATCH_SIZE, N_IMAGES, EVERY = 200, 8, 128, 100
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "random": ("bk-sdm-base", {"initialise": "random", "output": 0.0, "feature": 0.0}),
     "teacher": ("bk-sdm-base", {"output": 0.0, "feature": 0.0}),
