@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from conftest import Cli
 from diffusers import StableDiffusionPipeline
 from test_cli_scan import main_in_process
 
-from blockprune import load_pipeline, store
+from blockprune import load_pipeline, snapshots, store
 from blockprune.arch import Architecture
 
 QUICK = ["--train-batch-size", "2", "--n-images", "8", "--steps", "2", "--max-train-steps", "6", "--checkpointing-steps", "2"]
@@ -90,6 +92,18 @@ def test_killed_and_started_again_is_the_undisturbed_run(distilled: Path, tmp_pa
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_killed_after_the_last_update_the_run_still_ends(distilled: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(distilled, tmp_path / "run")
+    for name in ("pipeline", "student"):
+        shutil.rmtree(tmp_path / "run" / name)
+    args = ["distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", tmp_path / "run"]
+    assert cli(*args)[0] == 0
+    assert store.read_rows(tmp_path / "run") == store.read_rows(distilled)
+    ours, theirs = weights(tmp_path / "run"), weights(distilled)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert (tmp_path / "run" / "pipeline").is_dir()
+
+
 def test_a_torn_checkpoint_falls_back(distilled: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(distilled, tmp_path / "run")
     for name in ("pipeline", "student"):
@@ -101,6 +115,25 @@ def test_a_torn_checkpoint_falls_back(distilled: Path, tmp_path: Path, cli: Cli)
     assert code == 0, err
     assert "step-0000006" in err
     assert "going back" in err
+    assert losses(tmp_path / "run") == losses(distilled)
+
+
+def test_a_full_disk_loses_nothing(distilled: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", tmp_path / "run"]
+    real = snapshots.save_file
+
+    def save(tensors: Any, path: Path) -> None:
+        if "step-0000004" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "save_file", save)
+        code, _, err = cli(*args)
+    assert code == 2
+    assert "error: the disk is full" in err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    assert cli(*args)[0] == 0
     assert losses(tmp_path / "run") == losses(distilled)
 
 

@@ -165,7 +165,7 @@ class Training:
         total = self.plan[-1].last
         with console.WorkProgress(self.err, {"training": (total - done) * self.n_images}) as progress:
             for stretch in self.plan:
-                if stretch.last <= done:
+                if stretch.last <= done and (stretch is not self.plan[-1] or (self.folder / "student").exists()):
                     continue
                 inside = start if start and start.step > stretch.first else None
                 distiller = self._distiller(stretch, weights, inside)
@@ -198,7 +198,7 @@ class Training:
                 last = state.step == stretch.last
                 if state.step % every == 0 or last:
                     self._snapshot(distiller, state.step)
-                if out is not None and ((last and stretch is self.plan[-1]) or (validate and state.step % validate == 0)):
+                if out is not None and validate and state.step % validate == 0 and state.step < self.plan[-1].last:
                     with self._weights(distiller):
                         self._validate(distiller, state.step, out)
                 self.accelerator.wait_for_everyone()
@@ -207,7 +207,9 @@ class Training:
             where = f"the last good checkpoint is {str(kept.path)!r}" if kept else "there is no checkpoint yet"
             raise UserError(f"{err}: {where}; lower --learning-rate or use --mixed-precision no, in another --out") from None
         if out is not None and stretch is self.plan[-1]:
+            out.keep(lambda row: row["kind"] != "validation" or row["step"] < stretch.last)  # of an attempt that ended here
             with self._weights(distiller):
+                self._validate(distiller, stretch.last, out)
                 save_student(distiller.bare, stretch.arch, self.folder / "student")
 
     def _log(self, state: TrainState, out: Run | None, progress: console.WorkProgress) -> None:
@@ -244,7 +246,7 @@ class Training:
         """Images and their scores at fixed seeds, a row for each measure."""
         opts = {**MEASURING, **self.opts, "model": self.plan[0].teacher, "prompts": self.opts["validation_prompts"]}
         opts |= {k: v for k, v in self.bench.defaults.items() if opts.get(k) is None}
-        plan = plan_of(self.bench, {**opts, "data": "digits" if "data" in self.bench.defaults else None}, ["params"])
+        plan = plan_of(self.bench, opts, ["params"])
         measures = [m for m in possible(plan.judges) if m in STATISTICS and m != "feature_distance"]
         teacher, self.bench.pipe.unet = self.bench.pipe.unet, distiller.bare
         examiner = Examiner(self.bench.pipe, self.bench.graph, plan)
