@@ -81,7 +81,7 @@ def figure(rows: Mapping[str, Sequence[Mapping[str, Mapping[int, Score]]]]) -> F
     drawn = new_figure(9.0, 4.2)
     title(drawn, "Recovery by distillation, tiny-digits", "Mean of the seeds; shaded: their range.")
     for i, m in enumerate(("fid", "clip_score")):
-        ax = drawn.add_axes((0.07 + 0.5 * i, 0.13, 0.41, 0.68))
+        ax = drawn.add_axes((0.09 + 0.5 * i, 0.13, 0.39, 0.68))
         tidy(ax)
         for (name, seeds), colour in zip(rows.items(), COLOURS, strict=True):
             steps = sorted(seeds[0][m])
@@ -92,7 +92,7 @@ def figure(rows: Mapping[str, Sequence[Mapping[str, Mapping[int, Score]]]]) -> F
         ax.set_ylabel(axis_title(m), fontsize=8.5)
         if m == "fid":
             ax.set_yscale("log")
-            ax.legend(fontsize=7, frameon=False)
+            ax.legend(fontsize=6.5, frameon=False, loc="upper right")
     return drawn
 
 
