@@ -25,28 +25,27 @@ class Tap:
 def stage_taps(graph: BlockGraph, arch: Architecture) -> list[Tap]:
     """The outputs of the down and up stages, after their resamplers; the mid stage is not tapped (arXiv 2305.15798, section 3.2).
 
-    A stage that has lost its resampler with the innermost stage is compared before it, at its last attention or ResNet.
+    A stage that has lost its resampler with the innermost stage is compared before it, at its last attention or ResNet; one of which
+    nothing is left is not tapped.
     """
     stages = dict.fromkeys(b.stage for b in graph if b.stage.startswith(("down_blocks", "up_blocks")))
-    taps = []
+    taps: list[Tap] = []
     for stage in stages:
         if stage in arch:
             continue
         resampler = next((b.name for b in graph if b.stage == stage and b.kind in "DU"), None)
-        taps.append(_last(graph, arch, stage) if resampler and resampler in arch else Tap(stage, stage))
+        taps += _last(graph, arch, stage) if resampler and resampler in arch else [Tap(stage, stage)]
     return taps
 
 
-def _last(graph: BlockGraph, arch: Architecture, stage: str) -> Tap:
-    """The last attention of a stage, or its last ResNet where it has none, teacher's and student's."""
+def _last(graph: BlockGraph, arch: Architecture, stage: str) -> list[Tap]:
+    """The last attention of a stage, or its last ResNet where it has none, teacher's and student's; none when none is left."""
     blocks = [b for b in graph if b.stage == stage and b.kind in "RA"]
-    kind = "A" if any(b.kind == "A" for b in blocks) else "R"
+    kind = "A" if any(b.kind == "A" and b.name not in arch for b in blocks) else "R"
     names = [b.name for b in blocks if b.kind == kind]
     kept = [name for name in names if name not in arch]
-    if not kept:
-        raise UserError(f'no tap is left in {stage!r}: all of its {len(names)} blocks are removed; use taps = "layers" or a list')
     tail = ".proj_out" if kind == "A" else ""
-    return Tap(names[-1] + tail, kept[-1] + tail)
+    return [Tap(names[-1] + tail, kept[-1] + tail)] if kept else []
 
 
 def layer_taps(graph: BlockGraph, arch: Architecture) -> list[Tap]:

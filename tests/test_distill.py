@@ -102,6 +102,15 @@ def test_published_taps() -> None:
     )
 
 
+def test_a_stage_of_which_little_or_nothing_is_left() -> None:
+    tiny_ = preset("bk-sdm-tiny")
+    stage = "down_blocks.2"
+    resnet = tiny_ | Architecture(frozenset({f"{stage}.attentions.0"}))
+    assert Tap(f"{stage}.resnets.1", f"{stage}.resnets.0") in stage_taps(GRAPH, resnet)
+    nothing = resnet | Architecture(frozenset({f"{stage}.resnets.0"}))
+    assert not [tap for tap in stage_taps(GRAPH, nothing) if tap.student.startswith(stage)]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("taps", ["stages", "layers"])
 def test_every_feature_term_has_a_gradient(checkpointing: bool, taps: str) -> None:
