@@ -25,8 +25,8 @@ class Tap:
 def stage_taps(graph: BlockGraph, arch: Architecture) -> list[Tap]:
     """The outputs of the down and up stages, after their resamplers; the mid stage is not tapped (arXiv 2305.15798, section 3.2).
 
-    A stage that has lost its resampler with the innermost stage is compared before it, at its last attention or ResNet; one of which
-    nothing is left is not tapped.
+    A stage that has lost its resampler with the innermost stage is compared before it, at its last attention or ResNet; one of
+    which nothing is left is not tapped.
     """
     stages = dict.fromkeys(b.stage for b in graph if b.stage.startswith(("down_blocks", "up_blocks")))
     taps: list[Tap] = []
