@@ -123,11 +123,12 @@ def _config_folders(model: str) -> tuple[list[Path], str]:
 def _component(folders: list[Path], name: str, known: str) -> dict[str, Any]:
     for folder in folders:
         if (path := folder / name).is_file():
-            return _read_json(path)
+            return read_json(path)
     raise UserError(f"{known} has no {name}: give a whole pipeline in diffusers layout")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError when it cannot be read as one."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as err:
@@ -263,7 +264,7 @@ def _parts(folder: Path) -> Iterator[str]:
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     configs(str(folder))
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     loaded = {part: _load_part(folder, part, index[part], dtype) for part in _parts(folder)}
     optional = (
         {} if "text_encoder_2" in loaded else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,16 +68,10 @@ def _teacher_of(run: Path) -> str:
 
 def _card_of(run: Path) -> dict[str, Any]:
     """The entries of the run's card.json; none when it has no such file."""
+    from blockprune.checkpoints import read_json
+
     path = run / "card.json"
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        raise UserError(f"cannot read {str(path)!r}: {err}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"cannot read {str(path)!r}: it is no JSON object")
-    return data
+    return read_json(path) if path.is_file() else {}
 
 
 def _named(model: str) -> dict[str, str]:

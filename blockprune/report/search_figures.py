@@ -96,7 +96,7 @@ def front_figure(view: SearchView, quantity: str) -> Figure:
     front = view.front(quantity)
     ys = [_value(e.loss, view.measure) for e in front]
     ax.plot([100 * view.share(e, quantity) for e in front], ys, color=OURS, lw=1, zorder=1)
-    total = {"params": view.graph.total.params, "macs": view.graph.total.thop}
+    total = {"params": view.graph.total.params, "macs": view.graph.total.macs(view.convention)}
     outside = {"params": view.outside_params, "macs": 0}
     for text, (kind, limit) in view.limits.items():
         if kind == quantity and kind in total:

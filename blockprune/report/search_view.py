@@ -45,16 +45,20 @@ class SearchView:
     def measure(self) -> str:
         return str(self.protocol["objective"])
 
+    @property
+    def convention(self) -> str:
+        return str(self.protocol["macs"])
+
     def cost(self, e: Evaluation) -> Cost:
         return self.graph.cost(e.candidate.arch)
 
     def share(self, e: Evaluation, quantity: str) -> float:
-        """What an architecture has of the teacher's parameters (whole pipeline), MACs or latency of a U-Net step."""
+        """What an architecture has of the teacher's parameters (whole pipeline), MACs in the run's convention or step latency."""
         if quantity == "params":
             return (self.cost(e).params + self.outside_params) / (self.graph.total.params + self.outside_params)
         if quantity == "latency":
-            return self.latency_ratio(e) or self.cost(e).thop / self.graph.total.thop
-        return self.cost(e).thop / self.graph.total.thop
+            return self.latency_ratio(e) or self.cost(e).macs(self.convention) / self.graph.total.macs(self.convention)
+        return self.cost(e).macs(self.convention) / self.graph.total.macs(self.convention)
 
     def latency_ratio(self, e: Evaluation) -> float | None:
         """Measured step latency over the teacher's; None when it was not measured."""
