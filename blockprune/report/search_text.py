@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blockprune.arch import CONVENTIONS, KINDS, Architecture, BlockGraph
+from blockprune.arch import CONVENTIONS
+from blockprune.card import in_words
 from blockprune.metrics import kendall_tau
 from blockprune.records import MEASURES, Evaluation
 from blockprune.report.search_view import SearchView
@@ -84,24 +85,6 @@ def pareto_json(view: SearchView, quantity: str) -> str:
     return json.dumps({"format": 1, "quantity": quantity, "measure": view.measure, "front": points}, indent=2) + "\n"
 
 
-def in_words(arch: Architecture, graph: BlockGraph) -> Iterator[str]:
-    """What is removed, stage by stage: "down_blocks.1: ResNet block 1, attention 1"."""
-    gone = [block for block in graph if block.name in arch.removed]
-    stages = dict.fromkeys(block.stage for block in gone)
-    for stage in stages:
-        names = [_in_words(block.name, block.kind) for block in gone if block.stage == stage]
-        yield f"`{stage}`: {', '.join(names)}"
-
-
-def _in_words(name: str, kind: str) -> str:
-    if kind in "MS":
-        return "the whole stage"
-    parts = name.split(".")
-    if kind == "T":
-        return f"transformer layer {parts[-1]} of attention {parts[-3]}"
-    return f"{KINDS[kind]} {parts[-1]}" if kind in "RA" else f"the {KINDS[kind]}"
-
-
 def against(view: SearchView) -> list[str]:
     """For each preset, whether something found beats it at no larger size, with intervals that do not overlap."""
     lines, size = [], " and ".join(QUANTITIES[q] for q in view.quantities)
@@ -160,7 +143,7 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
         summary(view),
         drawn,
         "## What is removed",
-        "\n".join(f"- {line}" for line in in_words(view.best.candidate.arch, view.graph)) or "Nothing.",
+        "\n".join(f"- {line}" for line in in_words(view.best.candidate.arch)) or "Nothing.",
         "## Against the known designs",
         "\n".join(f"- {line}" for line in against(view)) or "No preset of this U-Net fits the budget.",
         "## Finalists, on fresh seeds",
