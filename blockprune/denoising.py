@@ -14,9 +14,9 @@ from torch import Tensor
 
 from blockprune import surgery
 from blockprune.arch import Architecture, BlockGraph
-from blockprune.families import Condition, take
+from blockprune.families import Condition, join, take
 from blockprune.replay import Recording
-from blockprune.sampling import noise
+from blockprune.sampling import guide, noise
 
 Floats = NDArray[np.float64]
 
@@ -25,7 +25,8 @@ Floats = NDArray[np.float64]
 class NoisySamples:
     """Clean latents (M, C, h, w) with one condition row each, drawn on to `n` noisy samples.
 
-    Sample i is latent i mod M at the timestep of stratum i of `n` (in a seeded order), with noise of its own seed.
+    Sample i is latent i mod M at the timestep of stratum i of `n` (in a seeded order), with noise of its own seed. With `blank`,
+    the one-row condition of no prompt, the U-Net's answer is its prediction guided by `cfg_scale`, else its plain one.
     """
 
     latents: Tensor
@@ -33,6 +34,8 @@ class NoisySamples:
     schedule: DDPMScheduler
     n: int
     seed: int
+    blank: Condition | None = None
+    cfg_scale: float = 1.0
 
     @property
     def timesteps(self) -> Tensor:
@@ -42,12 +45,19 @@ class NoisySamples:
         return (where / self.n * self.schedule.config.num_train_timesteps).long()
 
     def batch(self, start: int, stop: int, unet: UNet2DConditionModel) -> tuple[Tensor, Tensor, Condition]:
-        """(noisy latents, timesteps, condition) of samples start…stop-1, on the U-Net's device in its dtype."""
+        """(noisy latents, timesteps, condition) of samples start…stop-1, on the U-Net's device in its dtype.
+
+        Guided samples have two rows each: first all without a prompt, then all with theirs.
+        """
         rows = torch.arange(start, stop) % len(self.latents)
         clean = self.latents[rows].float().cpu()
         t = self.timesteps[start:stop]
         noisy = self.schedule.add_noise(clean, noise(clean.shape[1:], [self.seed + i for i in range(start, stop)]), t)
-        return noisy.to(unet.device, unet.dtype), t.to(unet.device), take(self.condition, rows)
+        condition = take(self.condition, rows)
+        if self.blank is not None:
+            noisy, t = torch.cat([noisy, noisy]), torch.cat([t, t])
+            condition = join(take(self.blank, [0] * len(rows)), condition)
+        return noisy.to(unet.device, unet.dtype), t.to(unet.device), condition
 
 
 class Answer:
@@ -62,13 +72,15 @@ class Answer:
         self, unet: UNet2DConditionModel, graph: BlockGraph, samples: NoisySamples, start: int, stop: int, replay: bool = True
     ) -> None:
         self.unet, self.recording = unet, Recording(graph) if replay else None
+        self.cfg_scale = samples.cfg_scale if samples.blank is not None else None
         self.input = samples.batch(start, stop, unet)
         with self.recording.of(unet) if self.recording else nullcontext():
             self.output = self._forward(unet).float()
 
     def _forward(self, unet: UNet2DConditionModel) -> Tensor:
         x, t, condition = self.input
-        return unet(x, t, **condition, return_dict=False)[0]
+        out = unet(x, t, **condition, return_dict=False)[0]
+        return out if self.cfg_scale is None else guide(out, self.cfg_scale)
 
     @torch.inference_mode()
     def errors(self, arch: Architecture) -> Floats:

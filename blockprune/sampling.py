@@ -73,6 +73,12 @@ def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
+def guide(out: Tensor, cfg_scale: float) -> Tensor:
+    """(2 N, …) predictions without and with their prompts => (N, …) guided ones (arXiv 2207.12598)."""
+    plain, text = out.chunk(2)
+    return plain + cfg_scale * (text - plain)
+
+
 @torch.inference_mode()
 def denoise(pipe: Any, protocol: Protocol, condition: Condition, blank: Condition, seeds: Sequence[int]) -> Tensor:
     """The latents (N, C, h, w) drawn for the rows of `condition`; `blank` is the one-row condition of the empty prompt.
@@ -89,10 +95,7 @@ def denoise(pipe: Any, protocol: Protocol, condition: Condition, blank: Conditio
     for t in scheduler.timesteps:
         x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
         out = unet(x, t, **both, return_dict=False)[0]
-        if guided:
-            plain, text = out.chunk(2)
-            out = plain + protocol.cfg_scale * (text - plain)
-        latents = scheduler.step(out, t, latents, **extra, return_dict=False)[0]
+        latents = scheduler.step(guide(out, protocol.cfg_scale) if guided else out, t, latents, **extra, return_dict=False)[0]
     if not torch.isfinite(latents).all():
         raise NotFinite("the latents are not finite")
     return latents

@@ -17,7 +17,7 @@ from blockprune.imaging import STATISTICS, check_judges, failed, judge, stack
 from blockprune.pricing import unet_inputs
 from blockprune.records import Score
 from blockprune.sampling import NotFinite
-from blockprune.scoring import FULL, Arrays, Examiner, Plan, eps_score
+from blockprune.scoring import DENOISING, FULL, Arrays, Examiner, Plan, error_score
 
 SPEED = ("latency", "latency_ratio", "memory")
 
@@ -64,10 +64,11 @@ class Scan:
         self.parts: dict[str, Arrays] = {}
 
     def __iter__(self) -> Iterator[Record]:
-        """Costs at once; the teacher; the denoising error of all; timings; the images of each, in this order."""
+        """Costs at once; the teacher; the denoising errors of all; timings; the images of each, in this order."""
         yield from self._new(self._costs())
         yield from self._teacher()
-        yield from self._denoising()
+        for measure in DENOISING:
+            yield from self._denoising(measure)
         yield from self._speed()
         yield from self._images()
 
@@ -88,7 +89,7 @@ class Scan:
 
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
-        needed = self.plan.image_measures or ("eps_mse" in self.plan.measures and self.plan.clean is None)
+        needed = self.plan.image_measures or (self.plan.denoising_measures and self.plan.clean is None)
         if not needed or self._part("teacher") is not None:
             return
         seen, pictures = self.examiner.teacher()
@@ -105,23 +106,22 @@ class Scan:
         self.parts[name] = arrays
         return Part(name, arrays)
 
-    def _denoising(self) -> Iterator[Record]:
-        labels = [label for label in self._missing(["eps_mse"]) if label != FULL]
-        if not labels:
+    def _denoising(self, measure: str) -> Iterator[Record]:
+        if not any(label != FULL for label in self._missing([measure])):
             return
         plan, parts = self.plan, list[Arrays]()
         archs = {label: self.archs[label] for label in self.archs if label != FULL}
-        while (part := self._part(f"eps-{len(parts):05d}")) is not None:
+        while (part := self._part(f"{measure}-{len(parts):05d}")) is not None:
             parts.append(part)
         start = sum(len(next(iter(part.values()))) for part in parts)
-        samples = self.examiner.noisy(self._part("teacher") or {})
+        samples = self.examiner.noisy(self._part("teacher") or {}, measure)
         for batch in denoising_errors(self.pipe.unet, self.graph, archs, samples, plan.batch_size, start):
-            yield self._made(f"eps-{len(parts):05d}", batch)
+            yield self._made(f"{measure}-{len(parts):05d}", batch)
             parts.append(batch)
-            plan.tick("eps_mse", len(next(iter(batch.values()))) * len(archs))
+            plan.tick(measure, len(next(iter(batch.values()))) * len(archs))
         errors = stack(parts)
         for label in archs:  # in the scan's order: a part that was read back has its own
-            yield from self._new([eps_score(archs[label], label, errors[label], plan.protocol.seed)])
+            yield from self._new([error_score(measure, archs[label], label, errors[label], plan.protocol.seed)])
 
     def _speed(self) -> Iterator[Score]:
         """Step latency and memory at batch 1, each architecture in turn with the teacher, round by round."""

@@ -23,6 +23,7 @@ from blockprune.sampling import NotFinite, Protocol, draw, encode
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.uint8]
 FULL = "full"
+DENOISING = ("eps_mse", "guided_mse")  # measured on noisy samples; all others on images or on the architecture itself
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class Plan:
     n_pictures: int = 6
     n_timings: int = 10
     tick: Callable[[str, int], None] = lambda what, n: None
+
+    def __post_init__(self) -> None:
+        if "guided_mse" in self.measures and self.protocol.cfg_scale <= 1:
+            raise UserError(f"measure 'guided_mse' needs guidance: got --cfg-scale {self.protocol.cfg_scale:g}; give one above 1")
+
+    @property
+    def denoising_measures(self) -> list[str]:
+        return [m for m in self.measures if m in DENOISING]
 
     @property
     def image_measures(self) -> list[str]:
@@ -85,50 +94,51 @@ class Examiner:
         except NotFinite as err:
             raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
 
-    def noisy(self, teacher: Arrays) -> NoisySamples:
-        """The samples of the denoising error: of the plan's clean latents, else of what the teacher drew."""
+    def noisy(self, teacher: Arrays, measure: str = "eps_mse") -> NoisySamples:
+        """The samples of a denoising error: of the plan's clean latents, else of what the teacher drew."""
         clean, prompts = self.plan.clean or (from_numpy(teacher["latents"]), self.prompts)
         condition = encode(self.pipe, prompts, self.plan.protocol.latent)[0] if self.plan.clean else self.conditions[0]
         schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        return NoisySamples(clean, condition, schedule, self.plan.n_noisy, self.plan.protocol.seed)
+        protocol, blank = self.plan.protocol, self.conditions[1] if measure == "guided_mse" else None
+        return NoisySamples(clean, condition, schedule, self.plan.n_noisy, protocol.seed, blank, protocol.cfg_scale)
 
 
-def eps_score(arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:
+def error_score(measure: str, arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:
     """The denoising error of an architecture from its samples' (n,) errors."""
     n = len(errors)
     if not np.isfinite(errors).all():
-        return Score(arch.key, label, "eps_mse", None, n, seed, error="the U-Net's output is not finite")
+        return Score(arch.key, label, measure, None, n, seed, error="the U-Net's output is not finite")
     low, high = metrics.interval(metrics.mean_statistic(errors), n, seed) or (None, None)
-    return Score(arch.key, label, "eps_mse", float(errors.mean()), n, seed, low, high)
+    return Score(arch.key, label, measure, float(errors.mean()), n, seed, low, high)
 
 
 class Objective:
-    """One measure of any architecture on the first n samples of a plan: noisy samples for `eps_mse`, images for the others.
+    """One measure of any architecture on the first n samples of a plan: noisy samples for a denoising error, images for others.
 
-    `teacher` is what `Examiner.teacher` saw; it may be empty for `eps_mse` on data.
+    `teacher` is what `Examiner.teacher` saw; it may be empty for a denoising error on data.
     """
 
     def __init__(self, examiner: Examiner, measure: str, teacher: Arrays) -> None:
         self.examiner, self.measure, self.teacher = examiner, measure, teacher
         plan = examiner.plan
-        if measure == "eps_mse":
+        if measure in DENOISING:
             self.n = plan.n_noisy
-            self._denoiser = Denoiser(examiner.pipe.unet, examiner.graph, examiner.noisy(teacher), plan.batch_size)
+            self._denoiser = Denoiser(examiner.pipe.unet, examiner.graph, examiner.noisy(teacher, measure), plan.batch_size)
         else:
             self.n = plan.protocol.n_images
 
     def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score:
         """The score of `arch` on the first `n` samples, all when None."""
         seed = self.examiner.plan.protocol.seed
-        if self.measure == "eps_mse":
-            return eps_score(arch, label, self._denoiser.errors(arch, n), seed)
+        if self.measure in DENOISING:
+            return error_score(self.measure, arch, label, self._denoiser.errors(arch, n), seed)
         return self._of_images(arch, label, n, masked=arch)
 
     def of(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> Score:
         """The score of a U-Net of its own, such as a trained student of that architecture, on all samples."""
         plan, pipe = self.examiner.plan, self.examiner.pipe
-        if self.measure == "eps_mse":
-            return eps_score(arch, label, self._denoiser.errors_of(student), plan.protocol.seed)
+        if self.measure in DENOISING:
+            return error_score(self.measure, arch, label, self._denoiser.errors_of(student), plan.protocol.seed)
         teacher, pipe.unet = pipe.unet, student
         try:
             return self._of_images(arch, label, None, masked=Architecture())

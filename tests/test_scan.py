@@ -14,6 +14,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from blockprune import scan as stage
+from blockprune import surgery
 from blockprune.arch import Architecture
 from blockprune.denoising import NoisySamples, denoising_errors
 from blockprune.errors import UserError
@@ -26,7 +27,7 @@ from blockprune.scoring import Plan
 from blockprune.trace import trace
 
 PLAN = Plan(
-    measures=["params", "macs", "eps_mse", "fid", "is", "clip_score", "feature_distance", "kid"],
+    measures=["params", "macs", "eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"],
     protocol=Protocol(n_images=5, n_steps=2, cfg_scale=3.0, seed=1, latent=(8, 8)),
     prompts=["a cat", "two dogs", "a kite"],
     n_noisy=7,
@@ -81,7 +82,7 @@ def whole(pipe: Any, plan: Plan) -> list[Any]:
 
 def test_every_row_once_and_the_teacher_first(whole: list[Any], plan: Plan) -> None:
     rows = [r for r in whole if isinstance(r, Score)]
-    wanted = {(label, m) for label in ("full", *ARCHS) for m in plan.measures} - {("full", "eps_mse")}
+    wanted = {(label, m) for label in ("full", *ARCHS) for m in plan.measures} - {("full", "eps_mse"), ("full", "guided_mse")}
     assert len(rows) == len(wanted) == len(values(whole))
     assert values(whole).keys() == wanted
     assert rows[0].label == "full"
@@ -129,6 +130,37 @@ def test_replay_equals_the_plain_way_bit_for_bit(pipe: Any) -> None:
         assert all(np.array_equal(fast[label], plain[label]) for label in archs)
 
 
+def test_the_guided_error_is_that_of_the_guided_prediction(pipe: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    text, blank = (torch.randn(rows, tiny.N_TOKENS, 8, generator=draw) for rows in (3, 1))
+    latents, scale = torch.randn(3, 4, 8, 8, generator=draw), 5.0
+    schedule, arch = DDPMScheduler.from_config(pipe.scheduler.config), Architecture(frozenset({"mid_block"}))
+
+    def errors(condition: torch.Tensor, **guidance: Any) -> NoisySamples:
+        return NoisySamples(latents, {"encoder_hidden_states": condition}, schedule, 3, 0, **guidance)
+
+    guided = errors(text, blank={"encoder_hidden_states": blank}, cfg_scale=scale)
+    (found,) = denoising_errors(pipe.unet, GRAPH, {"mid": arch}, guided, 3)
+
+    @torch.inference_mode()
+    def plainly() -> torch.Tensor:
+        out = []
+        for condition in (blank.expand(3, -1, -1), text):
+            x, t, c = errors(condition).batch(0, 3, pipe.unet)
+            out.append(pipe.unet(x, t, **c, return_dict=False)[0])
+        return (1 - scale) * out[0] + scale * out[1]
+
+    teacher = plainly()
+    with surgery.removed(pipe.unet, arch):
+        masked = plainly()
+    assert found["mid"] == pytest.approx((masked - teacher).square().mean((1, 2, 3)).double().numpy(), rel=1e-4)
+
+
+def test_a_guided_error_without_guidance_is_refused() -> None:
+    with pytest.raises(UserError, match="--cfg-scale 1"):
+        replace(PLAN, measures=["guided_mse"], protocol=replace(PLAN.protocol, cfg_scale=1.0))
+
+
 def test_timesteps_are_stratified() -> None:
     samples = NoisySamples(torch.zeros(1, 4, 8, 8), {}, DDPMScheduler(), 50, 3)
     assert sorted((samples.timesteps // 20).tolist()) == list(range(50))
@@ -139,9 +171,9 @@ def test_a_mask_that_gives_nan_is_a_failed_row(pipe: Any, plan: Plan, monkeypatc
     tiny.break_mid(monkeypatch)
     rows = [r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)]
     failed = {r.measure for r in rows if r.value is None}
-    assert failed == {"eps_mse", "fid", "is", "clip_score", "feature_distance", "kid"}
+    assert failed == {"eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"}
     assert all(r.label == "mid_block" and "not finite" in r.error for r in rows if r.value is None)
-    assert len(rows) == 4 * 8 - 1
+    assert len(rows) == 4 * 9 - 2
 
 
 def test_a_broken_teacher_stops_the_scan(tiny_folder: Callable[[str], Path], plan: Plan) -> None:

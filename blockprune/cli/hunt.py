@@ -23,7 +23,7 @@ from blockprune.pricing import unet_inputs
 from blockprune.recipe import read_recipe
 from blockprune.records import Candidate, Evaluation, Score
 from blockprune.sampling import NotFinite
-from blockprune.scoring import Arrays, Examiner, Objective, Plan
+from blockprune.scoring import DENOISING, Arrays, Examiner, Objective, Plan
 from blockprune.search import Chance, Listed, Tiers, finalists, search
 from blockprune.workbench import Bench
 
@@ -37,10 +37,11 @@ COMMON_TERMS = ("teacher", "latent", "dtype", "device", "seed")
 def relevant(asked: Mapping[str, Any], objective: str) -> dict[str, Any]:
     """Those of a run's terms that change the numbers of one measure."""
     names = [*COMMON_TERMS]
-    if objective != "eps_mse":
+    if objective not in DENOISING:
         names += [*PICTURE_TERMS, *JUDGE_TERMS]
     else:
         names += ["eps_samples", "data", *(PICTURE_TERMS if asked.get("data") == "the teacher's own samples" else ())]
+        names += ["cfg_scale"] if objective == "guided_mse" else []
     return {name: asked.get(name) for name in names}
 
 
@@ -89,7 +90,7 @@ class Hunt:
 
     @property
     def n(self) -> int:
-        return self.plan.n_noisy if self.opts["objective"] == "eps_mse" else self.plan.protocol.n_images
+        return self.plan.n_noisy if self.plan.denoising_measures else self.plan.protocol.n_images
 
     @cached_property
     def fresh(self) -> Plan:
@@ -103,7 +104,7 @@ class Hunt:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.opts["objective"] != "eps_mse" or self.plan.clean is None
+        return not self.plan.denoising_measures or self.plan.clean is None
 
     def objective(self, plan: Plan, part: str) -> Objective:
         return Objective(Examiner(self.bench.pipe, self.bench.graph, plan), self.opts["objective"], self.teacher(plan, part))

@@ -21,16 +21,17 @@ def plan_of(bench: Bench, opts: Mapping[str, Any], measures: Sequence[str] | Non
     from blockprune import workbench
     from blockprune.imaging import check_judges
     from blockprune.sampling import Protocol
-    from blockprune.scoring import Plan
+    from blockprune.scoring import DENOISING, Plan
 
     batch_size = options.at_least("--batch-size", opts["batch_size"], 1)
     n_noisy = options.at_least("--eps-samples", opts["eps_samples"], 1)
     protocol = Protocol(opts["n_images"], opts["steps"], opts["cfg_scale"], opts["seed"], bench.latent, opts["scheduler"])
     prompts = workbench.prompts_of(opts["prompts"], bench)
     judges = workbench.judges_of(bench, *(opts[name] for name in ("detector", "inception_weights", "clip", "reference")))
-    measures = measures or possible(judges)
+    measures = measures or [m for m in possible(judges) if m != "guided_mse" or opts["cfg_scale"] > 1]
     check_judges(measures, judges)
-    clean = workbench.clean_latents(bench, opts["data"], n_noisy, batch_size) if "eps_mse" in measures else None
+    wanted = any(m in DENOISING for m in measures)
+    clean = workbench.clean_latents(bench, opts["data"], n_noisy, batch_size) if wanted else None
     return Plan(measures, protocol, prompts, n_noisy, clean, judges, batch_size, min(N_PICTURES, protocol.n_images))
 
 

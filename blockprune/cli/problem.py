@@ -12,6 +12,7 @@ from blockprune.arch import Architecture, BlockGraph
 from blockprune.budgets import Budget, parse_budget
 from blockprune.errors import UserError
 from blockprune.pricing import pipeline_costs
+from blockprune.report.view import PAIRED
 from blockprune.search import Strategy
 from blockprune.space import Space
 
@@ -98,6 +99,6 @@ class Problem:
     def strategy(self, seed: int) -> Strategy:
         """How candidates are found. Units are scored one by one where the trials allow it or their scores are there already."""
         left = self.opts["trials"] - len(self.units) - len(self.presets)
-        scan, teacher = left > 0 or bool(self.opts["from_scan"]), self.opts["objective"] not in ("eps_mse", "feature_distance")
+        scan, teacher = left > 0 or bool(self.opts["from_scan"]), self.opts["objective"] not in PAIRED
         n_exact = max(1, min(N_EXACT, left) // len(self.spaces)) if scan else 0
         return Strategy(self.space, self.spaces, self.presets, self.opts["sampler"], seed, n_exact, scan, teacher)

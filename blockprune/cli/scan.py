@@ -118,7 +118,7 @@ def _run(run: Run, bench: Bench, archs: Mapping[str, Architecture], plan: Plan) 
 
 def _steps(plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> dict[str, int]:
     """What is left to do, in images or samples."""
-    steps = {"eps_mse": plan.n_noisy * len(archs)} if "eps_mse" in plan.measures else {}
+    steps = {measure: plan.n_noisy * len(archs) for measure in plan.denoising_measures}
     if "latency" in plan.measures:
         steps["latency"] = sum((label, "latency") not in done for label in ("full", *archs))
     left = [label for label in ("full", *archs) if any((label, m) not in done for m in plan.image_measures)]

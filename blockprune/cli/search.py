@@ -10,7 +10,7 @@ import typer
 from blockprune.cli import options
 from blockprune.errors import UserError
 
-OBJECTIVES = ("eps_mse", "fid", "kid", "feature_distance", "clip_score")
+OBJECTIVES = ("eps_mse", "guided_mse", "fid", "kid", "feature_distance", "clip_score")
 SAMPLERS = ("tpe", "gp", "nsga2", "random")
 PARETO = ("params", "macs", "latency")
 SCOPES = ("pipeline", "unet")

@@ -15,9 +15,9 @@ from blockprune.errors import UserError
 from blockprune.records import MEASURES, Score
 
 TEACHER = "full"
-QUALITY = ("eps_mse", "fid", "kid", "feature_distance", "clip_score", "is")
+QUALITY = ("eps_mse", "guided_mse", "fid", "kid", "feature_distance", "clip_score", "is")
 # Zero for the teacher by definition: a scan need not say so.
-PAIRED = ("eps_mse", "feature_distance")
+PAIRED = ("eps_mse", "guided_mse", "feature_distance")
 MEASURED = (*QUALITY, "latency", "latency_ratio", "memory")
 PATHS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 PARTS = {"resnets": "R", "attentions": "A", "transformer_blocks": "T", "downsamplers": "D", "upsamplers": "U"}
