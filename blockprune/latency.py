@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,6 @@ def measure(
     `lambda: removed(unet, arch)`; entering it is not timed. `inputs` are keyword arguments of the forward, on `device`.
     """
     clock = _cuda_step if torch.device(device).type == "cuda" else _cpu_step
-    peak = _cuda_peak if torch.device(device).type == "cuda" else _cpu_peak
     seconds: dict[str, list[float]] = {label: [] for label in models}
     mem_bytes = {}
     with torch.inference_mode():
@@ -98,7 +98,7 @@ def measure(
                     seconds[label].append(s)
         for label, model in models.items():
             with model() as unet:
-                mem_bytes[label] = weight_bytes(unet) + peak(unet, inputs)
+                mem_bytes[label] = weight_bytes(unet) + peak_bytes(partial(unet, **inputs), device)
     return {label: Timing(tuple(seconds[label]), mem_bytes[label]) for label in models}
 
 
@@ -123,24 +123,26 @@ def _cuda_step(unet: nn.Module, inputs: Mapping[str, Any]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def _cuda_peak(unet: nn.Module, inputs: Mapping[str, Any]) -> int:
+def peak_bytes(step: Callable[[], Any], device: str | torch.device) -> int:
+    """The most bytes that torch's allocator had out at once during one call, above what it had before."""
+    return _cuda_peak(step) if torch.device(device).type == "cuda" else _cpu_peak(step)
+
+
+def _cuda_peak(step: Callable[[], Any]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    unet(**inputs)
+    step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-def _cpu_peak(unet: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """The most bytes that torch's CPU allocator had out at once during one step, above what it had before.
-
-    The profiler logs every allocation and release. The process's resident size would not do: the C library keeps freed pages.
-    """
+def _cpu_peak(step: Callable[[], Any]) -> int:
+    """The profiler logs every allocation and release. The process's resident size would not do: the C library keeps freed pages."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
-            unet(**inputs)
+            step()
         path = Path(folder, "trace.json")
         log.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]

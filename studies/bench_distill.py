@@ -1,12 +1,14 @@
 """How fast is a distillation step, beside a plain loop written as the published scripts are?
 
-    python studies/bench_distill.py --out reports                                       # tiny-digits on the CPU, about 3 minutes
+    python studies/bench_distill.py --compile --out reports                  # tiny-digits on the CPU, about 8 minutes, 5 to compile
     python studies/bench_distill.py --model /path/to/sd-v1 --resolution 512 --batch-size 8 --device cuda --mixed-precision bf16
 
 The plain loop encodes images with the VAE and captions with the text encoder in every step, runs the teacher without autograd, and
-keeps the default memory format. Ours reads encoded pairs (kept after their first use). Same model, architecture, batch, losses and
-machine, in turns, several rounds; also the bare work: teacher forward, student forward and backward. Writes `bench-distill.json`:
-images/s, the ratios by round, and on CUDA the peak memory. `--dry-run` prints the plan.
+keeps the default memory format; once as it is and once with gradient checkpointing, which the published commands switch on. Ours
+reads encoded pairs (kept after their first use) and keeps channels last; `--compile` adds it with torch.compile. Same model,
+architecture, batch, losses and machine, in turns, several rounds; also the bare work: teacher forward, student forward and
+backward, channels last. Writes `bench-distill.json`: images/s, ratios to the plain loop by round, and what an update allocates
+at its peak. `--dry-run` prints the plan.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from torch.nn import functional
 
 from blockprune import presets, workbench
 from blockprune.cli.samples import provider_of, samples_of
-from blockprune.distill import Distiller, Settings, student_of
+from blockprune.distill import Batch, Distiller, Sampler, Settings, student_of
+from blockprune.latency import peak_bytes
 from blockprune.recipe import read_recipe
 from blockprune.sampling import encode
 
@@ -37,11 +40,13 @@ Step = Callable[[], None]
 class Plain:
     """One update as the published scripts make it; the images are in memory already, as a loader's workers would have them."""
 
-    def __init__(self, bench: Any, arch: Any, batch_size: int, taps: list[Any], precision: str) -> None:
+    def __init__(self, bench: Any, arch: Any, batch_size: int, taps: list[Any], precision: str, checkpointing: bool) -> None:
         self.bench, self.batch_size, self.taps = bench, batch_size, taps
         self.teacher, self.device = copy.deepcopy(bench.pipe.unet), bench.pipe.device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.student = student_of(bench.pipe.unet, arch, "teacher", 0).to(self.device)
+        if checkpointing:
+            self.student.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-5, weight_decay=1e-2)
         self.seen: dict[tuple[str, str], torch.Tensor] = {}
         for who, unet in (("teacher", self.teacher), ("student", self.student)):
@@ -83,16 +88,21 @@ class Plain:
         self.optimizer.zero_grad()
 
 
-def bare(run: Distiller) -> Step:
+class Bare:
     """The teacher's forward, and the student's forward and backward, alone."""
-    batch = run.sampler.batch(range(run.settings.batch_size), run.accelerator.device)
 
-    def step() -> None:
-        _, _, predicted, _ = run._both(batch)
-        predicted.float().square().mean().backward()
-        run.student.zero_grad()
+    def __init__(self, bench: Any, arch: Any, batch: Batch) -> None:
+        self.teacher = copy.deepcopy(bench.pipe.unet)
+        self.student = student_of(bench.pipe.unet, arch, "teacher", 0).to(bench.pipe.device)
+        for unet in (self.teacher, self.student):
+            unet.to(memory_format=torch.channels_last)
+        self.kwargs = {"sample": batch.noisy, "timestep": batch.timesteps, **batch.condition, "return_dict": False}
 
-    return step
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self.teacher(**self.kwargs)
+        self.student(**self.kwargs)[0].float().square().mean().backward()
+        self.student.zero_grad()
 
 
 def _advance(states: Iterator[Any]) -> None:
@@ -123,6 +133,7 @@ def main() -> None:
     parser.add_argument("--mixed-precision", default="no")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="updates of each in a round")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile, too")
     parser.add_argument("--dry-run", action="store_true", help="print what would be timed")
     args = parser.parse_args()
     if args.dry_run:
@@ -130,40 +141,49 @@ def main() -> None:
         return
     device = torch.device(args.device)
     bench = workbench.load_bench(args.model, args.resolution, device, torch.float32)
-    arch = presets.parse(args.arch, bench.graph)
-    samples = samples_of(bench, provider_of(bench, args.data), 0)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=args.mixed_precision)
-    settings = Settings(args.batch_size, channels_last=device.type == "cuda")
-    student = student_of(bench.pipe.unet, arch, "teacher", 0)
-    teacher = copy.deepcopy(bench.pipe.unet)
-    run = Distiller(accelerator, teacher, student, bench.graph, arch, samples, read_recipe("bk-sdm"), settings)
-    n = args.rounds * args.steps + 2
-    samples.data.latents([samples.index(g) for g in range(n * args.batch_size)], [False] * n * args.batch_size, torch.zeros(()))
-    states = run.run(n)
-    plain = Plain(bench, arch, args.batch_size, run.taps, args.mixed_precision)
-    ways: dict[str, Step] = {"plain": plain, "ours": partial(_advance, states), "bare": bare(run)}
+    ways = ways_of(bench, args)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for step in ways.values():
         timed(step, 2, device)
     for _ in range(args.rounds):
         for name, step in ways.items():
             seconds[name].append(timed(step, args.steps, device))
-    rates = {name: [args.steps * args.batch_size / s for s in rows] for name, rows in seconds.items()}
+    images = args.steps * args.batch_size
     result = {
         "model": args.model,
         "arch": args.arch,
         "batch_size": args.batch_size,
         "mixed_precision": args.mixed_precision,
         **workbench.made_with(device),
-        "images_per_s": {name: float(np.median(rows)) for name, rows in rates.items()},
-        "ours_over_plain": [o / p for o, p in zip(rates["ours"], rates["plain"], strict=True)],
-        "time_over_bare": [o / b for o, b in zip(seconds["ours"], seconds["bare"], strict=True)],
+        "images_per_s": {name: float(np.median([images / s for s in rows])) for name, rows in seconds.items()},
+        "over_plain": {name: [p / s for p, s in zip(seconds["plain"], rows, strict=True)] for name, rows in seconds.items()},
+        "peak_bytes": {name: peak_bytes(step, device) for name, step in ways.items()},
     }
-    if device.type == "cuda":
-        result["peak_bytes"] = torch.cuda.max_memory_allocated()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "bench-distill.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+
+
+def ways_of(bench: Any, args: argparse.Namespace) -> dict[str, Step]:
+    """Every way to make an update, by name; each with its own teacher, student and optimiser."""
+    arch = presets.parse(args.arch, bench.graph)
+    samples = samples_of(bench, provider_of(bench, args.data), 0)
+    n = args.rounds * args.steps + 3
+    samples.data.latents([samples.index(g) for g in range(n * args.batch_size)], [False] * n * args.batch_size, torch.zeros(()))
+    runs = {"ours": _ours(bench, arch, samples, args, "")}
+    if args.compile:
+        runs["ours, compiled"] = _ours(bench, arch, samples, args, "inductor")
+    kwargs = bench, arch, args.batch_size, runs["ours"].taps, args.mixed_precision
+    plain = {"plain": Plain(*kwargs, checkpointing=False), "plain, gradient checkpointing": Plain(*kwargs, checkpointing=True)}
+    bare = Bare(bench, arch, samples.batch(range(args.batch_size), bench.pipe.device))
+    return {**plain, **{name: partial(_advance, run.run(n)) for name, run in runs.items()}, "bare work": bare}
+
+
+def _ours(bench: Any, arch: Any, samples: Sampler, args: argparse.Namespace, compiler: str) -> Distiller:
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+    student, teacher = student_of(bench.pipe.unet, arch, "teacher", 0), copy.deepcopy(bench.pipe.unet)
+    settings = Settings(args.batch_size, compiler=compiler)
+    return Distiller(accelerator, teacher, student, bench.graph, arch, samples, read_recipe("bk-sdm"), settings)
 
 
 if __name__ == "__main__":

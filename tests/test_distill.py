@@ -204,6 +204,15 @@ def test_a_resumed_run_is_the_undisturbed_one(settings: Settings, tmp_path: Path
         assert all(torch.equal(t, second.parts()[name][k]) for k, t in tensors.items()), name
 
 
+def test_compiled_models_train_as_the_plain_ones() -> None:
+    arch, recipe = preset("bk-sdm-small"), Recipe(learning_rate=1e-3)
+    plain, compiled = (distiller(arch, recipe, Settings(2, compiler=name)) for name in ("", "aot_eager"))
+    for expected, got in zip(plain.run(3), compiled.run(3), strict=True):
+        assert got.losses.keys() == expected.losses.keys()
+        assert got.losses == pytest.approx(dict(expected.losses), rel=1e-4)
+    assert compiled.parts()["student"].keys() == plain.parts()["student"].keys()
+
+
 def test_ema_moves_and_is_the_students() -> None:
     run = distiller(preset("bk-sdm-small"), Recipe(learning_rate=1e-2), Settings(2, ema=True))
     before = {k: v.clone() for k, v in run.parts()["ema"].items()}

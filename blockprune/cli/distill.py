@@ -27,6 +27,7 @@ def distill(
     learning_rate: Annotated[float | None, typer.Option(help="in place of the recipe's")] = None,
     mixed_precision: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}")] = "no",
     gradient_checkpointing: Annotated[bool, typer.Option(help="less memory, more time")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes at the start, then faster updates")] = False,
     ema: Annotated[bool, typer.Option(help="keep a moving average of the weights and export that")] = False,
     checkpointing_steps: Annotated[int, typer.Option(help="updates between checkpoints")] = 500,
     checkpoints_total_limit: Annotated[int, typer.Option(help="how many checkpoints stay")] = 3,

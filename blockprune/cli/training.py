@@ -118,7 +118,7 @@ class Training:
             o["seed"],
             o["ema"],
             gradient_checkpointing=o["gradient_checkpointing"],
-            channels_last=self.accelerator.device.type == "cuda",
+            compiler="inductor" if o["compile"] else "",
         )
 
     @property
