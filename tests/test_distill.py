@@ -264,32 +264,53 @@ import json, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 import test_distill as t
 from blockprune.presets import preset
-world = int(sys.argv[1])
-settings = t.Settings(4 // world)
-run = t.distiller(preset("bk-sdm-small"), t.Recipe(learning_rate=1e-3), settings)
-rows = [s.losses for s in run.run(3)]
+from blockprune.snapshots import Snapshot
+world, sharded = int(sys.argv[1]), sys.argv[2] == "sharded"
+
+def shard(self, model, *others):
+    from torch.distributed.fsdp import fully_shard
+    for name, module in model.named_modules():
+        if name.endswith(("resnets.0", "attentions.0")):
+            fully_shard(module)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    return model, optimizer
+
+if sharded:  # accelerate shards on accelerators alone; this is what it does there
+    Accelerator.prepare = shard
+    Accelerator.distributed_type = DistributedType.FSDP
+    Accelerator.clip_grad_norm_ = lambda self, parameters, most: torch.nn.utils.clip_grad_norm_(parameters, most)
+def made(**kwargs):
+    return t.distiller(preset("bk-sdm-small"), t.Recipe(learning_rate=1e-3), t.Settings(4 // world, ema=True), **kwargs)
+run = made()
 assert run.accelerator.num_processes == world
+rows = [s.losses for s in run.run(2)]
+again = made(start=Snapshot(2, run.parts(), None))
+rows += [s.losses for s in again.run(4)]
+rows.append({{name: w.double().sum().item() for name, w in again.weights(averaged=True).items()}})
 if run.accelerator.is_main_process:
     print("ROWS" + json.dumps(rows))
 """
 
 
-def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+def test_two_processes_whole_or_sharded_have_the_losses_and_weights_of_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     rows = []
-    for world in (1, 2):
+    for world, form in ((1, "whole"), (2, "whole"), (2, "sharded")):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        command = [sys.executable, *launch, str(script), str(world)]
+        command = [sys.executable, *launch, str(script), str(world), form]
         out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert out.returncode == 0, out.stderr[-2000:]
         rows.append(json.loads(next(line for line in out.stdout.splitlines() if line.startswith("ROWS"))[4:]))
-    for one, two in zip(*rows, strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
-        assert any(name.startswith("feature/") for name in two)
+    for one, two, sharded in zip(*rows, strict=True):
+        assert sharded == pytest.approx(one, rel=1e-4, abs=1e-5)
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert len(rows[0]) == 4 + 1
+    assert any(name.startswith("feature/") for name in rows[0][3])
 
 
 def test_the_recipes_that_come_along() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 
-from blockprune import checkpoints, presets, workbench
+from blockprune import checkpoints, presets, surgery, workbench
 from blockprune.arch import Architecture
 from blockprune.cli import console, outputs
 from blockprune.cli.measuring import plan_of, possible
@@ -171,7 +172,7 @@ class Training:
                 distiller = self._distiller(stretch, weights, inside)
                 self._phase(distiller, stretch, out, progress)
                 distiller.close()
-                weights = distiller.bare.state_dict()
+                weights = distiller.weights(averaged=False)
         self.accelerator.end_training()
 
     @property
@@ -198,19 +199,19 @@ class Training:
                 last = state.step == stretch.last
                 if state.step % every == 0 or last:
                     self._snapshot(distiller, state.step)
-                if out is not None and validate and state.step % validate == 0 and state.step < self.plan[-1].last:
-                    with self._weights(distiller):
-                        self._validate(distiller, state.step, out)
+                if validate and state.step % validate == 0 and state.step < self.plan[-1].last:
+                    self._validate(distiller.weights(averaged=True), stretch.arch, state.step, out)
                 self.accelerator.wait_for_everyone()
         except FloatingPointError as err:
             kept, _ = read_snapshot(self.folder / "checkpoints")
             where = f"the last good checkpoint is {str(kept.path)!r}" if kept else "there is no checkpoint yet"
             raise UserError(f"{err}: {where}; lower --learning-rate or use --mixed-precision no, in another --out") from None
-        if out is not None and stretch is self.plan[-1]:
-            out.keep(lambda row: row["kind"] != "validation" or row["step"] < stretch.last)  # of an attempt that ended here
-            with self._weights(distiller):
-                self._validate(distiller, stretch.last, out)
-                save_student(distiller.bare, stretch.arch, self.folder / "student")
+        if stretch is self.plan[-1]:
+            weights = distiller.weights(averaged=True)
+            if out is not None:
+                out.keep(lambda row: row["kind"] != "validation" or row["step"] < stretch.last)  # of an attempt that ended here
+                self._validate(weights, stretch.arch, stretch.last, out)
+                save_student(self._unet(weights, stretch.arch), stretch.arch, self.folder / "student")
 
     def _log(self, state: TrainState, out: Run | None, progress: console.WorkProgress) -> None:
         if out is None:
@@ -224,31 +225,25 @@ class Training:
             progress.say(f"step {state.step}/{self.plan[-1].last}: {terms}; {state.n_images / state.seconds:.3g} images/s")
 
     def _snapshot(self, distiller: Distiller, step: int) -> None:
+        parts = distiller.parts()
         if self.accelerator.is_main_process:
-            write_snapshot(self.folder / "checkpoints", step, distiller.parts(), self.opts["checkpoints_total_limit"])
+            write_snapshot(self.folder / "checkpoints", step, parts, self.opts["checkpoints_total_limit"])
 
-    @contextmanager
-    def _weights(self, distiller: Distiller) -> Iterator[None]:
-        """Within this context the student has its averaged weights, where there are any, and is in evaluation mode."""
-        unet, ema = distiller.bare, distiller.ema
-        unet.eval()
-        if ema is not None:
-            ema.store(unet.parameters())
-            ema.copy_to(unet.parameters())
-        try:
-            yield
-        finally:
-            if ema is not None:
-                ema.restore(unet.parameters())
-            unet.train()
+    def _unet(self, weights: Mapping[str, torch.Tensor], arch: Architecture) -> UNet2DConditionModel:
+        """A student with these weights, for inference, apart from the one in training."""
+        unet = surgery.skeleton(self.bench.pipe.unet.config, arch)
+        unet.load_state_dict(weights, assign=True)
+        return unet.eval().requires_grad_(False)
 
-    def _validate(self, distiller: Distiller, step: int, out: Run) -> None:
-        """Images and their scores at fixed seeds, a row for each measure."""
+    def _validate(self, weights: Mapping[str, torch.Tensor], arch: Architecture, step: int, out: Run | None) -> None:
+        """Images and their scores at fixed seeds, a row for each measure; by the main process alone."""
+        if out is None:
+            return
         opts = {**MEASURING, **self.opts, "model": self.plan[0].teacher, "prompts": self.opts["validation_prompts"]}
         opts |= {k: v for k, v in self.bench.defaults.items() if opts.get(k) is None}
         plan = plan_of(self.bench, opts, ["params"])
         measures = [m for m in possible(plan.judges) if m in STATISTICS and m != "feature_distance"]
-        teacher, self.bench.pipe.unet = self.bench.pipe.unet, distiller.bare
+        teacher, self.bench.pipe.unet = self.bench.pipe.unet, self._unet(weights, arch)
         examiner = Examiner(self.bench.pipe, self.bench.graph, plan)
         if not measures:
             protocol = replace(plan.protocol, n_images=plan.n_pictures)
