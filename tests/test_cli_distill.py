@@ -92,6 +92,21 @@ def test_killed_and_started_again_is_the_undisturbed_run(distilled: Path, tmp_pa
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_two_processes_make_the_run_of_one(distilled: Path, tmp_path: Path) -> None:
+    shared = [x if x != "2" or QUICK[i - 1] != "--train-batch-size" else "1" for i, x in enumerate(QUICK)]
+    args = ["--arch", "bk-sdm-small", *shared, "--ema", "--validation-steps", "4", "--cpu", "--out", str(tmp_path / "run")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # accelerate's own is for GPUs or MPI
+    command = [sys.executable, *launch, "-m", "blockprune", "distill", *args]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-2000:]
+    for (step, one), (same, two) in zip(losses(distilled), losses(tmp_path / "run"), strict=True):
+        assert step == same
+        assert two == pytest.approx(one, rel=1e-4)
+    whole = weights(distilled)
+    for name, w in weights(tmp_path / "run").items():
+        assert w.sub(whole[name]).abs().max() < 1e-4, name
+
+
 def test_killed_after_the_last_update_the_run_still_ends(distilled: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(distilled, tmp_path / "run")
     for name in ("pipeline", "student"):
