@@ -2,9 +2,9 @@
 
     python studies/tiny_digits.py --out runs/case --reports reports/tiny-digits
 
-runs the commands of this package one after another, as a user would, and each resumes where an earlier attempt stopped: a scan of every
-block; searches at the parameters of the three BK-SDM designs, and again at their parameters and MACs; the same distillation
-of the six that were found and of the three designs; an evaluation of all with the teacher beside them (n = 1,000); a sweep of the
+runs the commands of this package one after another, as a user would, and each resumes where an earlier attempt stopped: a scan of
+every block; searches at the parameters of the three BK-SDM designs, and again at their parameters and MACs; the same distillation of
+the six that were found and of the three designs; an evaluation of all with the teacher beside them (n = 1,000); a sweep of the
 guidance scale; steps and 8-bit weights; and one HTML page from all of that. `--part search --part distill` runs some of it,
 `--dry-run` prints the commands. About two hours on two CPU cores. Expected: at equal parameters what was found is closer to the
 teacher than the hand design, before and after distillation; at equal parameters and MACs only before. Measured:
@@ -32,7 +32,7 @@ N_SWEEP = 500
 CFG_SCALES = (1, 1.5, 2, 3, 4.5, 6, 7.5)
 SWEPT = ("tiny-digits", "bk-sdm-small", "small-params")
 N_STEPS = (4, 6, 10, 20)
-DISTILL = "--max-train-steps 400 --learning-rate 3e-4 --ema --checkpointing-steps 100 --validation-steps 100 --n-images 128"
+DISTILL = "--max-train-steps 1000 --learning-rate 3e-4 --ema --checkpointing-steps 250 --validation-steps 250 --n-images 128"
 PARTS = ("scan", "search", "distill", "evaluate", "sweep", "quantise", "report")
 COPIED = ("report.md", "scan.csv", "scan.json", "unet.png", "sensitivity.png", "tradeoff.png", "grid.png", "correlation.png")
 
