@@ -17,12 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import Cli
 from diffusers import StableDiffusionPipeline
 from test_cli_scan import main_in_process
 
+import blockprune
 from blockprune import load_pipeline, snapshots, store
 from blockprune.arch import Architecture
+from blockprune.surgery import skeleton
 
 QUICK = ["--train-batch-size", "2", "--n-images", "8", "--steps", "2", "--max-train-steps", "6", "--checkpointing-steps", "2"]
 
@@ -249,6 +253,24 @@ def test_a_diverging_run_stops_with_one_line(tmp_path: Path, one_line: Callable[
 def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:
     assert says in one_line("distill", *args, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_that_cannot_be_put_together(
+    one_line: Callable[..., str], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    monkeypatch.setattr(Accelerator, "is_fsdp2", False)
+    assert "FSDP 2: got " + kind in one_line("distill", "--arch", "bk-sdm-small", *QUICK, "--cpu", "--out", tmp_path / "run")
+
+
+def test_the_fsdp_configuration_is_one() -> None:
+    file = Path(__file__).parent.parent / "studies" / "fsdp-sdxl.yaml"
+    config = load_config_from_file(str(file))
+    assert config.distributed_type == "FSDP"
+    layers = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    unet = skeleton(json.loads((Path(blockprune.__file__).parent / "configs/sdxl/unet/config.json").read_text()), Architecture())
+    assert set(layers) < {type(module).__name__ for module in unet.modules()}
 
 
 def test_trackers_hear_the_losses(tmp_path: Path, cli: Cli, one_line: Callable[..., str]) -> None:

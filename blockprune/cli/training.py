@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers import UNet2DConditionModel
 
 from blockprune import checkpoints, presets, surgery, workbench
@@ -89,11 +89,24 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
         log_with=opts["report_to"],
         project_dir=str(folder),
     )
+    _check_distribution(accelerator)
     training = Training(opts, folder, recipe, plan, accelerator)
     with training.opened() as out:
         training.train(out)
         if accelerator.is_main_process and out is not None:
             training.finish(out)
+
+
+def _check_distribution(accelerator: Accelerator) -> None:
+    """Raises UserError for a way to share the work by which weights cannot be put together by name."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise UserError(
+            f"distill runs on one device, under data parallelism, or under FSDP 2: got {kind.value}; "
+            "launch it with --fsdp_version 2 or without --use_fsdp and --use_deepspeed"
+        )
 
 
 class Training:
