@@ -242,10 +242,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports"))
     parser.add_argument("--n-images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
     args = parser.parse_args()
+    parts = args.parts or ("scan", "replay", "pricing")
+    if args.dry_run:
+        print(f"{', '.join(parts)}: {args.rounds} rounds, {args.n_images} images")
+        return
     file = args.out / "bench-scan.json"
     result = json.loads(file.read_text()) if file.exists() else {}
-    for name in args.parts or ("scan", "replay", "pricing"):
+    for name in parts:
         result[name] = PARTS[name](args) | {"machine": workbench.made_with(torch.device("cpu"))}
         print(name, json.dumps(result[name], indent=2))
         args.out.mkdir(parents=True, exist_ok=True)

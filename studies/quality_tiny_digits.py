@@ -154,7 +154,11 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
     args = parser.parse_args()
+    if args.dry_run:
+        print(f"{args.n} scenes drawn in {args.steps} steps at guidance scale {args.guidance_scale:g}, and as many real ones")
+        return
     rows, images, captions = measure(args.model, args.n, args.steps, args.guidance_scale)
     ratio = rows[-2]["value"] / rows[-1]["value"]
     heading = (

@@ -87,7 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports"))
     parser.add_argument("--n", type=int, default=128)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
     args = parser.parse_args()
+    if args.dry_run:
+        print(f"every block removed by itself, {args.n} images each")
+        return
     scenes = Scenes(args.n)
     teacher = scenes.measure(Architecture())
     rows = [compare("full", teacher, teacher, args.n)]

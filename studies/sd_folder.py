@@ -17,7 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from blockprune import checkpoints
 from blockprune.arch import Architecture
-from blockprune.pricing import random_unet
+from blockprune.pricing import pipeline_costs, random_unet
+from blockprune.trace import trace
 
 
 def byte_tokenizer(n_tokens: int) -> CLIPTokenizer:
@@ -48,10 +49,20 @@ def write_random_pipeline(model: str, folder: Path, seed: int = 0) -> int:
     return sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="an alias with one text encoder: sd-v1-4, sd-v1-5, sd-v2-1-base, sd-v2-1")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written")
     args = parser.parse_args()
+    if args.dry_run:
+        configs = checkpoints.configs(args.model)
+        others = pipeline_costs(configs, configs.latent(None)).values()
+        print(f"{trace(configs.unet).total.params + sum(c.params for c in others):,} random weights, without the VAE's encoder")
+        return
     n_bytes = write_random_pipeline(args.model, args.folder)
     print(f"{args.folder}: {n_bytes / 2**30:.2f} GiB of random weights")
+
+
+if __name__ == "__main__":
+    main()

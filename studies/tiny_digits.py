@@ -13,13 +13,11 @@ better in CLIP score alone. Measured: `reports/tiny-digits/`.
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from steps import Step, chosen, parser_of
 
 # design => its own parameters, whole pipeline, and its own MACs of a U-Net step, on this model
 SIZES = {
@@ -38,8 +36,6 @@ DISTILL = "--max-train-steps 1000 --learning-rate 3e-4 --ema --checkpointing-ste
 PARTS = ("scan", "search", "distill", "evaluate", "sweep", "quantise", "report")
 COPIED = ("report.md", "scan.csv", "scan.json", "unet.png", "sensitivity.png", "tradeoff.png", "grid.png", "correlation.png")
 
-Command = list[str]
-
 
 def found(design: str) -> tuple[str, str]:
     """The names of what is searched at the size of a design: by its parameters, and by its parameters and MACs."""
@@ -55,16 +51,16 @@ def students(runs: Path) -> dict[str, str]:
     return archs
 
 
-def plan(runs: Path, reports: Path) -> Iterator[tuple[str, Command]]:
-    """(part, arguments of `blockprune`) in order."""
-    yield "scan", ["scan", "--out", str(runs / "scan")]
+def plan(runs: Path, reports: Path) -> Iterator[Step]:
+    """Every command in order."""
+    yield Step("scan", ["scan", "--out", str(runs / "scan")])
     for design, (params, macs) in SIZES.items():
         by_params, by_both = found(design)
         search = ["search", "--objective", "guided_mse", "--trials", "200", "--keep", KEEP, "--budget", params]
-        yield "search", [*search, "--out", str(runs / f"search-{by_params}")]
-        yield "search", [*search, "--budget", macs, "--out", str(runs / f"search-{by_both}")]
+        yield Step("search", [*search, "--out", str(runs / f"search-{by_params}")])
+        yield Step("search", [*search, "--budget", macs, "--out", str(runs / f"search-{by_both}")])
     for name, arch in students(runs).items():
-        yield "distill", ["distill", "--arch", arch, *DISTILL.split(), "--out", str(runs / f"distill-{name}")]
+        yield Step("distill", ["distill", "--arch", arch, *DISTILL.split(), "--out", str(runs / f"distill-{name}")])
     models = {"tiny-digits": "tiny-digits"} | {name: str(runs / f"distill-{name}" / "pipeline") for name in students(runs)}
     for name, model in models.items():
         named = ["evaluate", "--model", model, "--label", name, "--protocol", "clean"]
@@ -75,36 +71,22 @@ def plan(runs: Path, reports: Path) -> Iterator[tuple[str, Command]]:
     for name in SWEPT:
         named = ["evaluate", "--model", models[name], "--label", name, "--protocol", "clean", "--n-images", str(N_SWEEP)]
         scales = [word for scale in CFG_SCALES for word in ("--cfg-scale", str(scale))]
-        yield "sweep", [*named, *scales, "--out", str(runs / f"cfg-{name}")]
+        yield Step("sweep", [*named, *scales, "--out", str(runs / f"cfg-{name}")])
         steps = [word for n in N_STEPS for word in ("--steps", str(n))]
         grid = [*steps, "--quantize", "none", "--quantize", "int8"]
-        yield "quantise", [*named, *grid, "--latency", "--out", str(runs / f"int8-{name}")]
+        yield Step("quantise", [*named, *grid, "--latency", "--out", str(runs / f"int8-{name}")])
     kinds = ("scan", "search-*", "distill-*", "evaluate-*", "cfg-*", "int8-*")
-    yield "report", ["report", *(str(runs / kind) for kind in kinds), "--out", str(reports / "report.html")]
-
-
-def expanded(command: Command) -> Command:
-    """Folder patterns as the folders that are there."""
-    words: Command = []
-    for word in command:
-        path = Path(word)
-        words += sorted(str(p) for p in path.parent.glob(path.name)) if "*" in path.name else [word]
-    return words
+    yield Step(
+        "report", ["report", *(str(runs / kind) for kind in kinds), "--allow-mismatch", "--out", str(reports / "report.html")]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/case"), help="folder of the run directories")
-    parser.add_argument("--reports", type=Path, default=Path("reports/tiny-digits"))
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    args = parser.parse_args()
-    for part, command in plan(args.out, args.reports):
-        if args.part and part not in args.part:
-            continue
-        print(shlex.join(["blockprune", *command]), flush=True)
+    args = parser_of(__doc__, PARTS).parse_args()
+    for step in chosen(plan(args.out, args.reports), args.part):
+        print(step, flush=True)
         if not args.dry_run:
-            subprocess.run([sys.executable, "-m", "blockprune", *expanded(command)], check=True)
+            step.run()
     if not args.dry_run and (not args.part or "report" in args.part):
         for name in COPIED:
             shutil.copy(args.out / "scan" / name, args.reports / name)

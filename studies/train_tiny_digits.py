@@ -334,9 +334,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="write the pipeline folder there at the end")
     parser.add_argument("--stage", choices=list(STAGES), help="default: all, in order")
     parser.add_argument("--steps", type=int, help="default: the stage's own number")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained")
     args = parser.parse_args()
+    names = [args.stage] if args.stage else list(STAGES)
+    if args.dry_run:
+        print(", ".join(f"{name}: {args.steps or STAGES[name][1]} steps" for name in names), f"on {N_SCENES} scenes")
+        return
     scenes = Scenes("train", 1, N_SCENES)
-    for name in [args.stage] if args.stage else STAGES:
+    for name in names:
         stage, n_steps = STAGES[name]
         torch.manual_seed(0)
         stage(args.out, scenes, args.steps or n_steps)

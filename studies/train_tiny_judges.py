@@ -46,6 +46,7 @@ from transformers import (
 
 from blockprune.digits import EMPTY, SCENE_PX, DigitScenes, Labels, caption
 
+DETECTOR_STEPS, SCORER_STEPS = 3000, 2800
 N_REFERENCE = 2000
 REFERENCE_SEED = 11
 PROMPT_SEED = 13
@@ -204,12 +205,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained")
     args = parser.parse_args()
+    if args.dry_run:
+        print(f"detector: {DETECTOR_STEPS} steps, scorer: {SCORER_STEPS} steps on {N_SCENES} scenes")
+        return
     scenes, held_out = Scenes("train", 1, N_SCENES), Scenes("held-out", 5, 1000)
     torch.manual_seed(0)
-    train_detector(args.out, scenes, held_out, 3000)
+    train_detector(args.out, scenes, held_out, DETECTOR_STEPS)
     torch.manual_seed(0)
-    train_scorer(args.out, scenes, held_out, 2800)
+    train_scorer(args.out, scenes, held_out, SCORER_STEPS)
     assemble(args.out, args.model)
 
 
