@@ -62,8 +62,8 @@ def loss_figure(runs: Mapping[str, Rows]) -> Figure:
     for ax in dict.fromkeys(panels.values()):
         tidy(ax)
         ax.set_yscale("log")
-        if ax.get_subplotspec() is None or ax.get_subplotspec().is_last_row():
-            ax.set_xlabel("updates", fontsize=8.5, color=INK)
+    for ax in list(panels.values())[-2:]:
+        ax.set_xlabel("updates", fontsize=8.5, color=INK)
     _legend(figure, next(iter(panels.values())), len(runs) > 1)
     return figure
 
