@@ -116,8 +116,9 @@ def axis_title(measure: str) -> str:
     return f"{plain(kind.title)} ({'lower' if kind.direction == 'down' else 'higher'} is better)"
 
 
-def colour_of(scale: ScalarMappable, value: float) -> tuple[float, ...]:
-    return tuple(float(c) for c in scale.to_rgba(np.array([value]))[0])
+def colour_of(scale: ScalarMappable, value: float) -> tuple[float, float, float, float]:
+    red, green, blue, alpha = (float(c) for c in scale.to_rgba(np.array([value]))[0])
+    return red, green, blue, alpha
 
 
 def tidy(ax: Axes) -> None:

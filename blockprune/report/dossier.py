@@ -68,7 +68,7 @@ class ModelView:
     def value(self, setting: Setting, measure: str) -> float | None:
         """The number; None when it was not measured, failed, or is not finite."""
         score = self.scores.get(setting.label, {}).get(measure)
-        return score.value if score and score.value is not None and math.isfinite(score.value) else None
+        return score.finite if score else None
 
     def part(self, name: str) -> Component | None:
         """The row of one component of this model itself; None when it was not recorded."""

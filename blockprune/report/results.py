@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +43,12 @@ class Result:
     def value(self, measure: str) -> float | None:
         """The number; None when it was not measured, failed, or is not finite."""
         score = self.scores.get(measure)
-        return score.value if score and score.value is not None and math.isfinite(score.value) else None
+        return score.finite if score else None
 
     def interval(self, measure: str) -> tuple[float, float] | None:
         """(low, high) of the 95 % interval; None when there is none."""
         score = self.scores.get(measure)
-        if score is None or score.low is None or score.high is None or not math.isfinite(score.low + score.high):
-            return None
-        return score.low, score.high
+        return score.interval if score else None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Mark:
-    """One block as drawn, in pixels with y downwards. `fill` is "" for what has no score, `ink` reads on it; `told` is its tooltip."""
+    """One block as drawn, in pixels with y downwards. `fill` is "" without a score, `ink` reads on it; `told` is its tooltip."""
 
     x: float
     y: float

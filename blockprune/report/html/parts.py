@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`numeric` says of each column whether it holds numbers; `hints` explain a column's title, "" for none."""
+    """`numeric` says of each column whether it holds numbers."""
 
     caption: str
     columns: Sequence[str]
@@ -92,18 +92,19 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Copyable:
-    """A text to copy, under a name; `data` says that it is the page's own JSON."""
+class Subhead:
+    """A heading within a section, where it shows several runs of a kind."""
 
-    name: str
-    text: str
-    data: bool = False
+    title: str
+    kind: str = field(default="subhead", init=False)
 
 
 @dataclass(frozen=True)
-class Copyables:
-    items: Sequence[Copyable]
-    kind: str = field(default="copyables", init=False)
+class Copyable:
+    """A text to copy, under a name."""
+
+    name: str
+    text: str
 
 
 def prose(text: str) -> Markup:
