@@ -14,9 +14,7 @@ from blockprune.errors import UserError
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories of scan, search, distill and evaluate")],
-    out: Annotated[Path, typer.Option(help="page to write; the results go beside it as .csv, .json and .tex")] = Path(
-        "report.html"
-    ),
+    out: Annotated[Path, typer.Option(help="page to write; results go beside it as .csv, .json, .tex")] = Path("report.html"),
     macs: options.Macs = "thop",
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="a table each for models that were evaluated differently")
@@ -47,9 +45,7 @@ def _free(out: Path) -> list[Path]:
     from blockprune.report.results import MADE_BY
 
     if out.is_dir():
-        raise UserError(
-            f"--out must be a file: {str(out)!r} is a directory; give a name in it, such as {str(out / 'report.html')!r}"
-        )
+        raise UserError(f"--out must be a file: {str(out)!r} is a directory; say {str(out / 'report.html')!r}")
     if out.suffix != ".html":
         raise UserError(f"--out must end with .html: got {str(out)!r}")
     others = [out.with_suffix(suffix) for suffix in (".csv", ".json", ".tex")]

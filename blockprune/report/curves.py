@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from blockprune.records import Score
 from blockprune.report.canvas import INK, MARKERS, MUTED, SERIES, axis_title, legend, named, new_figure, tidy, title, write
@@ -87,16 +88,16 @@ def _legend(figure: Figure, ax: Axes, under: bool) -> None:
         legend(ax, ncols=4)
 
 
-def validation_figure(runs: Mapping[str, Along]) -> Figure:
+def validation_figure(runs: Mapping[str, Along], heading: str = "Scores along training") -> Figure:
     """FID, IS and CLIP score along training with their intervals; of a single run, best FID and last checkpoint are marked."""
     everything = [entry for scores in runs.values() for entry in scores]
     measures = [m for m in VALIDATED if any(s.measure == m and s.value is not None for _, s in everything)]
     several = len(runs) > 1
-    foot = 0.45 + 0.25 * several
+    foot = 0.55 + 0.25 * several
     height = 0.55 + foot + 2.1 * len(measures)
     figure = new_figure(7.4, height)
     said = "95 % intervals." if several else "95 % intervals. Dashed: best FID; dotted: last. They need not be the same."
-    title(figure, "Scores along training", said)
+    title(figure, heading, said)
     for i, m in enumerate(measures):
         ax = figure.add_axes((0.1, (foot + 2.1 * (len(measures) - 1 - i)) / height, 0.87, 1.55 / height))
         tidy(ax)
@@ -106,7 +107,9 @@ def validation_figure(runs: Mapping[str, Along]) -> Figure:
             )
         if not several:
             _mark(ax, everything)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         write(ax, 0.0, 1.03, axis_title(m), transform=ax.transAxes, fontsize=8.5)
+    figure.axes[-1].set_xlabel("updates", fontsize=8.5, color=INK)
     if several:
         _legend(figure, figure.axes[0], under=True)
     return figure

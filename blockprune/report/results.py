@@ -92,7 +92,7 @@ def _evaluated(group: Mapping[str, ModelView]) -> ResultTable:
     protocol = next(iter(group.values())).protocol
     known = {"n_images": "images", "n_reference": "reference images"}
     counts = [f"{protocol[k]:,} {title}" for k, title in known.items() if isinstance(protocol.get(k), int)]
-    said = [f"protocol {protocol.get('name', 'not named')}", *counts, f"seed {protocol.get('seed', 'not recorded')}"]
+    said = [f"Protocol {protocol.get('name', 'not named')}", *counts, f"seed {protocol.get('seed', 'not recorded')}"]
     return ResultTable(", ".join(group), "Evaluated models", "; ".join(said), rows)
 
 

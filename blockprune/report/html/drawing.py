@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_hex
@@ -27,8 +27,8 @@ from blockprune.report.layout import (
 from blockprune.report.text import count, number, with_interval
 from blockprune.report.view import MEASURED, QUALITY, TEACHER, ScanView, latency_ratio
 
-PX = 50
-MARGIN = 1.4
+PX_X, PX_Y = 62, 50
+MARGIN = 1.2
 STOPS = 24
 Point = tuple[float, float]
 
@@ -98,6 +98,13 @@ class Drawings:
     kind: str = field(default="drawings", init=False)
 
 
+def brief(value: float) -> str:
+    """At most six characters where the size allows it: two significant digits."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.2g}" if abs(value) < 100 else number(value)
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """What single removals cost: `losses` colour the drawing by `measure`; `scan` adds what else it has measured."""
@@ -132,6 +139,7 @@ def draw(graph: BlockGraph, removed: Architecture, scored: Sensitivity | None, c
     frame = _Frame(top)
     order = {b.name: i for i, b in enumerate(graph)}
     drawn = sorted(tiles(graph, cells, units, removed), key=lambda t: order.get(t.name, -1))
+    drawn = [replace(t, value=None) for t in drawn] if removed else drawn  # a student repeats the teacher's numbers
     told = _Teller(graph, removed, scored, convention)
     captions = [Caption(*frame.at(s.x, s.y), s.name, s.size, "end" if s.side < 0 else "start") for s in stage_names(graph, cells)]
     captions += [_strip_caption(cell, frame) for cell in strip_cells(graph, cells, units, removed)]
@@ -140,8 +148,8 @@ def draw(graph: BlockGraph, removed: Architecture, scored: Sensitivity | None, c
         heading,
         sub,
         f"U-Net of {heading}: {words}. Arrow keys move between blocks.",
-        (right + 2 * MARGIN) * PX,
-        (top + 0.3) * PX,
+        (right + 2 * MARGIN) * PX_X,
+        (top + 0.3) * PX_Y,
         [frame.mark(tile, scale, told(tile)) for tile in drawn],
         [(frame.at(*a), frame.at(*b)) for a, b in skips(graph, cells)],
         [(frame.at(*a), frame.at(*b)) for a, b in bend(cells)],
@@ -156,14 +164,14 @@ class _Frame:
     top: float
 
     def at(self, x: float, y: float) -> Point:
-        return round((x + MARGIN) * PX, 1), round((self.top + 0.15 - y) * PX, 1)
+        return round((x + MARGIN) * PX_X, 1), round((self.top + 0.15 - y) * PX_Y, 1)
 
     def mark(self, tile: Tile, scale: ScalarMappable | None, told: str) -> Mark:
         x, y = self.at(tile.x, tile.y + tile.h)
         colour = colour_of(scale, tile.unit.value) if scale and tile.unit and not tile.fixed else None
         ink = ("light" if ink_on(colour) != INK else "dark") if colour else ""
-        value = number(tile.value) if tile.value is not None else ""
-        size = round(tile.w * PX, 1), round(tile.h * PX, 1)
+        value = brief(tile.value) if tile.value is not None else ""
+        size = round(tile.w * PX_X, 1), round(tile.h * PX_Y, 1)
         return Mark(x, y, *size, tile.label, value, to_hex(colour) if colour else "", ink, tile.gone, tile.fixed, told)
 
 

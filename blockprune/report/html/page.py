@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from blockprune.errors import UserError
 from blockprune.report.dossier import Dossier, ModelView, View
-from blockprune.report.html.parts import Copyable, prose
+from blockprune.report.html.parts import Copyable, Grid, Picture, prose
 from blockprune.report.html.sections import Section, sections
 from blockprune.report.html.tables import facts
 from blockprune.report.notes import caveats, missing
@@ -23,6 +23,19 @@ from blockprune.report.view import ScanView
 HERE = Path(__file__).parent
 LIMIT = 10_000_000
 VERSIONS = ("blockprune", "torch", "diffusers", "transformers", "numpy", "python")
+PROTOCOL = {
+    "n_images": "images",
+    "seed": "seed",
+    "n_reference": "reference images",
+    "fid": "FID",
+    "detector": "detector",
+    "clip": "CLIP model",
+    "resize": "resize",
+    "image": "image",
+    "device_type": "on",
+    "dtype": "in",
+    "hash": "hash",
+}
 NO_PROTOCOL = {*VERSIONS, "processor", "teacher_model", "hash"}
 
 
@@ -86,16 +99,15 @@ def _header(dossier: Dossier) -> dict[str, str]:
         rows["U-Net"] = f"{count(graph.total.params)} parameters{whole}; latent {c} × {h} × {w}"
     for group in dossier.groups.values():
         protocol = next(iter(group.values())).protocol
-        known = ("n_images", "seed", "fid", "detector", "clip", "n_reference", "image", "resize", "device_type", "dtype")
-        parts = [
-            str(protocol.get("name", "not named")),
-            *(f"{k} {protocol[k]}" for k in known if protocol.get(k) not in (None, "")),
-        ]
+        parts = [f"{title} {protocol[k]}" for k, title in PROTOCOL.items() if protocol.get(k) not in (None, "")]
         name = "Protocol" if len(dossier.groups) == 1 else f"Protocol of {', '.join(group)}"
-        rows[name] = ", ".join([*parts, f"hash {protocol.get('hash', 'not recorded')}"])
-    kinds = [f"{name} ({_kind(view)})" for name, view in dossier.runs.items()]
+        rows[name] = ", ".join([str(protocol.get("name", "not named")), *parts])
+    kinds: dict[str, list[str]] = {}
+    for run, view in dossier.runs.items():
+        kinds.setdefault(_kind(view), []).append(run)
     versions = [f"{p} {' / '.join(v)}" for p in VERSIONS if (v := _distinct(made, p))]
-    rows |= {"Runs": ", ".join(kinds), "Made with": ", ".join(versions) or "not recorded"}
+    rows |= {"Runs": "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())}
+    rows |= {"Made with": ", ".join(versions) or "not recorded"}
     rows["Hardware"] = " / ".join(_distinct(made, "processor")) or "not recorded"
     return rows
 
@@ -115,11 +127,8 @@ def _protocol(view: View) -> list[tuple[str, str]]:
 def _largest(shown: Sequence[Section]) -> str:
     """The runs with the largest pictures, in words."""
     sizes: dict[str, int] = {}
-    for section in shown:
-        for part in section.parts:
-            for run in getattr(part, "runs", ()):
-                sizes[run] = sizes.get(run, 0) + part.size // len(part.runs)  # type: ignore[union-attr]
+    for part in (part for section in shown for part in section.parts if isinstance(part, Picture | Grid)):
+        for run in part.runs:
+            sizes[run] = sizes.get(run, 0) + part.size // len(part.runs)
     order = sorted(sizes, key=lambda run: -sizes[run])[:3]
-    return (
-        "one of " + ", ".join(f"{run!r} ({sizes[run] / 1e6:.1f} MB of pictures)" for run in order) if order else "some of the runs"
-    )
+    return f"one of {', '.join(f'{r!r} ({sizes[r] / 1e6:.1f} MB of pictures)' for r in order)}" if order else "some of the runs"

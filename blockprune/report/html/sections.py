@@ -171,7 +171,12 @@ def _training(dossier: Dossier) -> Iterator[Part]:
     for group in dossier.groups.values():
         if evaluated := dict(checkpoints(group)):
             alt = f"FID, Inception Score and CLIP score of checkpoints of {', '.join(evaluated)}, evaluated."
-            yield picture(validation_figure(evaluated), alt, "Checkpoints under the protocol of the result table.", list(group))
+            yield picture(
+                validation_figure(evaluated, "Evaluated checkpoints"),
+                alt,
+                "Checkpoints under the protocol of the result table.",
+                list(group),
+            )
     for name, view in dossier.trainings.items():
         if view.images:
             shown = {f"after {step:,} updates": ("", images) for step, images in view.images.items()}

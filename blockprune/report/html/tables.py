@@ -14,6 +14,7 @@ from blockprune.report.text import count, number
 from blockprune.report.view import ScanView, latency_ratio, short
 
 EMPTY = Cell("–")
+LATER = ("kid", "feature_distance")  # after the costs, so that these stay in sight
 
 
 def results(table: ResultTable, convention: str, second: str = "setting") -> Table:
@@ -22,24 +23,33 @@ def results(table: ResultTable, convention: str, second: str = "setting") -> Tab
     timed = any(r.latency_s is not None for r in table.rows)
     ratios = any(r.latency_ratio is not None for r in table.rows)
     prefix, unit = macs_unit(table.rows, convention)
-    columns = ["model", *[second] * settings, *map(heading, table.measures), "U-Net params", "whole params"]
-    columns += [f"{prefix}MACs/step ({convention})", *["latency, ms/step"] * timed, *["× teacher"] * ratios, *["note"] * notes]
+    first, last = ([m for m in table.measures if (m in LATER) == late] for late in (False, True))
+    columns = ["model", *[second] * settings, *map(heading, first), "U-Net params", "whole params"]
+    columns += [
+        f"{prefix}MACs/step ({convention})",
+        *["latency, ms/step"] * timed,
+        *["× teacher"] * ratios,
+        *map(heading, last),
+        *["note"] * notes,
+    ]
     text = {"model", second, "note"}
     best = {m: _best(table.rows, m) for m in table.measures}
     rows = []
     for r in table.rows:
         cells = [Cell(r.model, key=r.model), *[Cell(r.setting, key=r.setting)] * settings]
-        cells += [_scored(r, m, best[m]) for m in table.measures]
+        cells += [_scored(r, m, best[m]) for m in first]
         cells += [_count(r.cost.params if r.cost else None), _count(r.whole_params)]
         macs = r.cost.macs(convention) if r.cost else None
         cells += [Cell(scaled(macs, unit), key=macs) if macs is not None else EMPTY]
-        cells += [_number(r.latency_s, 1e-3)] * timed + [_number(r.latency_ratio, 1)] * ratios + [Cell(r.note)] * notes
+        cells += [_number(r.latency_s, 1e-3)] * timed + [_number(r.latency_ratio, 1)] * ratios
+        cells += [_scored(r, m, best[m]) for m in last] + [Cell(r.note)] * notes
         rows.append(cells)
-    return Table(table.title, columns, [c not in text for c in columns], rows, f"{table.note}. In brackets: 95 % intervals.")
+    said = f"{table.note}. In brackets: 95 % intervals. Shaded: the best student."
+    return Table(table.title, columns, [c not in text for c in columns], rows, said)
 
 
 def _best(rows: Sequence[Result], measure: str) -> float | None:
-    values = [v for r in rows if (v := r.value(measure)) is not None]
+    values = [v for r in rows if r.arch and (v := r.value(measure)) is not None]
     if len(values) < 2:
         return None
     return min(values) if MEASURES[measure].direction == "down" else max(values)
@@ -49,7 +59,7 @@ def _scored(r: Result, measure: str, best: float | None) -> Cell:
     value = r.value(measure)
     if value is None:
         return EMPTY
-    return Cell(number(value), _bracket(r.interval(measure)), value, value == best)
+    return Cell(number(value), _bracket(r.interval(measure)), value, bool(r.arch) and value == best)
 
 
 def _bracket(interval: tuple[float, float] | None) -> str:
@@ -145,11 +155,13 @@ def _of(score: Score | None) -> Cell:
 
 
 def removal_frequency(view: SearchView) -> Table | None:
-    """How often each unit is removed among the best tenth of a search; None when it proposed none."""
+    """How often each unit is removed among the best tenth of a search; None when none is."""
     shares = sorted(view.frequency().items(), key=lambda item: -item[1])
     names = [Cell(short(label), label if short(label) != label else "", i) for i, (label, _) in enumerate(shares)]
-    rows = [[name, Cell(f"{share:.0%}", key=share)] for name, (_, share) in zip(names, shares, strict=True)]
-    return Table("How often a unit is removed among the best tenth", ["unit", "removed in"], [False, True], rows) if rows else None
+    rows = [[name, Cell(f"{share:.0%}", key=share)] for name, (_, share) in zip(names, shares, strict=True) if share]
+    said = f"Of {len(shares)} units, the {len(shares) - len(rows)} that are not listed never are."
+    title = "How often a unit is removed among the best tenth"
+    return Table(title, ["unit", "removed in"], [False, True], rows, said) if rows else None
 
 
 def facts(caption: str, rows: Mapping[str, str]) -> Table:
