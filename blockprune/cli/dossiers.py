@@ -27,8 +27,8 @@ def dossier_of(folders: Sequence[Path], allow_mismatch: bool = False) -> Dossier
     """
     unread: list[str] = []
     views: dict[str, View] = {}
-    for folder in folders:
-        if any(folder.resolve() == other.resolve() for other in folders[: folders.index(folder)]):
+    for i, folder in enumerate(folders):
+        if any(folder.resolve() == other.resolve() for other in folders[:i]):
             raise UserError(f"{str(folder)!r} is given twice")
         view = _view(folder, unread)
         name = _name(folder, view, views)

@@ -33,12 +33,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 // Drawings: what the blocks' titles say is shown at once, by pointer, touch or keyboard. Without this script the titles remain.
 const tip = document.getElementById("tip");
+let told = null;
 
 function show(block) {
   const lines = block.getAttribute("aria-label").split("\n");
   tip.replaceChildren(...lines.map((line, i) => Object.assign(document.createElement(i ? "div" : "strong"), { textContent: line })));
   tip.hidden = false;
-  const box = block.getBoundingClientRect(), own = tip.getBoundingClientRect(), width = document.documentElement.clientWidth;
+  told = block;
+  place();
+}
+
+// Above its block, or below where there is no room; again while the page scrolls, as it does when a block out of sight is focused.
+function place() {
+  if (!told) return;
+  const box = told.getBoundingClientRect(), own = tip.getBoundingClientRect(), width = document.documentElement.clientWidth;
   const left = Math.max(8, Math.min(box.left + box.width / 2 - own.width / 2, width - own.width - 8));
   const over = box.top - own.height - 8;
   tip.style.left = `${left}px`;
@@ -47,6 +55,7 @@ function show(block) {
 
 function hide() {
   tip.hidden = true;
+  told = null;
 }
 
 for (const drawing of document.querySelectorAll("svg.u")) {
@@ -72,7 +81,7 @@ for (const drawing of document.querySelectorAll("svg.u")) {
     });
   });
 }
-document.addEventListener("scroll", hide, { capture: true, passive: true });
+document.addEventListener("scroll", place, { capture: true, passive: true });
 
 // Texts to copy; the JSON is the one that the page carries.
 const said = document.getElementById("said");
