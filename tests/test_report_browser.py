@@ -107,6 +107,17 @@ def test_a_block_tells_by_pointer_and_by_keyboard(page: Any) -> None:
     assert tip.is_hidden()
 
 
+def test_a_block_tells_when_touched(browser: Any, report: str) -> None:
+    shown = browser.new_page(viewport={"width": 375, "height": 800}, has_touch=True)
+    shown.goto(report)
+    shown.locator("svg.u").nth(1).locator(".block.gone").first.tap()
+    text, box = shown.locator("#tip").inner_text(), shown.locator("#tip").bounding_box()
+    shown.close()
+    assert "removed in this student" in text
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 375
+
+
 def test_the_results_can_be_copied(page: Any) -> None:
     page.get_by_text("JSON", exact=True).click()
     text = page.locator("pre[data-from]").inner_text()

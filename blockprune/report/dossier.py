@@ -216,9 +216,10 @@ def teacher_of(view: View) -> tuple[str, str]:
     return str(view.protocol.get("teacher") or ""), str(name or "")
 
 
-def _order(name: str, view: ModelView) -> tuple[bool, float, str]:
+def _order(name: str, view: ModelView) -> tuple[float, bool, str]:
+    """No student is larger than its teacher."""
     size = view.whole_params or (view.cost.params if view.cost else 0)
-    return bool(view.arch), -float(size or math.inf), name
+    return -float(size or (0 if view.arch else math.inf)), bool(view.arch), name
 
 
 def mismatch(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

@@ -223,19 +223,22 @@ def _numbers(view: ScanView, label: str) -> str:
 
 
 def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
-    """Every model at the first setting that most of them have images of."""
+    """Every model at the setting that most of them have images of, else at its own last one; a grid for each list of prompts."""
     labels = [s.label for view in group.values() for s in view.settings if s.label in view.images]
     if not labels:
         return
-    setting = max(dict.fromkeys(labels), key=labels.count)
-    shown = {name: view for name, view in group.items() if setting in view.images}
+    common = max(dict.fromkeys(labels), key=labels.count)
     by_prompts: dict[tuple[str, ...], dict[str, tuple[str, Images]]] = {}
-    for name, view in shown.items():
-        scores = view.scores.get(setting, {})
-        told = ", ".join(f"{MEASURES[m].title} {number(scores[m].value)}" for m in ("fid", "clip_score") if m in scores)
-        by_prompts.setdefault(tuple(view.prompts), {})[name] = (told, view.images[setting])
+    for name, view in group.items():
+        shown = [s.label for s in view.settings if s.label in view.images]
+        if shown:
+            setting = common if common in shown else shown[-1]
+            scores = view.scores.get(setting, {})
+            told = [f"{MEASURES[m].title} {number(scores[m].value)}" for m in ("fid", "clip_score") if m in scores]
+            told = [setting, *told] if setting != common else told
+            by_prompts.setdefault(tuple(view.prompts), {})[name] = (", ".join(told), view.images[setting])
     for prompts, rows in by_prompts.items():
-        yield _grid(f"Evaluated models at {setting}, at the same prompts and seeds.", prompts, rows, list(rows))
+        yield _grid(f"Evaluated models at {common}, at the same prompts and seeds.", prompts, rows, list(rows))
 
 
 def _grid(caption: str, prompts: Sequence[str], rows: Mapping[str, tuple[str, NDArray[np.uint8]]], runs: Sequence[str]) -> Grid:
