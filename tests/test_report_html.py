@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import reports
 from blockprune.arch import Architecture
 from blockprune.cli.dossiers import dossier_of
 from blockprune.errors import UserError
+from blockprune.records import Score
 from blockprune.report import results
 from blockprune.report.dossier import Dossier
 from blockprune.report.html import page, parts, tables
@@ -171,6 +173,14 @@ def test_a_block_tells_what_its_removal_costs(dossier: Dossier, shown: dict[str,
     assert "FID: " in told[label]
     assert f"step latency: {scan.value(label, 'latency_ratio'):.3g} of the teacher's" in told[label]
     assert "without it" not in told["conv_in"]
+
+
+def test_weights_are_shown_where_they_were_weighed(dossier: Dossier) -> None:
+    table = result_tables(dossier)[0]
+    assert "weights, MB" not in tables.results(table, "thop").columns
+    rows = [replace(row, scores={**row.scores, "weight_bytes": Score("", "", "weight_bytes", 2.5e6, 0, 0)}) for row in table.rows]
+    shown = tables.results(replace(table, rows=rows), "thop")
+    assert {row[list(shown.columns).index("weights, MB")].text for row in shown.rows} == {"2.5"}
 
 
 def test_best_is_the_best_student(dossier: Dossier) -> None:

@@ -268,4 +268,4 @@ def scaled(value: float | None, unit: float) -> str:
     if value is None:
         return "-"
     size = value / unit
-    return f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.4g}"
+    return f"{size:,.0f}" if abs(size) >= 1000 else f"{size:#.4g}".rstrip(".")

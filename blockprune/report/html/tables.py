@@ -22,6 +22,7 @@ def results(table: ResultTable, convention: str, second: str = "setting") -> Tab
     settings, notes = any(r.setting for r in table.rows), any(r.note for r in table.rows)
     timed = any(r.latency_s is not None for r in table.rows)
     ratios = any(r.latency_ratio is not None for r in table.rows)
+    weighed = any("weight_bytes" in r.scores for r in table.rows)
     prefix, unit = macs_unit(table.rows, convention)
     first, last = ([m for m in table.measures if (m in LATER) == late] for late in (False, True))
     columns = ["model", *[second] * settings, *map(heading, first), "U-Net params", "whole params"]
@@ -29,6 +30,7 @@ def results(table: ResultTable, convention: str, second: str = "setting") -> Tab
         f"{prefix}MACs/step ({convention})",
         *["latency, ms/step"] * timed,
         *["× teacher"] * ratios,
+        *["weights, MB"] * weighed,
         *map(heading, last),
         *["note"] * notes,
     ]
@@ -42,6 +44,7 @@ def results(table: ResultTable, convention: str, second: str = "setting") -> Tab
         macs = r.cost.macs(convention) if r.cost else None
         cells += [Cell(scaled(macs, unit), key=macs) if macs is not None else EMPTY]
         cells += [_number(r.latency_s, 1e-3)] * timed + [_number(r.latency_ratio, 1)] * ratios
+        cells += [_number(r.value("weight_bytes"), 1e6)] * weighed
         cells += [_scored(r, m, best[m]) for m in last] + [Cell(r.note)] * notes
         rows.append(cells)
     said = f"{table.note}. In brackets: 95 % intervals. Shaded: the best student."
