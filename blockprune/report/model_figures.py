@@ -55,7 +55,7 @@ def guidance_figure(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) ->
         for (s, fid, _), x, y in zip(points, xs, ys, strict=True):
             if fid.low is not None and fid.high is not None:
                 ax.vlines(x, fid.low, fid.high, color=colour, lw=0.8, alpha=0.35)
-            style: dict[str, Any] = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7, "color": INK}
+            style: dict[str, Any] = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7, "color": INK}
             ax.annotate(f"{s.cfg_scale:g}", (x, y), parse_math=False, **style)
     ax.set_xlabel(axis_title("clip_score"), fontsize=8.5, color=INK)
     ax.set_ylabel(axis_title("fid"), fontsize=8.5, color=INK)
