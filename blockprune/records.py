@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -77,6 +78,18 @@ class Score:
         if self.low is None or self.high is None:
             return self.loss, self.loss
         return (self.low, self.high) if measure(self.measure).direction == "down" else (-self.high, -self.low)
+
+    @property
+    def finite(self) -> float | None:
+        """The value; None when the measurement failed or is not finite."""
+        return self.value if self.value is not None and math.isfinite(self.value) else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """(low, high) of the 95 % interval; None when there is none."""
+        if self.low is None or self.high is None or not math.isfinite(self.low + self.high):
+            return None
+        return self.low, self.high
 
     def to_json(self) -> dict[str, Any]:
         kind = measure(self.measure)

@@ -105,36 +105,62 @@ class Run:
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A temporary path that becomes `name` when the context ends well, and disappears when it does not."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.stem}.part{target.suffix}")
-        try:
+        with writing(self.path / name) as temporary:
             yield temporary
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`, which it becomes when the context ends well; folders are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_run(path: Path) -> dict[str, Any]:
     """What `run.json` of a run directory says; UserError when there is none or it cannot be read."""
     try:
         data = json.loads((path / "run.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{str(path)!r} is not a run directory: it has no run.json") from None
     except ValueError as err:
-        raise UserError(f"{str(path / 'run.json')!r} is damaged ({err}): choose another --out") from None
+        raise UserError(
+            f"{str(path / 'run.json')!r} is damaged ({err}): put back a sound copy, or run into another --out"
+        ) from None
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{str(path / 'run.json')!r} is damaged (it holds no object): put back a sound copy, or run into another --out"
+        )
     if data.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is a run of format {data.get('format')!r}: this version reads format {FORMAT}")
     return data
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run directory in the order of writing; a last row torn by a kill is left out."""
+    """The rows of a run directory in the order of writing; a last row torn by a kill is left out. UserError for a damaged one."""
     rows = path / "rows.jsonl"
     if not rows.exists():
         return []
-    complete, _, _ = rows.read_text().rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()]
+    complete, _, _ = rows.read_text(errors="replace").rpartition("\n")
+    return [_row(rows, number, line) for number, line in enumerate(complete.splitlines(), 1)]
+
+
+def _row(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as err:
+        raise UserError(
+            f"line {number} of {str(file)!r} is damaged ({err}): delete that line and run the same command again"
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(
+            f"line {number} of {str(file)!r} is damaged (it is no object): delete that line and run the same command again"
+        )
+    return row
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,13 @@ LAYERS: list[tuple[str, ...] | set[str]] = [
     {"__main__"},
 ]
 # What reports and help may import at their top level without waiting for torch.
-NO_TORCH = ("blockprune.arch", "blockprune.report", "blockprune.report.figures", "blockprune.cli.console")
+NO_TORCH = (
+    "blockprune.arch",
+    "blockprune.report.figures",
+    "blockprune.report.html.page",
+    "blockprune.cli.dossiers",
+    "blockprune.cli.console",
+)
 MATHS_MAY = {"torch", "numpy", "scipy"}
 
 

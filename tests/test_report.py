@@ -24,8 +24,9 @@ from blockprune.records import Score
 from blockprune.report import ScanView, rank_correlation, ranking, short, to_csv, to_json, to_markdown
 from blockprune.report.canvas import loss_scale, png
 from blockprune.report.figures import figures, grid_rows
+from blockprune.report.layout import layout, scored_units
 from blockprune.report.text import count, escaped, number
-from blockprune.report.unet import UNIT_NAMES, draw_unet, layout, scored_units
+from blockprune.report.unet import UNIT_NAMES, draw_unet
 from blockprune.report.view import TEACHER, ranked
 from blockprune.trace import trace
 
@@ -269,7 +270,7 @@ def test_a_block_takes_the_colour_of_its_smallest_scored_unit(graph: BlockGraph)
 
 
 def test_cells_do_not_overlap_and_skips_are_level(graph: BlockGraph) -> None:
-    cells = layout(graph, with_innermost=True)
+    cells = layout(graph, innermost=True)
     assert {b.name for b in graph if b.kind in "RADUM"} <= set(cells)
     boxes = list(cells.values())
     for i, a in enumerate(boxes):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from blockprune.cli import cache, cost, distill, export, graph, map_lora, scan, search, stats
+from blockprune.cli import cache, cost, distill, export, graph, map_lora, report, scan, search, stats
 from blockprune.errors import UserError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("search")(search.search)
 app.command("distill")(distill.distill)
 app.command("export")(export.export)
 app.command("map-lora")(map_lora.map_lora)
+app.command("report")(report.report)
 app.command("stats")(stats.stats)
 
 

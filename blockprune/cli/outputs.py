@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +48,30 @@ def keep_picture(run: Run, arch: Architecture, images: NDArray[np.uint8]) -> Non
     run.write(f"images/{arch.key}.png", strip_png(images))
 
 
-def _pictures(folder: Path, archs: Mapping[str, Architecture], n: int) -> dict[str, NDArray[np.uint8]]:
+def strip_images(file: Path, n: int, unread: list[str]) -> NDArray[np.uint8] | None:
+    """(k, H, W, 3) images of a strip of `n`, square ones where `n` is 0; None, with a sentence in `unread`, for a damaged file."""
     from PIL import Image
 
-    found = {}
-    for label, arch in archs.items():
-        if (file := folder / "images" / f"{arch.key}.png").exists():
-            strip = np.asarray(Image.open(file).convert("RGB"))
-            found[label] = np.stack(np.split(strip, n, axis=1))
-    return found
+    try:
+        strip = np.asarray(Image.open(file).convert("RGB"))
+        return np.stack(np.split(strip, n or strip.shape[1] // strip.shape[0], axis=1))
+    except (OSError, ValueError, SyntaxError) as err:
+        unread.append(f"The picture {str(file)!r} cannot be read ({err}).")
+        return None
 
 
-def search_view_of(folder: Path) -> SearchView:
-    """What a search directory says. Raises UserError when it is none."""
-    said, rows = read_run(folder), read_rows(folder)
+def _pictures(folder: Path, archs: Mapping[str, Architecture], n: int, unread: list[str]) -> dict[str, NDArray[np.uint8]]:
+    files = {label: folder / "images" / f"{arch.key}.png" for label, arch in archs.items()}
+    found = {label: strip_images(file, n, unread) for label, file in files.items() if file.exists()}
+    return {label: images for label, images in found.items() if images is not None}
+
+
+def search_view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, unread: list[str] | None = None) -> SearchView:
+    """What a search directory says, of all its rows or of some; sentences in `unread` tell of damaged pictures.
+
+    Raises UserError when it is none.
+    """
+    said, rows = read_run(folder), read_rows(folder) if rows is None else rows
     if said["command"] != "search":
         raise UserError(f"{str(folder)!r} holds a {said['command']} run, not a search")
     graph, asked = BlockGraph.from_json(said["graph"]), said["asked"]
@@ -76,8 +86,9 @@ def search_view_of(folder: Path) -> SearchView:
     scope = (said["outside_params"], full.value if full else None, asked["macs"], asked["scope"])
     limits = {text: (b.quantity, b.limit) for text in asked["budget"] for b in [parse_budget(text, graph, *scope)]}
     archs = {e.score.label: e.candidate.arch for e in evaluations["final"]}
+    prompts = said.get("pictured_prompts", [])
     return SearchView(
-        protocol={"model": said["model"], **asked, **said["made_with"]},
+        protocol={"model": said["model"], **asked, **said.get("made_with", {})},
         graph=graph,
         outside_params=said["outside_params"],
         limits=limits,
@@ -86,8 +97,8 @@ def search_view_of(folder: Path) -> SearchView:
         finals=evaluations["final"],
         recovered=evaluations["recovered"],
         scores=scores,
-        images=_pictures(folder, {"full": Architecture(), **archs}, len(said["pictured_prompts"])),
-        prompts=said["pictured_prompts"],
+        images=_pictures(folder, {"full": Architecture(), **archs}, len(prompts), [] if unread is None else unread),
+        prompts=prompts,
     )
 
 
@@ -119,17 +130,20 @@ def write_curves(run: Run) -> None:
         run.write(name, png(figure))
 
 
-def view_of(folder: Path) -> ScanView:
-    """What a scan directory says. Raises UserError when it is none."""
+def view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, unread: list[str] | None = None) -> ScanView:
+    """What a scan directory says, of all its rows or of some; sentences in `unread` tell of damaged pictures.
+
+    Raises UserError when it is none.
+    """
     said = read_run(folder)
     archs = {label: Architecture(frozenset(names)) for label, names in said["archs"].items()}
-    prompts = said["pictured_prompts"]
+    prompts = said.get("pictured_prompts", [])
     return ScanView(
-        protocol={**said["asked"], **said["made_with"]},
+        protocol={**said["asked"], **said.get("made_with", {})},
         graph=BlockGraph.from_json(said["graph"]),
         archs=archs,
-        scores=[Score.from_json(row) for row in read_rows(folder)],
-        images=_pictures(folder, archs, len(prompts)),
+        scores=[Score.from_json(row) for row in (read_rows(folder) if rows is None else rows)],
+        images=_pictures(folder, archs, len(prompts), [] if unread is None else unread),
         prompts=prompts,
     )
 

@@ -17,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from blockprune import checkpoints, presets, surgery, workbench
 from blockprune.arch import Architecture
 from blockprune.cli import console, outputs
-from blockprune.cli.measuring import plan_of, possible
+from blockprune.cli.measuring import N_PICTURES, plan_of, possible
 from blockprune.cli.samples import provider_of, samples_of
 from blockprune.distill import Distiller, Settings, student_of
 from blockprune.errors import UserError
 from blockprune.export import export_pipeline, load_student, save_student
 from blockprune.imaging import STATISTICS, judge
+from blockprune.pricing import pipeline_costs
 from blockprune.recipe import Phase, Recipe, read_recipe
 from blockprune.records import TrainState
 from blockprune.sampling import NotFinite
@@ -152,13 +153,26 @@ class Training:
             **{name: o[name] for name in same},
         }
 
+    @property
+    def note(self) -> dict[str, Any]:
+        """What a reader of the run needs besides: versions, the student, the teacher's graph and costs, and the images' prompts."""
+        outside = pipeline_costs(checkpoints.configs(self.plan[0].teacher), self.bench.latent).values()
+        prompts = workbench.prompts_of(self.opts["validation_prompts"], self.bench)
+        n = min(N_PICTURES, self.opts["n_images"] or self.bench.defaults["n_images"])
+        return {
+            "made_with": workbench.made_with(self.accelerator.device),
+            "arch": list(self.plan[-1].arch),
+            "graph": self.bench.graph.to_json(),
+            "outside_params": sum(c.params for c in outside),
+            "pictured_prompts": [prompts[i % len(prompts)] for i in range(n)],
+        }
+
     @contextmanager
     def opened(self) -> Iterator[Run | None]:
         """The run directory in the main process, None in the others."""
         out = None
         if self.accelerator.is_main_process:
-            note = {"made_with": workbench.made_with(self.accelerator.device), "arch": list(self.plan[-1].arch)}
-            out = Run(self.folder, "distill", self.asked, note)
+            out = Run(self.folder, "distill", self.asked, self.note)
         self.accelerator.wait_for_everyone()
         try:
             yield out

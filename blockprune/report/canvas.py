@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import get_data_path
+from matplotlib import get_data_path, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -22,6 +22,9 @@ from blockprune.records import MEASURES
 INK, MUTED, FAINT, UNSCORED = "#1c2733", "#5f6b76", "#c9d0d6", "#e4e7ea"
 # Light to dark with hue from yellow to violet: luminance falls steadily, so it reads in grey and with any colour vision.
 LOSS = ["#fdf3c7", "#fcd67f", "#f7a55b", "#e66c5c", "#b93d74", "#782281", "#2e1161"]
+# Okabe and Ito's colours for several runs or models, told apart with any colour vision; markers repeat what they say.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#1c2733", "#e69f00", "#56b4e9")
+MARKERS = "osD^vP*"
 WIDE = 20
 DPI = 150
 
@@ -40,6 +43,14 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG with its text as outlines, the same bytes for the same figure."""
+    out = io.BytesIO()
+    with rc_context({"svg.hashsalt": "blockprune", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
 @cache
 def _glyphs() -> frozenset[int]:
     return frozenset(FT2Font(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))).get_charmap())
@@ -54,6 +65,18 @@ def write(ax: Axes, x: float, y: float, text: object, **style: Any) -> None:
     """Text at a point of `ax`, taken literally: a dollar sign starts no formula. Line breaks stay."""
     lines = "\n".join(plain(line) for line in str(text).split("\n"))
     ax.text(x, y, lines, parse_math=False, **{"color": INK, "fontsize": 8, "family": "DejaVu Sans", **style})
+
+
+def named(label: object) -> str:
+    """`label` as the name of a curve: matplotlib leaves out of legends what starts with an underscore."""
+    text = plain(label)
+    return f" {text}" if text.startswith("_") else text
+
+
+def legend(host: Axes | Figure, *args: Any, **style: Any) -> None:
+    """A legend without a frame whose names are taken literally."""
+    for text in host.legend(*args, **{"fontsize": 8, "frameon": False, **style}).get_texts():
+        text.set_parse_math(False)
 
 
 def title(figure: Figure, text: object, sub: object = "") -> None:
@@ -93,8 +116,9 @@ def axis_title(measure: str) -> str:
     return f"{plain(kind.title)} ({'lower' if kind.direction == 'down' else 'higher'} is better)"
 
 
-def colour_of(scale: ScalarMappable, value: float) -> tuple[float, ...]:
-    return tuple(float(c) for c in scale.to_rgba(np.array([value]))[0])
+def colour_of(scale: ScalarMappable, value: float) -> tuple[float, float, float, float]:
+    red, green, blue, alpha = (float(c) for c in scale.to_rgba(np.array([value]))[0])
+    return red, green, blue, alpha
 
 
 def tidy(ax: Axes) -> None:

@@ -156,7 +156,7 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
         "## What was asked",
         table(["", ""], protocol),
         "## Caveats",
-        "\n".join(f"- {line}" for line in _caveats(view)),
+        "\n".join(f"- {line}" for line in caveats(view)),
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -209,7 +209,8 @@ def _frequency(view: SearchView) -> str:
     return "\n\n".join([*lines, table(["unit", "removed in"], some) if some else ""]).strip()
 
 
-def _caveats(view: SearchView) -> list[str]:
+def caveats(view: SearchView) -> list[str]:
+    """What a reader must know before leaning on the numbers."""
     lines = [
         "Scores are one-shot: nothing is retrained. What is best now need not be best after distillation.",
         "The search's own scores favour what was lucky on its samples; the choice is by fresh seeds, on other noise and timesteps.",

@@ -152,19 +152,18 @@ def summary(view: ScanView) -> list[str]:
     first += f"; {scored} have a value of `{view.main_measure}`" if view.main_measure else ""
     first += f"; {failed} had a measure that failed (see the last column of the table)" if failed else ""
     return [
-        p
-        for p in (first + ".", _missing(view), _against_teacher(view), _paired(view), _extremes(view), correlation_text(view))
-        if p
+        p for p in (first + ".", gaps(view), _against_teacher(view), _paired(view), extremes(view), correlation_text(view)) if p
     ]
 
 
-def _missing(view: ScanView) -> str:
+def gaps(view: ScanView) -> str:
+    """What was asked or begun and has no value, in a sentence; "" when nothing is missing."""
     asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and m not in ("params", "macs")]
-    gaps: dict[int, list[str]] = {}
+    found: dict[int, list[str]] = {}
     for m in dict.fromkeys([*asked, *view.measures]):
-        gaps.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
+        found.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
     of = len(view.removals)
-    lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in gaps.items() if n]
+    lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in found.items() if n]
     return f"Not measured: {'; '.join(lines)}." if lines else ""
 
 
@@ -229,7 +228,8 @@ def _is_worse(view: ScanView, label: str, measure: str) -> bool:
     return min(worse(measure, score.delta_low), worse(measure, score.delta_high)) > 0
 
 
-def _extremes(view: ScanView) -> str:
+def extremes(view: ScanView) -> str:
+    """The removals that cost least and most by the main measure, in a sentence; "" without one."""
     main = view.main_measure
     if main is None:
         return ""

@@ -55,14 +55,12 @@ class ScanView:
     def value(self, label: str, measure: str) -> float | None:
         """The number of `label` and `measure`; None when it was not measured, failed, or is not finite."""
         score = self.score(label, measure)
-        return score.value if score and score.value is not None and math.isfinite(score.value) else None
+        return score.finite if score else None
 
     def interval(self, label: str, measure: str) -> tuple[float, float] | None:
         """(low, high) of the 95 % interval; None when there is none."""
         score = self.score(label, measure)
-        if score is None or score.low is None or score.high is None or not math.isfinite(score.low + score.high):
-            return None
-        return score.low, score.high
+        return score.interval if score else None
 
     def error(self, label: str) -> str:
         """Why measures of `label` failed, in one line; "" when none did."""

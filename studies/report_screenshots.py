@@ -1,0 +1,43 @@
+"""What does a report look like on a desk and on a phone, in light and in dark?
+
+    blockprune report RUN... --out report.html
+    python studies/report_screenshots.py report.html --out screenshots/
+
+Writes PNGs of the whole page at 1280 and 375 pixels of width, in both colour schemes. It needs Chromium and the `dev` extra; about
+10 seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from playwright.sync_api import sync_playwright
+
+WIDTHS = {"desk": 1280, "phone": 375}
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("screenshots"))
+    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
+        for device, width in WIDTHS.items():
+            for scheme in SCHEMES:
+                page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                page.goto(args.page.resolve().as_uri())
+                page.screenshot(path=args.out / f"{device}-{scheme}.png", full_page=True)
+                page.close()
+        browser.close()
+    print(f"screenshots are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
