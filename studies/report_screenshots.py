@@ -25,7 +25,11 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--out", type=Path, default=Path("screenshots"))
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
+    parser.add_argument("--dry-run", action="store_true", help="print what would be pictured")
     args = parser.parse_args()
+    if args.dry_run:
+        print(f"{args.page} at {' and '.join(map(str, WIDTHS.values()))} pixels of width, {' and '.join(SCHEMES)}")
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])

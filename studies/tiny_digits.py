@@ -64,10 +64,8 @@ def plan(runs: Path, reports: Path) -> Iterator[Step]:
     models = {"tiny-digits": "tiny-digits"} | {name: str(runs / f"distill-{name}" / "pipeline") for name in students(runs)}
     for name, model in models.items():
         named = ["evaluate", "--model", model, "--label", name, "--protocol", "clean"]
-        yield (
-            "evaluate",
-            [*named, "--n-images", str(N_IMAGES), "--latency", "--components", "--out", str(runs / f"evaluate-{name}")],
-        )
+        measured = ["--n-images", str(N_IMAGES), "--latency", "--components", "--out", str(runs / f"evaluate-{name}")]
+        yield Step("evaluate", [*named, *measured])
     for name in SWEPT:
         named = ["evaluate", "--model", models[name], "--label", name, "--protocol", "clean", "--n-images", str(N_SWEEP)]
         scales = [word for scale in CFG_SCALES for word in ("--cfg-scale", str(scale))]
