@@ -25,7 +25,7 @@ from blockprune.report import ScanView, rank_correlation, ranking, short, to_csv
 from blockprune.report.canvas import loss_scale, png
 from blockprune.report.figures import figures, grid_rows
 from blockprune.report.layout import layout, scored_units
-from blockprune.report.text import count, escaped, number
+from blockprune.report.text import agreement, count, escaped, number
 from blockprune.report.unet import UNIT_NAMES, draw_unet
 from blockprune.report.view import TEACHER, ranked
 from blockprune.trace import trace
@@ -81,6 +81,15 @@ def failed_label(view: ScanView) -> str:
 
 def pixels(data: bytes) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_two_cheap_measures_are_held_side_by_side(make: Callable[..., ScanView]) -> None:
+    view = make(measures=("eps_mse", "fid", "clip_score"))
+    assert agreement(view) == ""
+    reversed_ = [replace(s, measure="guided_mse", value=-s.value) for s in view.scores if s.measure == "eps_mse" and s.value]
+    text = agreement(replace(view, scores=[*view.scores, *reversed_]))
+    assert "`eps_mse` 1.00 with FID and 1.00 with CLIP score" in text
+    assert "`guided_mse` -1.00 with FID and -1.00 with CLIP score" in text
 
 
 def test_ranking_puts_the_teacher_first_then_least_loss_then_failures(make: Callable[..., ScanView]) -> None:

@@ -18,7 +18,7 @@ from blockprune.records import MEASURES, Candidate, Evaluation
 from blockprune.report import ScanView, ranking
 from blockprune.report.search_text import against
 from blockprune.report.search_view import SearchView
-from blockprune.report.text import correlation_text, count, number, with_interval
+from blockprune.report.text import agreement, correlation_text, count, number, with_interval
 from blockprune.report.view import QUALITY
 
 NOT_A_TERMINAL_WIDTH = 160
@@ -51,7 +51,8 @@ def print_ranking(view: ScanView, console: Console) -> None:
         if row["error"]:
             console.print(Text(f"{row['label']}: {row['error']}", style="red"))
     if {"eps_mse", "fid"} <= set(measures):
-        console.print(Text(correlation_text(view).replace("`", "")))
+        for line in (correlation_text(view), agreement(view)):
+            console.print(Text(line.replace("`", "")), end="\n" if line else "")
 
 
 def _cells(row: Mapping[str, Any], measures: list[str], view: ScanView, wide: bool) -> list[Text]:

@@ -152,7 +152,17 @@ def summary(view: ScanView) -> list[str]:
     first += f"; {scored} have a value of `{view.main_measure}`" if view.main_measure else ""
     first += f"; {failed} had a measure that failed (see the last column of the table)" if failed else ""
     return [
-        p for p in (first + ".", gaps(view), _against_teacher(view), _paired(view), extremes(view), correlation_text(view)) if p
+        p
+        for p in (
+            first + ".",
+            gaps(view),
+            _against_teacher(view),
+            _paired(view),
+            extremes(view),
+            correlation_text(view),
+            agreement(view),
+        )
+        if p
     ]
 
 
@@ -248,6 +258,16 @@ def correlation_text(view: ScanView) -> str:
         return f"Rank correlation between `eps_mse` and FID: not available, {why}."
     sure = "ranks like FID" if tau.tau >= 0.7 else "agrees with FID only in part" if tau.tau >= 0.4 else "does not rank like FID"
     return f"Rank correlation between `eps_mse` and FID: Kendall τ = {tau.tau:.2f} over {tau.n} removals; here `eps_mse` {sure}."
+
+
+def agreement(view: ScanView) -> str:
+    """How each cheap measure ranks the removals beside each dear one; "" unless there are two cheap ones."""
+    cheap = [m for m in ("eps_mse", "guided_mse") if ranked(view, m)]
+    taus = {m: {d: rank_correlation(view, m, d) for d in ("fid", "clip_score")} for m in cheap}
+    rows = [(m, [f"{t.tau:.2f} with {MEASURES[d].title}" for d, t in row.items() if t]) for m, row in taus.items()]
+    if len(cheap) < 2 or not all(found for _, found in rows):
+        return ""
+    return "Kendall τ of the cheap measures: " + "; ".join(f"`{m}` {' and '.join(found)}" for m, found in rows) + "."
 
 
 def caveats(view: ScanView) -> list[str]:

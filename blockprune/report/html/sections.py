@@ -131,7 +131,7 @@ def _scan_figures(name: str, view: ScanView) -> Iterator[Picture]:
     alt = f"Scatter: {title} against parameters, MACs and latency saved by each removal; the table below has every number."
     yield picture(figures.tradeoff(view, main), alt, text.CAPTIONS["tradeoff.png"], [name])
     if rank_correlation(view, "eps_mse", "fid"):
-        said = text.correlation_text(view).replace("`", "")
+        said = " ".join([text.correlation_text(view), text.agreement(view)]).strip().replace("`", "")
         yield picture(figures.correlation(view), f"Scatter of eps_mse against FID. {said}", said, [name])
 
 
