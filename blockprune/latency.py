@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 Model = Callable[[], AbstractContextManager[nn.Module]]
@@ -103,8 +103,16 @@ def measure(
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers, each counted once."""
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+    """Bytes of the parameters and buffers as they are stored, each counted once."""
+    return sum(_stored(t) for t in [*module.parameters(), *module.buffers()])
+
+
+def _stored(t: Tensor) -> int:
+    """A quantised tensor names the tensors it is made of; its own shape and precision are what it stands for."""
+    inner = getattr(t, "__tensor_flatten__", None)
+    if inner is None:
+        return t.numel() * t.element_size()
+    return sum(_stored(part) for name in inner()[0] if (part := getattr(t, name)) is not None)
 
 
 def _cpu_step(unet: nn.Module, inputs: Mapping[str, Any]) -> float:
