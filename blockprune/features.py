@@ -144,7 +144,7 @@ class PytorchFidDetector:
         return self(images), _array(probs[:, None], flat=False)
 
 
-def _fid_inception() -> torch.nn.Module:
+def _fid_inception() -> Any:
     """torchvision's Inception-v3 with the blocks of the FID network, without weights."""
     import torchvision
     from cleanfid import inception_pytorch as fid
@@ -177,7 +177,7 @@ def inception_weights(path: Path | None = None) -> Path:
 
 
 def pytorch_fid_weights(path: Path | None = None) -> Path:
-    """pytorch-fid's Inception-v3 file: `path`, or else where torch's hub keeps it. Downloads nothing; UserError when there is none."""
+    """pytorch-fid's file: `path`, or else where torch's hub keeps it. Downloads nothing; UserError when there is none."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / PYTORCH_FID_FILE
     return _weights_file("pytorch-fid", path or cached, PYTORCH_FID_FILE, PYTORCH_FID_URL)
 

@@ -89,7 +89,9 @@ def read_protocol(text: str) -> Rules:
     for name, value in data.items():
         if not _is_of(value, types[name]):
             raise UserError(f"protocol {str(path)!r}: {name} has the wrong type: got {value!r}")
-    return Rules(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+    if "measures" in data:
+        data["measures"] = tuple(data["measures"])
+    return Rules(**data)
 
 
 def _is_of(value: object, annotation: str) -> bool:
@@ -141,5 +143,5 @@ def grid(
     checkpoints: Iterable[int | None] = (None,),
 ) -> Sequence[Setting]:
     """Every combination, each once: checkpoints outermost, then quantisation, scheduler, steps and CFG scale."""
-    each = (dict.fromkeys(values) for values in (checkpoints, quantize, schedulers, steps, cfg_scales))
-    return [Setting(n, cfg, name, q, c) for c, q, name, n, cfg in product(*each)]
+    order = product(checkpoints, quantize, schedulers, steps, cfg_scales)
+    return list(dict.fromkeys(Setting(n, cfg, name, q, step) for step, q, name, n, cfg in order))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -41,13 +40,8 @@ def quantized(unet: nn.Module, name: str) -> nn.Module:
 
 
 def _torchao() -> Any:
-    notices = logging.getLogger("torch.utils._pytree")  # of torch about how torchao registers its enumerations
-    level = notices.level
-    notices.setLevel(logging.ERROR)
     try:
         from torchao import quantization
     except ImportError:
         raise UserError("--quantize needs the torchao package: pip install 'blockprune[quantization]'") from None
-    finally:
-        notices.setLevel(level)
     return quantization
