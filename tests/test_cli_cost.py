@@ -98,7 +98,7 @@ def test_cost_of_a_published_model_in_its_table(run: Run) -> None:
     assert "1,032,071,623 │ 654,897,543" in rows["whole"]
     assert "338,749,194,240 │" in rows["U-Net x 1"]
     assert f"{25 * 217_727_959_040:,}" in rows["U-Net x 25"]
-    assert "1,240,079,532,032" in rows["vae decoder"]
+    assert "1,240,079,532,032" in rows["VAE decoder"]
 
 
 def test_cost_of_two_text_encoders(run: Run, tiny_folder: Callable[[str], Path]) -> None:

@@ -167,7 +167,12 @@ class Job:
     @cached_property
     def asked(self) -> dict[str, Any]:
         terms = {name: value for name, value in self.protocol.items() if name != "name"}
-        asked = {"identity": self.subject.identity, "arch": list(self.subject.arch), "protocol": terms, "measures": self.measures}
+        asked: dict[str, Any] = {
+            "identity": self.subject.identity,
+            "arch": list(self.subject.arch),
+            "protocol": terms,
+            "measures": self.measures,
+        }
         asked |= {"settings": [setting.to_json() for setting in self.settings]}
         return asked | ({"checkpoints": self.trained.digests()} if self.trained else {})
 

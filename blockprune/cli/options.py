@@ -24,7 +24,6 @@ Model = Annotated[
         help="tiny-digits, sd-v1-4, sd-v1-5, sd-v2-1-base, sd-v2-1, sdxl, a diffusers folder, a .safetensors file or a hub id."
     ),
 ]
-Arch = Annotated[str, typer.Option(help="What is removed: a preset, block names, or a JSON file; e.g. bk-sdm-base,-mid_block.")]
 Resolution = Annotated[str | None, typer.Option(help="Image size in pixels, 512 or HEIGHTxWIDTH; the model's own when left out.")]
 Macs = Annotated[str, typer.Option(help=f"Which multiply-adds to show: {', '.join(CONVENTIONS)}.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with every convention, instead of a table.")]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blockprune.arch import Architecture, BlockGraph
+from blockprune.arch import CONVENTIONS, Architecture, BlockGraph, Cost
 from blockprune.budgets import parse_budget
 from blockprune.errors import UserError
 from blockprune.records import Evaluation, Score
@@ -133,6 +133,12 @@ def write_search(run: Run) -> SearchView:
         names.append(name)
     run.write("report.md", search_text.search_markdown(view, names))
     return view
+
+
+def component_row(name: str, who: str, cost: Cost, latency_s: float | None) -> dict[str, Any]:
+    """A line of the component table, as run directories and `blockprune cost --json` hold it."""
+    numbers = {"params": cost.params, "macs": {c: cost.macs(c) for c in CONVENTIONS}, "latency_s": latency_s}
+    return {"kind": "component", "name": name, "who": who, **numbers}
 
 
 def write_evaluation(run: Run) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from blockprune import latency, surgery
-from blockprune.arch import Architecture, Cost
+from blockprune.arch import Architecture
+from blockprune.cli import outputs
 from blockprune.pricing import (
     component_costs,
     component_title,
@@ -83,19 +84,8 @@ def _components(job: Job, unet: Any) -> list[Mapping[str, Any]]:
         nets["teacher"] = (_teacher(job), Architecture())
     timings = time_components(s.configs, nets, s.latent, steps, job.opts["rounds"])
     return [
-        component_row(component_title(name, steps), who, cost, timings[name][who].median_s)
+        outputs.component_row(component_title(name, steps), who, cost, timings[name][who].median_s)
         for who, unet_cost in costs.items()
         for name, cost in component_costs(others, unet_cost, steps).items()
+        if steps > 1 or name != "unet_steps"
     ]
-
-
-def component_row(name: str, who: str, cost: Cost, latency_s: float | None) -> dict[str, Any]:
-    """A line of the component table as run directories and `--json` hold it."""
-    return {
-        "kind": "component",
-        "name": name,
-        "who": who,
-        "params": cost.params,
-        "macs": cost.to_json()["macs"],
-        "latency_s": latency_s,
-    }
