@@ -126,7 +126,7 @@ def save_pytorch_fid(file: Path) -> None:
             if p.ndim == 4:
                 torch.nn.init.kaiming_normal_(p)
             elif name.startswith("fc"):
-                p.normal_(std=0.3)
+                p.normal_(std=2.0)
     torch.save(net.state_dict(), file)
 
 
