@@ -54,24 +54,24 @@ class Evaluator:
     ) -> Iterator[Drawn | Seen]:
         """Draws the images of each batch that `recall` does not know, then looks at the files of all; raises NotFinite.
 
-        The next batch is asked for when what was seen of the last has been taken.
+        The next batch is asked for when what was seen of the last has been taken. One image that is missing is drawn with its whole
+        batch: arithmetic may round by the size of the batch, and a run that was killed shall end as if it had not been.
         """
         height, width = self.latent
         protocol = Protocol(len(self.prompts), setting.steps, setting.cfg_scale, self.seed, (height, width), setting.scheduler)
         for batch in batches:
             images = {i: image for i in batch if (image := _known(recall(i))) is not None}
-            new = [i for i in batch if i not in images]
-            for i, drawn in zip(new, self._draw(protocol, new), strict=True):
-                file = file_bytes(drawn, self.rules)
-                images[i] = pixels(file)
-                yield Drawn(i, file)
+            drawn = self._draw(protocol, batch) if len(images) < len(batch) else []
+            for i, image in zip(batch, drawn, strict=False):
+                if i not in images:
+                    file = file_bytes(image, self.rules)
+                    images[i] = pixels(file)
+                    yield Drawn(i, file)
             seen = self.judges.look(torch.stack([images[i] for i in batch]), [self.prompts[i] for i in batch])
             yield Seen({**seen, "index": np.array(batch, dtype=np.int64)})
             self.tick(setting.label, len(batch))
 
     def _draw(self, protocol: Protocol, index: Sequence[int]) -> Sequence[Tensor]:
-        if not index:
-            return []
         condition, blank = encode(self.pipe, [self.prompts[i] for i in index], self.latent)
         latents = denoise(self.pipe, protocol, condition, blank, [self.seed + i for i in index])
         return list(decode(self.pipe, latents))

@@ -141,7 +141,7 @@ def writing(target: Path) -> Iterator[Path]:
 
 
 class Claims:
-    """Items 0 to n - 1 of some work, divided among processes: item i is taken by a lock on byte i of a file.
+    """Items 0, 1, 2, … of some work, divided among processes in blocks: item i is taken by a lock on byte i of a file.
 
     The locks die with the process that holds them, so nothing is left to tidy up. One object for a file in one process: POSIX
     releases all of a process's locks on a file when any of its descriptors is closed.
@@ -150,7 +150,6 @@ class Claims:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_CREAT | os.O_RDWR)
-        self._held: list[int] = []
 
     def __enter__(self) -> Claims:
         return self
@@ -159,29 +158,21 @@ class Claims:
         os.close(self._file)
 
     def take(self, size: int, missing: Callable[[], Collection[int]]) -> list[int]:
-        """Up to `size` of the missing items that no other process has taken, the lowest first; what was held before is let go.
+        """The missing items of the first block of `size` (items 0 to size - 1, and so on) of which no other process holds any.
 
-        `missing` is asked again once the locks are held: another process may have ended an item between question and lock.
+        What was held before is let go; nothing is taken when the list is empty. `missing` is asked again once a block is locked:
+        another process may have ended an item between question and lock.
         """
-        self.release()
-        for item in sorted(missing()):
-            if len(self._held) == size:
-                break
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+        for start in sorted({item // size * size for item in missing()}):
             try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, item)
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, size, start)
             except OSError:  # taken
                 continue
-            self._held.append(item)
-        if self._held:
-            still = missing()
-            self.release({item for item in self._held if item not in still})
-        return list(self._held)
-
-    def release(self, items: Collection[int] | None = None) -> None:
-        """Lets go of these items, or of all that are held."""
-        for item in list(self._held if items is None else items):
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, item)
-            self._held.remove(item)
+            if mine := sorted({*range(start, start + size)} & {*missing()}):
+                return mine
+            fcntl.lockf(self._file, fcntl.LOCK_UN, size, start)
+        return []
 
 
 def read_run(path: Path) -> dict[str, Any]:

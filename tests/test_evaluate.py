@@ -160,7 +160,22 @@ def test_what_is_on_disk_is_read_and_not_drawn(pipe: Any) -> None:
     assert drawn == [1, 2, 4]
     assert all(np.array_equal(seen[name], whole[name]) for name in whole)
     other = {0: file_bytes(picture(16, 16), JPEG)}
-    assert not np.array_equal(looked(pipe, [[0]], other)[1]["features"][0], whole["features"][0])
+    drawn, seen = looked(pipe, [[0]], other)
+    assert drawn == []
+    assert not np.array_equal(seen["features"][0], whole["features"][0])
+
+
+def test_nothing_is_computed_for_what_is_there(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[int, bytes] = {}
+    looked(pipe, [[0, 1], [2, 3]], files)
+    sizes: list[int] = []
+    real = sampling.denoise
+    monkeypatch.setattr(evaluate, "denoise", lambda *args: sizes.append(len(args[-1])) or real(*args))
+    looked(pipe, [[0, 1], [2, 3]], files)
+    assert sizes == []
+    again = {i: files[i] for i in (0, 1, 3)}
+    drawn, _ = looked(pipe, [[0, 1], [2, 3]], again)
+    assert (sizes, drawn, again) == ([2], [2], files)  # as in the batch that it belongs to
 
 
 def test_settings_draw_with_their_own_values(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,13 +222,15 @@ def test_claims_are_exclusive_and_die_with_their_holder(tmp_path: Path) -> None:
     with Claims(file) as claims, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout
         assert json.loads(other.stdout.readline()) == [0, 1, 2]
-        assert claims.take(2, lambda: range(8)) == [3, 4]
-        assert claims.take(9, lambda: range(8)) == [3, 4, 5, 6, 7]
+        assert claims.take(2, lambda: range(8)) == [4, 5]  # 2 and 3 are one block, and 2 is taken
+        assert claims.take(3, lambda: range(8)) == [3, 4, 5]
+        assert claims.take(8, lambda: range(8)) == []
         other.kill()
         other.wait()
-        assert claims.take(9, lambda: range(8)) == [0, 1, 2, 3, 4, 5, 6, 7]
-        answers = iter([{0, 1, 2}, {0, 2}])  # 1 was ended between question and lock
-        assert claims.take(9, lambda: next(answers)) == [0, 2]
+        assert claims.take(8, lambda: range(8)) == [0, 1, 2, 3, 4, 5, 6, 7]
+        assert claims.take(3, lambda: [5, 7]) == [5]
+        answers = iter([{0, 1, 4}, {4}, {4}])  # 0 and 1 were ended between question and lock
+        assert claims.take(2, lambda: next(answers)) == [4]
         assert claims.take(9, lambda: []) == []
 
 

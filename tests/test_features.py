@@ -251,7 +251,7 @@ def test_pytorch_fid_agrees_with_clean_fid_and_torch_fidelity_on_files(
         logits = fidelity(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))[0]
     np.testing.assert_allclose(probs[:, 0], logits.softmax(1), rtol=1e-3, atol=1e-6)
     wanted_is = isc_features_to_metric(logits, splits=3)["inception_score_mean"]
-    assert wanted_is > 1.01
+    assert wanted_is > 1.005
     assert metrics.inception_score(probs, 3) == pytest.approx(wanted_is, rel=1e-4)
 
 
