@@ -436,7 +436,7 @@ def test_the_coco_protocol_in_miniature(tmp_path: Path, cli: Cli, monkeypatch: p
         (["--detector", "pytorch-fid"], "the detector is 'inception': got 'pytorch-fid'"),
         (["--arch", "mid_blok"], "did you mean mid_block"),
         (["--checkpoints", "/nowhere"], "is not a run directory"),
-        (["--checkpoints", "RUN"], "is a evaluate run"),
+        (["--checkpoints", "RUN"], "holds a run of 'evaluate'"),
         (["--checkpoints", "DISTILLED", "--arch", "mid_block"], "--checkpoints says what is removed"),
         (["--checkpoints", "DISTILLED", "--model", "SD1"], "is not the teacher of the run"),
         (["--model", "DISTILLED", "--arch", "mid_block"], "is pruned already"),

@@ -37,7 +37,7 @@ EpsSamples = Annotated[int | None, typer.Option(help="noisy samples for eps_mse 
 Data = Annotated[str | None, typer.Option(help="folder of images for eps_mse; default: the teacher's own samples")]
 Prompts = Annotated[str | None, typer.Option(help="prompts: .txt, .csv or .jsonl")]
 Reference = Annotated[str | None, typer.Option(help="real images for fid and kid: a folder or `blockprune stats` file")]
-Detector = Annotated[str | None, typer.Option(help="inception, a transformers folder or hub id")]
+Detector = Annotated[str | None, typer.Option(help="inception, pytorch-fid, a transformers folder or hub id")]
 InceptionWeights = Annotated[str | None, typer.Option(help="inception-2015-12-05.pt")]
 Clip = Annotated[str | None, typer.Option(help="CLIP model for clip_score: folder or hub id")]
 Seed = Annotated[int, typer.Option(help="image i uses seed + i")]

@@ -31,7 +31,9 @@ class Trained:
         """UserError when `folder` is no distillation, or has nothing to look at yet."""
         said = read_run(folder)
         if said["command"] != "distill":
-            raise UserError(f"--checkpoints takes the run directory of a distillation: {str(folder)!r} is a {said['command']} run")
+            raise UserError(
+                f"--checkpoints takes the run directory of a distillation: {str(folder)!r} holds a run of {said['command']!r}"
+            )
         phases, asked = said["asked"]["phases"], said["asked"]
         places = snapshot_folders(folder / "checkpoints")
         if (folder / "student" / export.ARCHITECTURE).is_file():
