@@ -212,7 +212,7 @@ def test_grids_of_settings_have_one_protocol(evaluated: Path, tmp_path: Path, cl
         "--cfg-scale",
         "1.5,3",
         "--scheduler",
-        "ddim",
+        "dpm++",
         "--quantize",
         "none",
         "--quantize",
