@@ -337,13 +337,18 @@ def silence() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-def identity(model: str) -> str:
+def identity(model: str, unet: list[Path] | None = None) -> str:
     """A 12-digit content id of a model's U-Net, VAE and text encoder weights and of how its scheduler is set.
 
-    Files up to 64 MiB count whole; of larger ones the header and the first 4 KiB of every tensor.
+    Files up to 64 MiB count whole; of larger ones the header and the first 4 KiB of every tensor. `unet` are the U-Net's files
+    where they have a name of their own.
     """
-    source = _weights_source(model)
-    files = [source] if source.is_file() else [f for part in _parts(source) for f in weight_files(source, part)[0]]
+    source = _weights_source(model) if unet is None else Path(model)
+    if source.is_file():
+        files = [source]
+    else:
+        named = (unet if unet and part == "unet" else weight_files(source, part)[0] for part in _parts(source))
+        files = [file for group in named for file in group]
     digest = hashlib.sha256()
     for path in files:
         header(path)

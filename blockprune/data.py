@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
+import hashlib
 import json
 import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,8 +185,13 @@ def resize_centre_crop(image: Tensor, size: int) -> Tensor:
     return torch.from_numpy(cropped).permute(2, 0, 1).contiguous()
 
 
-def features_of_folder(folder: ImageFolder, detector: Detector, batch_size: int = 32) -> np.ndarray[Any, Any]:
-    """(N, D) float32 features of the readable images in the order of the folder; images may differ in size."""
+def features_of_folder(
+    folder: ImageFolder, detector: Detector, batch_size: int = 32, prepare: Callable[[Tensor], Tensor] = lambda image: image
+) -> np.ndarray[Any, Any]:
+    """(N, D) float32 features of the readable images in the order of the folder; images may differ in size.
+
+    `prepare` makes of each (3, H, W) uint8 image the one that is looked at.
+    """
     rows: dict[int, np.ndarray[Any, Any]] = {}
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
 
@@ -193,10 +200,11 @@ def features_of_folder(folder: ImageFolder, detector: Detector, batch_size: int 
         rows.update(zip(places, detector(torch.stack(images)), strict=True))
 
     for place, picture in enumerate(folder):
-        group = waiting.setdefault(tuple(picture.image.shape), [])
-        group.append((place, picture.image))
+        image = prepare(picture.image)
+        group = waiting.setdefault(tuple(image.shape), [])
+        group.append((place, image))
         if len(group) == batch_size:
-            flush(tuple(picture.image.shape))
+            flush(tuple(image.shape))
         elif sum(map(len, waiting.values())) >= 4 * batch_size:
             # many sizes, each with few images: bounds what waits in memory
             flush(max(waiting, key=lambda shape: len(waiting[shape])))
@@ -205,14 +213,41 @@ def features_of_folder(folder: ImageFolder, detector: Detector, batch_size: int 
     return np.stack([rows[place] for place in sorted(rows)])
 
 
-def stats_of_folder(folder: str | Path | ImageFolder, detector: Detector, batch_size: int = 32, keep: bool = True) -> Stats:
+def stats_of_folder(
+    folder: str | Path | ImageFolder,
+    detector: Detector,
+    batch_size: int = 32,
+    keep: bool = True,
+    prepare: Callable[[Tensor], Tensor] = lambda image: image,
+) -> Stats:
     """The statistics of a folder's images, with their features where `keep`; images that were skipped are logged."""
     images = folder if isinstance(folder, ImageFolder) else ImageFolder(folder)
-    stats = Stats.of(features_of_folder(images, detector, batch_size), keep=keep)
+    stats = Stats.of(features_of_folder(images, detector, batch_size, prepare), keep=keep)
     if images.skipped:
         shown = ", ".join(images.skipped[:3])
         _log.warning("skipped %d of %d images in %s: cannot read %s", len(images.skipped), len(images), images.folder, shown)
     return stats
+
+
+def cached_stats(folder: ImageFolder, detector: Detector, prepared: str, prepare: Callable[[Tensor], Tensor]) -> Stats:
+    """`stats_of_folder`, computed once for the same files, detector and preparation (`prepared` in words) and kept in a user cache.
+
+    Processes that ask at once wait for the first. A file counts by its name, size and time of change, a detector by what it sees.
+    """
+    files = [(name, (stat := (folder.folder / name).stat()).st_size, stat.st_mtime_ns) for name in folder.names]
+    probe = torch.arange(3 * 64 * 64).mul(7919).remainder(256).to(torch.uint8).view(1, 3, 64, 64)
+    sight = np.round(detector(probe).astype(np.float64), 2).tolist()
+    key = hashlib.sha256(json.dumps([str(folder.folder.resolve()), files, detector.name, sight, prepared]).encode()).hexdigest()[
+        :16
+    ]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockprune" / "references"
+    cache.mkdir(parents=True, exist_ok=True)
+    kept = cache / f"{key}.npz"
+    with (cache / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.is_file():
+            write_stats(kept, stats_of_folder(folder, detector, prepare=prepare), detector.name)
+    return read_reference(kept, detector)
 
 
 def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -> Stats:

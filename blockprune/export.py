@@ -28,6 +28,7 @@ WEIGHTS = "pruned_unet.safetensors"
 ARCHITECTURE = "architecture.json"
 PRUNING = "pruning"  # of an exported folder; nothing there is read by diffusers
 BLOCK_MAP = "block_map.json"
+TEACHER = "teacher.json"
 
 
 def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -> None:
@@ -97,13 +98,18 @@ def _load_slots(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def export_pipeline(
-    pipe: DiffusionPipeline, unet: UNet2DConditionModel, arch: Architecture, folder: Path, card: Mapping[str, Any]
+    pipe: DiffusionPipeline,
+    unet: UNet2DConditionModel,
+    arch: Architecture,
+    folder: Path,
+    card: Mapping[str, Any],
+    teacher: tuple[str, str] = ("", ""),
 ) -> Stock | str:
     """Writes the teacher `pipe` with the student `unet` in place of its U-Net as a diffusers folder, and reads it back to compare.
 
     Returns the stock form, which any diffusers loads, or why there is none; then `load_pipeline` alone loads the folder. `card`
-    fills the README (see `model_card`). Raises UserError, and leaves no folder, when `folder` is taken, `unet` is no student of
-    `pipe` by `arch`, or what was read back computes something else.
+    fills the README (see `model_card`), `teacher` is the model's name and identity. Raises UserError, and leaves no folder, when
+    `folder` is taken, `unet` is no student of `pipe` by `arch`, or what was read back computes something else.
     """
     check_free(folder)
     if changed := _changes(pipe.unet.config, unet.config):
@@ -125,11 +131,18 @@ def export_pipeline(
         (part / PRUNING).mkdir()
         (part / PRUNING / ARCHITECTURE).write_text(arch.dumps())
         (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n")
+        (part / PRUNING / TEACHER).write_text(json.dumps(_teacher(pipe.unet.config, *teacher), indent=2) + "\n")
         (part / "README.md").write_text(model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card))
         for weights in part.rglob("*.safetensors"):  # safetensors writes files that only their owner may read
             weights.chmod((part / "README.md").stat().st_mode)
         _check_equal(part, unet.config, arch, state, blocks)
     return found
+
+
+def _teacher(config: Mapping[str, Any], model: str, identity: str) -> dict[str, Any]:
+    """What tells an exported student where it comes from; of a local teacher the last part of its path."""
+    public = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
+    return {"model": Path(model).name if Path(model).exists() else model, "identity": identity, "unet": public}
 
 
 def _write_teacher(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -207,6 +220,32 @@ def read_block_map(folder: Path) -> BlockMap:
     if not (folder / PRUNING / BLOCK_MAP).is_file():
         raise UserError(f"no {PRUNING}/{BLOCK_MAP} in {str(folder)!r}: give a folder that `blockprune export` wrote")
     return BlockMap.from_json(_json(folder / PRUNING / BLOCK_MAP))
+
+
+def is_exported(folder: Path) -> bool:
+    """True for a folder that `export_pipeline` wrote."""
+    return (folder / PRUNING / ARCHITECTURE).is_file()
+
+
+def read_teacher(folder: Path) -> dict[str, Any] | None:
+    """What an exported folder says of its teacher: model, identity, and the configuration of its U-Net.
+
+    None for a stock folder that does not say; one that `load_pipeline` alone loads has its teacher's configuration at the least.
+    """
+    if (folder / PRUNING / TEACHER).is_file():
+        found = _json(folder / PRUNING / TEACHER)
+        if not isinstance(found, dict) or not all(key in found for key in ("model", "identity", "unet")):
+            raise UserError(f"{str(folder / PRUNING / TEACHER)!r} lacks model, identity or unet: export the student again")
+        return found
+    if (folder / "unet" / ARCHITECTURE).is_file():
+        return {"model": "", "identity": "", "unet": _json(folder / "unet" / "config.json")}
+    return None
+
+
+def exported_identity(folder: Path) -> str:
+    """The content id of an exported folder, as `checkpoints.identity` gives it for other models."""
+    weights = folder / "unet" / WEIGHTS
+    return checkpoints.identity(str(folder), [weights] if weights.is_file() else None)
 
 
 def exported_skeleton(folder: Path) -> UNet2DConditionModel:

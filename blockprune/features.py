@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ Features = NDArray[np.float32]
 BUILT_IN = Path(__file__).parent / "models" / "tiny-digits"
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
+PYTORCH_FID_FILE = "pt_inception-2015-12-05-6726825d.pth"
+PYTORCH_FID_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{PYTORCH_FID_FILE}"
+INCEPTION_SIDE = 299
 
 
 class HubDetector:
@@ -108,14 +112,81 @@ class InceptionDetector:
         return _array(features), _array(probs[:, None], flat=False)
 
 
+class PytorchFidDetector:
+    """The Inception-v3 of the pytorch-fid package, clean-fid's `legacy_pytorch`: torch's bilinear resizing without antialiasing.
+
+    Probabilities are torch-fidelity's: the same weights on images resized as TensorFlow 1 did, softmax without the last bias.
+    UserError when the file cannot be loaded.
+    """
+
+    def __init__(self, weights: Path, device: str = "cpu") -> None:
+        self.name, self.device = "pytorch-fid", device
+        net = _fid_inception()
+        try:
+            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{str(weights)!r} is not a whole {PYTORCH_FID_FILE}: fetch it again from {PYTORCH_FID_URL}") from error
+        self.head = net.fc.weight.detach().to(device)
+        net.fc = torch.nn.Identity()
+        self.model = net.to(device).eval().requires_grad_(False)
+        self.n_features = self.head.shape[1]
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> Features:
+        side = (INCEPTION_SIDE, INCEPTION_SIDE)
+        x = torch.nn.functional.interpolate(images.to(self.device).float(), size=side, mode="bilinear", align_corners=False)
+        return _array(self.model(2 * (x.clamp(0, 255) / 255) - 1))
+
+    @torch.inference_mode()
+    def features_and_probs(self, images: torch.Tensor) -> tuple[Features, Features | None]:
+        resized = _resize_as_tensorflow(images.to(self.device).float(), INCEPTION_SIDE)
+        probs = (self.model((resized - 128) / 128) @ self.head.T).softmax(1)
+        return self(images), _array(probs[:, None], flat=False)
+
+
+def _fid_inception() -> Any:
+    """torchvision's Inception-v3 with the blocks of the FID network, without weights."""
+    import torchvision
+    from cleanfid import inception_pytorch as fid
+
+    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    blocks = {"5b": fid.FIDInceptionA(192, 32), "5c": fid.FIDInceptionA(256, 64), "5d": fid.FIDInceptionA(288, 64)}
+    blocks |= {f"6{name}": fid.FIDInceptionC(768, width) for name, width in zip("bcde", (128, 160, 160, 192), strict=True)}
+    blocks |= {"7b": fid.FIDInceptionE_1(1280), "7c": fid.FIDInceptionE_2(2048)}
+    for name, block in blocks.items():
+        setattr(net, f"Mixed_{name}", block)
+    return net
+
+
+def _resize_as_tensorflow(x: torch.Tensor, side: int) -> torch.Tensor:
+    """NCHW float resized bilinearly as TensorFlow 1 does: output pixel i lies at i * size / side of the input, without the half."""
+    for dim in (3, 2):
+        size = x.shape[dim]
+        at = torch.arange(side, device=x.device) * torch.tensor(size / side, dtype=torch.float32)
+        low = at.long()
+        shape = [-1 if d == dim else 1 for d in range(4)]
+        first, second = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1))
+        x = first + (second - first) * (at - low).view(shape)
+    return x
+
+
 def inception_weights(path: Path | None = None) -> Path:
     """The Inception-v3 file: `path`, or else where clean-fid keeps it. Downloads nothing; UserError when there is none."""
     cached = Path("./" if os.name == "nt" else "/tmp") / INCEPTION_FILE
-    wanted = path or cached
+    return _weights_file("inception", path or cached, INCEPTION_FILE, INCEPTION_URL)
+
+
+def pytorch_fid_weights(path: Path | None = None) -> Path:
+    """pytorch-fid's file: `path`, or else where torch's hub keeps it. Downloads nothing; UserError when there is none."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / PYTORCH_FID_FILE
+    return _weights_file("pytorch-fid", path or cached, PYTORCH_FID_FILE, PYTORCH_FID_URL)
+
+
+def _weights_file(detector: str, wanted: Path, name: str, url: str) -> Path:
     if not wanted.is_file():
         raise UserError(
-            f"the inception detector needs {INCEPTION_FILE}, not found at {str(wanted)!r}: "
-            f"download {INCEPTION_URL} and give it with --inception-weights PATH"
+            f"the {detector} detector needs {name}, not found at {str(wanted)!r}: "
+            f"download {url} and give it with --inception-weights PATH"
         )
     return wanted
 
@@ -124,6 +195,7 @@ def inception_weights(path: Path | None = None) -> Path:
 DETECTORS: dict[str, Callable[[str, Path | None], Detector]] = {
     "tiny-digits": lambda device, weights: HubDetector(BUILT_IN / "detector", device, "tiny-digits"),
     "inception": lambda device, weights: InceptionDetector(inception_weights(weights), device),
+    "pytorch-fid": lambda device, weights: PytorchFidDetector(pytorch_fid_weights(weights), device),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,15 @@ Observed = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Judges:
-    """Who looks at the images: a detector with the reference it is compared to, and a CLIP scorer. Either may be missing."""
+    """Who looks at the images: a detector with the reference it is compared to, and a CLIP scorer. Either may be missing.
+
+    `is_splits` is over how many parts of the images the Inception Score is averaged.
+    """
 
     detector: Detector | None = None
     reference: Stats | None = None
     scorer: Any = None
+    is_splits: int = 1
 
     def look(self, images: Tensor, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
         """NCHW uint8 and their prompts => what was seen, arrays with one row per image."""
@@ -47,7 +51,7 @@ def stack(batches: Iterable[Observed]) -> dict[str, NDArray[Any]]:
 STATISTICS: dict[str, Callable[[Observed, Observed, Any], Statistic]] = {
     "fid": lambda seen, teacher, judges: metrics.fid_statistic(seen["features"], judges.reference),
     "kid": lambda seen, teacher, judges: metrics.kid_statistic(seen["features"], judges.reference.features),
-    "is": lambda seen, teacher, judges: metrics.inception_statistic(_need_probs(seen)),
+    "is": lambda seen, teacher, judges: metrics.inception_statistic(_need_probs(seen), judges.is_splits),
     "clip_score": lambda seen, teacher, judges: metrics.mean_statistic(metrics.clip_score(seen["image"], seen["text"])),
     "feature_distance": lambda seen, teacher, judges: metrics.mean_statistic(
         metrics.feature_distance(seen["features"], teacher["features"])
@@ -83,17 +87,20 @@ def _need_probs(seen: Observed) -> NDArray[Any]:
 
 
 def judge(
-    arch: str, label: str, measures: Iterable[str], seen: Observed, teacher: Observed, judges: Judges, seed: int
+    arch: str, label: str, measures: Iterable[str], seen: Observed, teacher: Observed | None, judges: Judges, seed: int
 ) -> Iterable[Score]:
-    """A Score for each image measure, with its interval and the paired difference to the teacher."""
+    """A Score for each image measure, with its interval and, where there is a teacher, the paired difference to it."""
+    n = len(next(iter(seen.values())))
     for measure in measures:
-        statistic = STATISTICS[measure](seen, teacher, judges)
+        statistic = STATISTICS[measure](seen, seen if teacher is None else teacher, judges)
+        value = float(statistic(np.arange(n)[None])[0])
+        score = Score(arch, label, measure, value, n, seed, *(metrics.interval(statistic, n, seed) or (None, None)))
+        if teacher is None:
+            yield score
+            continue
         base = STATISTICS[measure](teacher, teacher, judges)
-        n = len(next(iter(seen.values())))
-        value, before = (float(s(np.arange(n)[None])[0]) for s in (statistic, base))
-        low, high = metrics.interval(statistic, n, seed) or (None, None)
         below, above = metrics.paired_interval(statistic, base, n, seed) or (None, None)
-        yield Score(arch, label, measure, value, n, seed, low, high, value - before, below, above)
+        yield replace(score, delta=value - float(base(np.arange(n)[None])[0]), delta_low=below, delta_high=above)
 
 
 def failed(arch: str, label: str, measures: Iterable[str], n: int, seed: int, error: str) -> Iterable[Score]:

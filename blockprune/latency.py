@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 Model = Callable[[], AbstractContextManager[nn.Module]]
@@ -26,7 +26,7 @@ class Timing:
     """The step latencies of one model in seconds, in order of measurement, and the bytes that a step needs at its peak.
 
     `mem_bytes` is the model's own weights plus the most that one step had allocated at once, as torch's allocator counts it: not
-    what the driver, the allocator's cache or a maths library's scratch space hold beside that.
+    what the driver, the allocator's cache or a maths library's scratch space hold beside that; 0 where it was not measured.
     """
 
     latency_s: tuple[float, ...]
@@ -80,15 +80,16 @@ def measure(
     n: int = 20,
     n_warmup: int = 3,
     device: str | torch.device = "cpu",
+    memory: bool = True,
 ) -> dict[str, Timing]:
-    """Timings by label: `n` rounds, each one step of every model in turn, after `n_warmup` such rounds and one for memory.
+    """Timings by label: `n` rounds, each one step of every model in turn, after `n_warmup` such rounds; then one for `memory`.
 
     A model is a function that gives a context with the U-Net to run, such as `lambda: nullcontext(unet)` or
     `lambda: removed(unet, arch)`; entering it is not timed. `inputs` are keyword arguments of the forward, on `device`.
     """
     clock = _cuda_step if torch.device(device).type == "cuda" else _cpu_step
     seconds: dict[str, list[float]] = {label: [] for label in models}
-    mem_bytes = {}
+    mem_bytes = dict.fromkeys(models, 0)
     with torch.inference_mode():
         for i in range(n_warmup + n):
             for label, model in models.items():
@@ -96,15 +97,23 @@ def measure(
                     s = clock(unet, inputs)
                 if i >= n_warmup:
                     seconds[label].append(s)
-        for label, model in models.items():
+        for label, model in models.items() if memory else ():
             with model() as unet:
                 mem_bytes[label] = weight_bytes(unet) + peak_bytes(partial(unet, **inputs), device)
     return {label: Timing(tuple(seconds[label]), mem_bytes[label]) for label in models}
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers, each counted once."""
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+    """Bytes of the parameters and buffers as they are stored, each counted once."""
+    return sum(_stored(t) for t in [*module.parameters(), *module.buffers()])
+
+
+def _stored(t: Tensor) -> int:
+    """A quantised tensor names the tensors it is made of; its own shape and precision are what it stands for."""
+    inner = getattr(t, "__tensor_flatten__", None)
+    if inner is None:
+        return t.numel() * t.element_size()
+    return sum(_stored(part) for name in inner()[0] if (part := getattr(t, name)) is not None)
 
 
 def _cpu_step(unet: nn.Module, inputs: Mapping[str, Any]) -> float:

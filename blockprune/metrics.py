@@ -27,6 +27,8 @@ Statistic = Callable[[Index], Floats]  # (B, m) sample indices => (B,) values, o
 
 _CHUNK_ELEMENTS = 1 << 24
 _KERNEL_ROWS = 1024
+_KERNEL_KEPT = 8192
+_SPLIT_SEED = 2020  # torch-fidelity's
 
 
 class Detector(Protocol):
@@ -135,34 +137,62 @@ def kid(x: ArrayLike, y: ArrayLike, seed: int = 0, n_subsets: int = 0, subset_si
 
 
 def kid_statistic(x: ArrayLike, y: ArrayLike) -> Statistic:
-    """KID of subsets of (N, D) features `x` to all of the (M, D) features `y`; needs N² numbers of memory."""
+    """KID of subsets of (N, D) features `x` to all of the (M, D) features `y`.
+
+    The N² values of the kernel are kept up to N = 8192 (0.5 GB), and computed again by rows for each call beyond.
+    """
     a, b = _matrix(x), _matrix(y)
     if a.shape[1] != b.shape[1]:
         raise UserError(f"both sides of KID must have one width: got {a.shape[1]} and {b.shape[1]}; use one detector")
-    within = np.concatenate(list(_kernel_rows(a, a)))
-    own = within.diagonal()
+    kept = list(_kernel_rows(a, a)) if len(a) <= _KERNEL_KEPT else None
+    own = ((a**2).mean(1) + 1) ** 3
     across = np.concatenate([rows.mean(1) for rows in _kernel_rows(a, b)])
     total = sum(float(rows.sum()) for rows in _kernel_rows(b, b))
     other = (total - float((((b**2).mean(1) + 1) ** 3).sum())) / (len(b) * (len(b) - 1))
 
     def statistic(index: Index) -> Floats:
         m, weights = index.shape[1], _counts(index, len(a))
-        pairs = ((weights @ within) * weights).sum(1) - weights @ own
+        pairs, start = -(weights @ own), 0
+        for rows in kept or _kernel_rows(a, a):
+            mine = weights[:, start : start + len(rows)]
+            pairs += (mine * (weights @ rows.T)).sum(1)
+            start += len(rows)
         return np.asarray(pairs / (m * (m - 1)) + other - 2 * (weights @ across) / m)
 
     return statistic
 
 
-def inception_score(probs: ArrayLike) -> float:
+def inception_score(probs: ArrayLike, splits: int = 1) -> float:
     """exp of the mean KL(p(y|x) ‖ p(y)) of (N, K) class probabilities (Salimans et al. 2016).
 
     (N, G, K) holds G independent labels per image: the mean of their G scores. Rows of fewer classes are padded with 0.
+    With `splits` the mean score of that many equal parts of the shuffled images, shuffled and cut as torch-fidelity does.
+    UserError for fewer images than splits.
     """
-    return _value(inception_statistic(probs), len(np.asarray(probs)))
+    return _value(inception_statistic(probs, splits), len(np.asarray(probs)))
 
 
-def inception_statistic(probs: ArrayLike) -> Statistic:
-    """Inception Score of subsets of (N, K) or (N, G, K) class probabilities."""
+def inception_statistic(probs: ArrayLike, splits: int = 1) -> Statistic:
+    """Inception Score of subsets of (N, K) or (N, G, K) class probabilities; an image stays in its split in every subset."""
+    if splits == 1:
+        return _whole_inception(probs)
+    n = len(np.asarray(probs))
+    if n < splits:
+        raise UserError(f"an Inception Score over {splits} splits needs as many images: got {n}; raise the number of images")
+    order = np.random.RandomState(_SPLIT_SEED).permutation(n)
+    split = np.empty(n, dtype=np.intp)
+    for i in range(splits):
+        split[order[i * n // splits : (i + 1) * n // splits]] = i
+    score = _whole_inception(probs)
+
+    def statistic(index: Index) -> Floats:
+        parts = ([row[split[row] == i] for i in range(splits)] for row in index)
+        return np.array([np.mean([score(part[None])[0] for part in row if len(part)]) for row in parts])
+
+    return statistic
+
+
+def _whole_inception(probs: ArrayLike) -> Statistic:
     p = np.asarray(probs, dtype=np.float64)
     p = _finite(p[:, None] if p.ndim == 2 else p)
     negative_entropy = xlogy(p, p).sum(2)

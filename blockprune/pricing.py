@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from blockprune import crosscheck, surgery
-from blockprune.arch import Architecture, Cost
+from blockprune import crosscheck, latency, surgery
+from blockprune.arch import CONVENTIONS, Architecture, Cost, sum_costs
 from blockprune.checkpoints import Configs
 from blockprune.costs import count
 from blockprune.errors import UserError
@@ -58,28 +60,92 @@ def unet_part(configs: Configs, arch: Architecture, latent: tuple[int, int]) -> 
     return Part(surgery.skeleton(configs.unet, arch), unet_inputs(configs.unet, latent, configs.n_tokens))
 
 
-def other_parts(configs: Configs, latent: tuple[int, int]) -> dict[str, Part]:
-    """The text encoders and the VAE decoder (without `post_quant_conv`), one prompt and one image, on the meta device."""
-    parts = {name: _text_part(name, config) for name, config in configs.text.items()}
-    with torch.device("meta"):
-        decoder = AutoencoderKL.from_config(configs.vae).eval().decoder
-        sample = torch.zeros(1, configs.vae["latent_channels"], *latent)
-    return parts | {"vae_decoder": Part(decoder, {"sample": sample})}
+def other_parts(
+    configs: Configs, latent: tuple[int, int], device: str | torch.device = "meta", dtype: torch.dtype = torch.float32
+) -> dict[str, Part]:
+    """The text encoders and the VAE decoder (without `post_quant_conv`), one prompt and one image.
+
+    On the meta device for counting; elsewhere with the libraries' random weights, for timing.
+    """
+    with torch.device(device):
+        parts = {name: _text_part(name, config) for name, config in configs.text.items()}
+        decoder = AutoencoderKL.from_config(configs.vae).decoder
+        sample = torch.zeros(1, configs.vae["latent_channels"], *latent, dtype=dtype)
+    parts |= {"vae_decoder": Part(decoder, {"sample": sample})}
+    for part in parts.values():
+        part.module.eval().requires_grad_(False).to(dtype)
+    return parts
 
 
 def _text_part(name: str, config: Mapping[str, Any]) -> Part:
     kind = (config.get("architectures") or ["?"])[0]
     if kind not in TEXT_MODELS:
         raise UserError(f"{name} is a {kind}, whose cost is not known here: give a model with {' or '.join(TEXT_MODELS)}")
-    with torch.device("meta"):
-        module = TEXT_MODELS[kind](CLIPTextConfig(**config)).eval()
-        ids = torch.zeros(1, module.config.max_position_embeddings, dtype=torch.long)
-    return Part(module, {"input_ids": ids})
+    module = TEXT_MODELS[kind](CLIPTextConfig(**config))
+    return Part(module, {"input_ids": torch.zeros(1, module.config.max_position_embeddings, dtype=torch.long)})
 
 
 def pipeline_costs(configs: Configs, latent: tuple[int, int]) -> dict[str, Cost]:
     """The cost of everything but the U-Net for one image: each text encoder for one prompt, the VAE decoder."""
     return {name: part.count()[""] for name, part in other_parts(configs, latent).items()}
+
+
+def component_costs(others: Mapping[str, Cost], unet: Cost, steps: int) -> dict[str, Cost]:
+    """The lines of a component table, for one image without doubling for guidance: text encoders, U-Net once and `steps` times,
+    VAE decoder, whole pipeline. `others` are `pipeline_costs`."""
+    repeated = Cost(unet.params, unet.keys, *(steps * unet.macs(c) for c in CONVENTIONS))
+    text = {name: c for name, c in others.items() if name != "vae_decoder"}
+    whole = sum_costs([*others.values(), repeated])
+    return text | {"unet": unet, "unet_steps": repeated, "vae_decoder": others["vae_decoder"], "pipeline": whole}
+
+
+def component_title(name: str, steps: int) -> str:
+    """What tables call a line of `component_costs`."""
+    titles = {"unet": "U-Net x 1", "unet_steps": f"U-Net x {steps}", "vae_decoder": "VAE decoder", "pipeline": "whole"}
+    return titles.get(name, name.replace("_", " "))
+
+
+class Chain(nn.Module):
+    """Calls of parts in succession, each as often as it says, as one module without arguments."""
+
+    def __init__(self, calls: Sequence[tuple[Part, int]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self) -> None:
+        for part, times in self.calls:
+            for _ in range(times):
+                part.run()
+
+
+def time_components(
+    configs: Configs, unets: Mapping[str, tuple[nn.Module, Architecture]], latent: tuple[int, int], steps: int, n: int
+) -> dict[str, dict[str, latency.Timing]]:
+    """Measured latencies by line of `component_costs` and by label, all labels in turn; nothing is a sum of others.
+
+    `unets` are U-Nets with what is masked of them, all on one device in one precision.
+    """
+    first, _ = next(iter(unets.values()))
+    some = next(p for p in first.parameters() if p.is_floating_point())
+    others = other_parts(configs, latent, some.device, some.dtype)
+    inputs = unet_inputs(configs.unet, latent, configs.n_tokens, 1, some.device, some.dtype)
+    text = [(part, 1) for name, part in others.items() if name != "vae_decoder"]
+    found: dict[str, dict[str, latency.Timing]] = {}
+    for name in (*(k for k in others if k != "vae_decoder"), "unet", "unet_steps", "vae_decoder", "pipeline"):
+        models: dict[str, latency.Model] = {}
+        for label, (unet, arch) in unets.items():
+            step, decoder = Part(unet, inputs), others["vae_decoder"]
+            calls = {"unet": [(step, 1)], "unet_steps": [(step, steps)], "pipeline": [*text, (step, steps), (decoder, 1)]}
+            chain = Chain(calls[name] if name in calls else [(others[name], 1)])
+            models[label] = partial(_masked, unet, arch, chain)
+        found[name] = latency.measure(models, {}, n, 1, some.device, memory=False)
+    return found
+
+
+@contextmanager
+def _masked(unet: Any, arch: Architecture, chain: Chain) -> Iterator[Chain]:
+    with surgery.removed(unet, arch):
+        yield chain
 
 
 def verify(configs: Configs, arch: Architecture, latent: tuple[int, int]) -> dict[str, dict[str, int]]:

@@ -33,6 +33,7 @@ MEASURES: dict[str, Measure] = {
     "latency": Measure("s", "down", "U-Net step latency"),
     "latency_ratio": Measure("x teacher", "down", "U-Net step latency relative to the teacher, interleaved"),
     "memory": Measure("bytes", "down", "peak memory of a U-Net step"),
+    "weight_bytes": Measure("bytes", "down", "stored bytes of the U-Net's weights"),
 }
 
 

@@ -59,6 +59,13 @@ def scheduler_of(pipe: Any, name: str = "") -> Any:
     return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
 
 
+def scheduler_name(pipe: Any, name: str = "") -> str:
+    """What `scheduler_of` gives, by its short name where it has one, else by its class."""
+    short = {kind: short for short, kind in SCHEDULERS.items()}
+    kind = SCHEDULERS[name] if name else type(pipe.scheduler).__name__
+    return short.get(kind, kind)
+
+
 def encode(pipe: Any, prompts: Sequence[str], latent: tuple[int, int], chunk: int = 32) -> tuple[Condition, Condition]:
     """The U-Net's condition for each prompt, and the one-row condition of no prompt that guidance starts from."""
     family = family_of(pipe.unet.config)

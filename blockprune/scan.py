@@ -86,6 +86,8 @@ class Scan:
             cost = self.graph.cost(arch)
             yield Score(arch.key, label, "params", cost.params, 0, self.plan.protocol.seed)
             yield Score(arch.key, label, "macs", cost.thop, 0, self.plan.protocol.seed)
+            stored = cost.params * self.pipe.unet.dtype.itemsize
+            yield Score(arch.key, label, "weight_bytes", stored, 0, self.plan.protocol.seed)
 
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""

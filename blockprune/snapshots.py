@@ -39,7 +39,7 @@ def write_snapshot(folder: Path, step: int, parts: Parts, limit: int | None = No
     try:
         for name, tensors in parts.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part / f"{name}.safetensors")
-        digests = {file.name: _digest(file) for file in sorted(part.iterdir())}
+        digests = {file.name: file_digest(file) for file in sorted(part.iterdir())}
         (part / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1))
         for file in part.iterdir():
             _sync(file)
@@ -60,7 +60,7 @@ def read_snapshot(folder: Path) -> tuple[Snapshot | None, list[str]]:
         try:
             said = json.loads((path / MANIFEST).read_text())
             for name, digest in said["sha256"].items():
-                if _digest(path / name) != digest:
+                if file_digest(path / name) != digest:
                     raise ValueError(f"{name} is damaged")
             parts = {Path(name).stem: load_file(path / name) for name in said["sha256"]}
             return Snapshot(said["step"], parts, path), wrong
@@ -69,11 +69,31 @@ def read_snapshot(folder: Path) -> tuple[Snapshot | None, list[str]]:
     return None, wrong
 
 
+def snapshot_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoints that are in `folder` by their step, oldest first, sound or not."""
+    return {int(path.name.partition("-")[2]): path for path in sorted(_folders(folder))}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The student's weights of one checkpoint, their moving averages where it has them; ValueError when it is not sound."""
+    try:
+        digests = json.loads((path / MANIFEST).read_text())["sha256"]
+        parts = [name for name in ("student.safetensors", "ema.safetensors") if name in digests]
+        for name in parts:
+            if file_digest(path / name) != digests[name]:
+                raise ValueError(f"{name} is damaged")
+        student, *ema = (load_file(path / name) for name in parts)
+    except (OSError, KeyError, SafetensorError) as err:
+        raise ValueError(str(err)) from None
+    return student | {name: t for shadow in ema for name, t in shadow.items() if name in student}
+
+
 def _folders(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else iter(())
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

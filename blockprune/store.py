@@ -1,11 +1,11 @@
-"""The run directory: what was asked, rows as they come, tensors, pictures. The only module that writes one."""
+"""The run directory: what was asked, rows as they come, tensors, pictures, and who does what. The only module that writes one."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,29 @@ from typing import Any
 from blockprune.errors import UserError
 
 FORMAT = 1
+_OURS = (".lock", ".turn", ".run.part.json")  # of a run that is just beginning
 
 
 class Run:
     """A run directory: `run.json` says what was asked, `rows.jsonl` holds the rows; the same request again resumes it.
 
-    Raises UserError when the directory holds another run (naming the differences), or when another process writes to it.
+    Raises UserError when the directory holds another run (naming the differences), or when another process writes to it. Processes
+    that all open it as `shared` write to it together: they divide the work by `Claims`, and `alone` is for what one must do.
     """
 
-    def __init__(self, path: Path, command: str, asked: Mapping[str, Any], note: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, command: str, asked: Mapping[str, Any], note: Mapping[str, Any], shared: bool = False) -> None:
         self.path = path
         if path.exists() and not path.is_dir():
             raise UserError(f"--out must be a directory: {str(path)!r} is a file")
-        if path.is_dir() and not (path / "run.json").exists() and any(p.name != ".lock" for p in path.iterdir()):
+        if path.is_dir() and not (path / "run.json").exists() and any(p.name not in _OURS for p in path.iterdir()):
             raise UserError(f"{str(path)!r} is not empty and holds no run: choose another --out")
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        self._depth = 0
+        self._lock = self._locked(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         try:
-            self._begin({"format": FORMAT, "command": command, "asked": _plain(asked), **_plain(note)})
-            self._trim()
+            with self.alone():
+                self._begin({"format": FORMAT, "command": command, "asked": _plain(asked), **_plain(note)})
+                self._trim()
         except BaseException:
             self.close()
             raise
@@ -45,10 +49,24 @@ class Run:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _locked(self) -> int:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within this context no other process of a shared run is in it, too; waits for its turn."""
+        if self._depth == 0:
+            self._turn = os.open(self.path / ".turn", os.O_CREAT | os.O_RDWR)
+            fcntl.flock(self._turn, fcntl.LOCK_EX)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                os.close(self._turn)
+
+    def _locked(self, kind: int) -> int:
         lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             raise UserError(f"another process is writing to {str(self.path)!r}: wait for it or choose another --out") from None
@@ -76,18 +94,19 @@ class Run:
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row; it is on the disk when this returns. A row that did not fit on the disk leaves no part of itself."""
         line = (json.dumps(_plain(row)) + "\n").encode()
-        fd = os.open(self.path / "rows.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(fd).st_size
+        with self.alone():
+            fd = os.open(self.path / "rows.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                if os.write(fd, line) != len(line):
-                    raise OSError(28, "No space left on device", str(self.path / "rows.jsonl"))
-                os.fsync(fd)
-            except OSError:
-                os.ftruncate(fd, size)
-                raise
-        finally:
-            os.close(fd)
+                size = os.fstat(fd).st_size
+                try:
+                    if os.write(fd, line) != len(line):
+                        raise OSError(28, "No space left on device", str(self.path / "rows.jsonl"))
+                    os.fsync(fd)
+                except OSError:
+                    os.ftruncate(fd, size)
+                    raise
+            finally:
+                os.close(fd)
 
     def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leaves only the rows that are wanted: those after the checkpoint from which work goes on will be made again."""
@@ -119,6 +138,41 @@ def writing(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Claims:
+    """Items 0, 1, 2, … of some work, divided among processes in blocks: item i is taken by a lock on byte i of a file.
+
+    The locks die with the process that holds them, so nothing is left to tidy up. One object for a file in one process: POSIX
+    releases all of a process's locks on a file when any of its descriptors is closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR)
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._file)
+
+    def take(self, size: int, missing: Callable[[], Collection[int]]) -> list[int]:
+        """The missing items of the first block of `size` (items 0 to size - 1, and so on) of which no other process holds any.
+
+        What was held before is let go; nothing is taken when the list is empty. `missing` is asked again once a block is locked:
+        another process may have ended an item between question and lock.
+        """
+        fcntl.lockf(self._file, fcntl.LOCK_UN)
+        for start in sorted({item // size * size for item in missing()}):
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, size, start)
+            except OSError:  # taken
+                continue
+            if mine := sorted({*range(start, start + size)} & {*missing()}):
+                return mine
+            fcntl.lockf(self._file, fcntl.LOCK_UN, size, start)
+        return []
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockprune import checkpoints, data, features
-from blockprune.arch import BlockGraph
+from blockprune import checkpoints, data, export, features, presets, surgery
+from blockprune.arch import Architecture, BlockGraph
+from blockprune.checkpoints import Configs
 from blockprune.digits import DigitScenes
 from blockprune.errors import UserError
+from blockprune.imagefiles import as_stored
 from blockprune.imaging import Judges
+from blockprune.metrics import Detector, Stats
+from blockprune.protocol import Rules
 from blockprune.sampling import encode_images
 from blockprune.trace import trace
 
 GENERIC_PROMPTS = Path(__file__).parent / "prompts.txt"
 DEFAULTS = {"n_images": 64, "steps": 25, "cfg_scale": 7.5, "batch_size": 4, "eps_samples": 64}
+OWN = "blockprune.json"
 PATHS = ("detector", "clip", "reference", "prompts")
 
 
@@ -42,7 +47,7 @@ class Bench:
 def defaults_of(model: str) -> dict[str, Any]:
     """What a model folder's own `blockprune.json` says about scoring it, over the general defaults; its paths made absolute."""
     folder = checkpoints.BUILT_IN.get(model, Path(model))
-    file = folder / "blockprune.json"
+    file = folder / OWN
     if not file.is_file():
         return dict(DEFAULTS)
     try:
@@ -65,12 +70,84 @@ def load_bench(model: str, resolution: str | None, device: torch.device, dtype: 
     return Bench(model, pipe, graph, latent, checkpoints.identity(model), defaults_of(model))
 
 
-def prompts_of(path: str | None, bench: Bench) -> list[str]:
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate: its pipeline as it is, and what is known of its U-Net's teacher.
+
+    `configs` are those of the teacher and `graph` is its U-Net's where the teacher is known; else `graph` is None and `configs` are
+    the model's own. `identity` is the content id of the model or, where blocks were removed here, of its teacher.
+    """
+
+    name: str
+    pipe: Any
+    arch: Architecture
+    configs: Configs
+    graph: BlockGraph | None
+    latent: tuple[int, int]
+    identity: str
+    teacher: str
+    teacher_id: str
+    defaults: Mapping[str, Any]
+
+
+def load_subject(model: str, arch: str, resolution: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The model ready to run, `arch` removed ("" or "full" for nothing): whatever `checkpoints.load` takes, or what was exported.
+
+    An exported folder says itself what is removed; a training run stands for its pipeline/. UserError when there is no such model.
+    """
+    folder = Path(model)
+    if (folder / "run.json").is_file() and (folder / "pipeline").is_dir():
+        folder = folder / "pipeline"
+    if export.is_exported(folder):
+        if arch not in ("", "full"):
+            raise UserError(f"{str(folder)!r} is pruned already: leave out --arch, or give its teacher as the model")
+        return _exported(folder, resolution, device, dtype)
+    bench = load_bench(model, resolution, device, dtype)
+    removed = presets.parse(arch or "full", bench.graph)
+    if removed:
+        bench.pipe.unet = surgery.prune(bench.pipe.unet, removed)
+    teacher = (bench.name, bench.identity) if removed else ("", "")
+    configs = checkpoints.configs(model)
+    return Subject(model, bench.pipe, removed, configs, bench.graph, bench.latent, bench.identity, *teacher, bench.defaults)
+
+
+def _exported(folder: Path, resolution: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
+    said = export.read_teacher(folder)
+    pipe = export.load_pipeline(folder, device, dtype)
+    arch = Architecture.from_json(checkpoints.read_json(folder / export.PRUNING / export.ARCHITECTURE))
+    text = {
+        name: encoder.config.to_dict() | {"architectures": [type(encoder).__name__]}
+        for name in checkpoints.TEXT
+        if (encoder := getattr(pipe, name, None)) is not None
+    }
+    unet = said["unet"] if said else dict(pipe.unet.config)
+    configs = Configs(str(folder), unet, dict(pipe.vae.config), text, dict(pipe.scheduler.config))
+    latent = configs.latent(resolution)
+    graph = trace(unet, latent, configs.n_tokens) if said else None
+    teacher, teacher_id = (said["model"], said["identity"]) if said else ("", "")
+    own = defaults_of(str(folder)) if (folder / OWN).is_file() else _defaults_of_teacher(teacher, teacher_id)
+    return Subject(str(folder), pipe, arch, configs, graph, latent, export.exported_identity(folder), teacher, teacher_id, own)
+
+
+def _defaults_of_teacher(model: str, identity: str) -> dict[str, Any]:
+    """A teacher's own defaults, where it is still there under its name."""
+    there = model in checkpoints.BUILT_IN or Path(model, OWN).is_file()
+    return defaults_of(model) if there and checkpoints.identity(model) == identity else dict(DEFAULTS)
+
+
+def prompts_of(path: str | None, bench: Bench | Subject) -> list[str]:
     """The prompts of a file, else the model's own, else sixteen general ones."""
     return data.read_prompts(Path(path or bench.defaults.get("prompts", GENERIC_PROMPTS)))
 
 
-def judges_of(bench: Bench, detector: str | None, weights: str | None, clip: str | None, reference: str | None) -> Judges:
+def judges_of(
+    bench: Bench | Subject,
+    detector: str | None,
+    weights: str | None,
+    clip: str | None,
+    reference: str | None,
+    read: Callable[[str, Detector], Stats] = data.read_reference,
+) -> Judges:
     """The detector, CLIP scorer and reference asked for, else the model's own; without either, None in their place."""
     device = str(bench.pipe.device)
     name = detector or ("inception" if weights else bench.defaults.get("detector"))
@@ -80,9 +157,40 @@ def judges_of(bench: Bench, detector: str | None, weights: str | None, clip: str
     where = reference or (bench.defaults.get("reference") if not detector else None)
     return Judges(
         detector=chosen,
-        reference=data.read_reference(where, chosen) if where and chosen else None,
+        reference=read(where, chosen) if where and chosen else None,
         scorer=features.load_scorer(clip, device) if clip else None,
     )
+
+
+def laid_out(rules: Rules, reference: str | None, prompts: str | None) -> tuple[str | None, str | None]:
+    """Where a protocol's reference and prompts are; UserError for a folder that is not laid out as the protocol says."""
+    if not rules.reference_folder or (reference is not None and Path(reference).is_file()):
+        return reference, prompts
+    wanted = f"DIR/{rules.reference_folder}/ with {rules.n_reference or 'the'} images"
+    wanted += f" and DIR/{rules.prompts_file} with the captions" if rules.prompts_file else ""
+    if reference is None:
+        raise UserError(f"this protocol needs its reference: give --reference DIR, laid out as {wanted}, or a stats.npz")
+    images = Path(reference, rules.reference_folder)
+    found = len(data.ImageFolder(images)) if images.is_dir() and any(images.iterdir()) else 0
+    if found != (rules.n_reference or found) or not found:
+        raise UserError(f"{str(images)!r} has {found} images: this protocol takes --reference DIR, laid out as {wanted}")
+    if prompts is None and rules.prompts_file:
+        prompts = str(Path(reference, rules.prompts_file))
+        if not Path(prompts).is_file():
+            raise UserError(f"no prompts {prompts!r}: this protocol takes --reference DIR, laid out as {wanted}; or give --prompts")
+    return str(images), prompts
+
+
+def reference_reader(rules: Rules) -> Callable[[str, Detector], Stats]:
+    """How a protocol reads its reference: a folder's images as the protocol stores them; a file of statistics as it is."""
+
+    def read(where: str, detector: Detector) -> Stats:
+        if not Path(where).is_dir():
+            return data.read_reference(where, detector)
+        prepared = f"{rules.file}, {rules.resize} pixels" if rules.resize else "as they are"
+        return data.cached_stats(data.ImageFolder(where), detector, prepared, lambda image: as_stored(image, rules))
+
+    return read
 
 
 def clean_latents(bench: Bench, source: str | None, n: int, batch_size: int) -> tuple[Tensor, list[str]] | None:

@@ -98,7 +98,43 @@ def test_cost_of_a_published_model_in_its_table(run: Run) -> None:
     assert "1,032,071,623 │ 654,897,543" in rows["whole"]
     assert "338,749,194,240 │" in rows["U-Net x 1"]
     assert f"{25 * 217_727_959_040:,}" in rows["U-Net x 25"]
-    assert "1,240,079,532,032" in rows["vae decoder"]
+    assert "1,240,079,532,032" in rows["VAE decoder"]
+
+
+def test_components_of_the_published_students_side_by_side(run: Run) -> None:
+    """The paper's table of parts, in its own convention; the 25-step figures are 25 times one step."""
+    names = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
+    args = ["--model", "sd-v1-4", *(a for name in names for a in ("--arch", name)), "--components"]
+    _, out, _ = run("cost", *args, "--json")
+    rows = {(r["who"], r["name"]): r for r in json.loads(out)["components"]}
+    paper = {"teacher": (859_520_964, 338_749_194_240, 1_032_071_623), "bk-sdm-base": (579_384_964, 223_755_632_640, 751_935_623)}
+    paper |= {
+        "bk-sdm-small": (482_346_884, 217_727_959_040, 654_897_543),
+        "bk-sdm-tiny": (323_384_964, 205_035_274_240, 495_935_623),
+    }
+    assert set(rows) == {
+        (who, name) for who in paper for name in ("text encoder", "U-Net x 1", "U-Net x 25", "VAE decoder", "whole")
+    }
+    for who, (params, macs, whole) in paper.items():
+        found = {name: (row["params"], row["macs"]["thop"]) for (w, name), row in rows.items() if w == who}
+        assert found["U-Net x 1"] == (params, macs)
+        assert found["U-Net x 25"] == (params, 25 * macs)
+        assert found["text encoder"] == (123_060_480, 6_545_882_112)
+        assert found["VAE decoder"] == (49_490_179, 1_240_079_532_032)
+        assert found["whole"] == (whole, 6_545_882_112 + 25 * macs + 1_240_079_532_032)
+        assert rows[who, "U-Net x 1"]["latency_s"] is None
+
+
+def test_components_are_timed_one_by_one(run: Run, sd1: Path) -> None:
+    args = ["--model", sd1, "--arch", "bk-sdm-tiny", "--components", "--latency", "--rounds", 5, "--steps", 3, "--device", "cpu"]
+    _, out, _ = run("cost", *args, "--json")
+    seconds = {(r["who"], r["name"]): r["latency_s"] for r in json.loads(out)["components"]}
+    for who in ("teacher", "bk-sdm-tiny"):
+        assert 0 < seconds[who, "U-Net x 1"] < seconds[who, "U-Net x 3"] < seconds[who, "whole"]
+        assert 0 < seconds[who, "text encoder"] < seconds[who, "whole"]
+    assert seconds["bk-sdm-tiny", "U-Net x 3"] < seconds["teacher", "U-Net x 3"]
+    _, out, _ = run("cost", *args)
+    assert "ms: bk-sdm-tiny" in out
 
 
 def test_cost_of_two_text_encoders(run: Run, tiny_folder: Callable[[str], Path]) -> None:
@@ -146,6 +182,8 @@ def test_latency_is_measured_in_turn(run: Run, sd1: Path) -> None:
         (["cost", "--model", "SD1", "--arch", "missing.json"], "missing.json"),
         (["cost", "--model", "SD1", "--arch", "-mid_block,+mid_block"], "removes nothing"),
         (["cost", "--model", "SD1", "--steps", "0"], "--steps must be at least 1"),
+        (["cost", "--model", "SD1", "--arch", "bk-sdm-base", "--arch", "mid_block"], "add --components, or give one"),
+        (["cost", "--model", "SD1", "--components", "--verify"], "--components goes without --verify"),
         (["cost", "--model", "SD1", "--latency", "--rounds", "1"], "--rounds must be at least 5"),
         (["cost", "--model", "SD1", "--latency", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["cost", "--model", "SD1", "--latency", "--dtype", "int8"], "unknown dtype 'int8'"),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cleanfid import inception_pytorch
+from cleanfid.features import build_feature_extractor
 from cleanfid.fid import compute_fid, get_folder_features
 from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_isc import isc_features_to_metric
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -27,7 +32,17 @@ from transformers.utils import logging
 
 from blockprune import features, metrics
 from blockprune.errors import UserError
-from blockprune.features import DETECTORS, INCEPTION_FILE, HubDetector, InceptionDetector, Scorer, load_detector, load_scorer
+from blockprune.features import (
+    DETECTORS,
+    INCEPTION_FILE,
+    PYTORCH_FID_FILE,
+    HubDetector,
+    InceptionDetector,
+    PytorchFidDetector,
+    Scorer,
+    load_detector,
+    load_scorer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 
@@ -99,7 +114,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with torch.no_grad():
         stand_in.output.bias += torch.randn(1008)
     torch.jit.script(stand_in).save(str(root / INCEPTION_FILE))
-    return {name: root / name for name in ("classifier", "clip", "dino", INCEPTION_FILE)}
+    save_pytorch_fid(root / PYTORCH_FID_FILE)
+    return {name: root / name for name in ("classifier", "clip", "dino", INCEPTION_FILE, PYTORCH_FID_FILE)}
+
+
+def save_pytorch_fid(file: Path) -> None:
+    """Random weights, scaled so that images still differ after 48 convolutions, in the form of the real file."""
+    net = features._fid_inception()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.ndim == 4:
+                torch.nn.init.kaiming_normal_(p)
+            elif name.startswith("fc"):
+                p.normal_(std=2.0)
+    torch.save(net.state_dict(), file)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[dict[str, Path]], metrics.Detector]] = {
@@ -107,6 +135,7 @@ IMPLEMENTATIONS: dict[str, Callable[[dict[str, Path]], metrics.Detector]] = {
     "clip": lambda f: load_detector(str(f["clip"])),
     "dino": lambda f: load_detector(str(f["dino"])),
     "inception": lambda f: load_detector("inception", weights=f[INCEPTION_FILE]),
+    "pytorch-fid": lambda f: load_detector("pytorch-fid", weights=f[PYTORCH_FID_FILE]),
     "tiny-digits": lambda f: load_detector("tiny-digits"),
 }
 built_in = pytest.mark.skipif(not features.BUILT_IN.is_dir(), reason="the built-in model is not trained yet")
@@ -201,6 +230,40 @@ def test_inception_agrees_with_clean_fid_on_files(folders: dict[str, Path], tmp_
     )
     first, second = (x[:, ::256] for x in ours)
     assert metrics.fid(first, metrics.Stats.of(second)) == pytest.approx(score, rel=1e-4)
+
+
+def test_pytorch_fid_agrees_with_clean_fid_and_torch_fidelity_on_files(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are clean-fid's `legacy_pytorch`, the Inception Score is torch-fidelity's, from the same weights file."""
+    file = folders[PYTORCH_FID_FILE]
+    arrays = write_images(tmp_path / "a", 6, 0)
+    detector = PytorchFidDetector(file)
+    found, probs = detector.features_and_probs(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+    monkeypatch.setattr(inception_pytorch, "load_state_dict_from_url", lambda url, progress: torch.load(file, weights_only=True))
+    options = {"num_workers": 0, "batch_size": 8, "device": torch.device("cpu"), "verbose": False, "mode": "legacy_pytorch"}
+    with warnings.catch_warnings(action="ignore"):  # clean-fid uses what torchvision deprecates, and changes the filters itself
+        theirs = build_feature_extractor("legacy_pytorch", torch.device("cpu"), use_dataparallel=False)
+        wanted = get_folder_features(str(tmp_path / "a"), theirs, **options)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    fidelity = FeatureExtractorInceptionV3("inception", ["logits_unbiased"], feature_extractor_weights_path=str(file))
+    with torch.no_grad():
+        logits = fidelity(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))[0]
+    np.testing.assert_allclose(probs[:, 0], logits.softmax(1), rtol=1e-3, atol=1e-6)
+    wanted_is = isc_features_to_metric(logits, splits=3)["inception_score_mean"]
+    assert wanted_is > 1.005
+    assert metrics.inception_score(probs, 3) == pytest.approx(wanted_is, rel=1e-4)
+
+
+def test_pytorch_fid_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features.torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match=r"pt_inception-2015-12-05-6726825d.pth.*download https://github.*--inception-weights PATH"):
+        load_detector("pytorch-fid")
+    (tmp_path / "half.pth").write_bytes(b"half a file")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    for name in ("half.pth", "other.pth"):
+        with pytest.raises(UserError, match=r"is not a whole pt_inception-2015-12-05-6726825d.pth: fetch it again"):
+            load_detector("pytorch-fid", weights=tmp_path / name)
 
 
 def test_inception_probabilities_leave_out_the_bias(folders: dict[str, Path]) -> None:

@@ -14,13 +14,13 @@ import blockprune
 
 ROOT = Path(blockprune.__file__).parent
 # A group's modules may import every group above it. Within a group, a tuple is in import order; the members of a set are strangers.
-VALUES = ("errors", "arch", "records", "presets", "budgets", "recipe")
+VALUES = ("errors", "arch", "records", "presets", "budgets", "recipe", "protocol")
 MATHS = {"metrics", "losses"}
 LAYERS: list[tuple[str, ...] | set[str]] = [
     VALUES,
     MATHS,
     {"surgery", "families", "data", "digits", "features", "imaging", "costs", "latency", "crosscheck", "store", "checkpoints"}
-    | {"snapshots", "taps"},
+    | {"snapshots", "taps", "imagefiles", "quantize"},
     {"stock", "card"},
     {"trace", "replay", "sampling", "pairs", "space", "export", "adapters", "pricing", "ledger"},
     {"proposals"},

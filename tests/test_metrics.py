@@ -118,6 +118,11 @@ def test_kid_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = metrics.kid(x, y)
     monkeypatch.setattr(metrics, "_KERNEL_ROWS", 7)
     assert metrics.kid(x, y) == pytest.approx(whole, rel=1e-12)
+    monkeypatch.setattr(metrics, "_KERNEL_KEPT", 10)
+    index = metrics.resample(23, 0, 4)
+    assert metrics.kid(x, y) == pytest.approx(whole, rel=1e-12)
+    values = metrics.kid_statistic(x, y)(index)
+    np.testing.assert_allclose(values, [metrics.kid(x[row], y) for row in index], rtol=1e-9)
 
 
 def test_kid_refuses_too_large_subsets_and_other_widths() -> None:
@@ -131,6 +136,17 @@ def test_inception_score_equals_torch_fidelity() -> None:
     logits = RNG.standard_normal((50, 7)) * 3
     theirs = isc_features_to_metric(torch.from_numpy(logits), splits=1)["inception_score_mean"]
     assert metrics.inception_score(softmax(logits, axis=1)) == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "splits"), [(50, 10), (53, 10), (10, 10), (37, 3)])
+def test_inception_score_over_splits_equals_torch_fidelity(n: int, splits: int) -> None:
+    logits = np.random.default_rng(n).standard_normal((n, 7)) * 3
+    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=splits)["inception_score_mean"]
+    probs = softmax(logits, axis=1)
+    assert metrics.inception_score(probs, splits) == pytest.approx(theirs, rel=1e-9)
+    assert metrics.inception_score(probs, splits) != pytest.approx(metrics.inception_score(probs), rel=1e-3)
+    with pytest.raises(UserError, match=f"over {n + 1} splits needs as many images: got {n}"):
+        metrics.inception_score(probs, n + 1)
 
 
 def test_inception_score_of_groups_is_their_mean_and_ignores_padding() -> None:
@@ -215,6 +231,7 @@ def statistics_of(n: int) -> dict[str, metrics.Statistic]:
         "fid, n < d": metrics.fid_statistic(gaussian(n, 40, seed=4), Stats.of(gaussian(60, 40, seed=5))),
         "kid": metrics.kid_statistic(x, y),
         "is": metrics.inception_statistic(probs),
+        "is, 3 splits": metrics.inception_statistic(probs, 3),
         "mean": metrics.mean_statistic(x[:, 0]),
     }
 

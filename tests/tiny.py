@@ -18,6 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from blockprune import surgery
+from blockprune.checkpoints import silence
 
 KINDS = ("sd1", "sd2", "sdxl")  # and "sd1-v": SD v1 trained to predict the velocity
 N_TOKENS = 24
@@ -124,7 +125,8 @@ def pipeline(kind: str, folder: Path, seed: int = 0) -> DiffusionPipeline:
             pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
         else:
             pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.save_pretrained(folder)
+    with silence():
+        pipe.save_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from blockprune.cli import cache, cost, distill, export, graph, map_lora, report, scan, search, stats
+from blockprune.cli import cache, cost, distill, evaluate, export, graph, map_lora, report, scan, search, stats
 from blockprune.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command("cache")(cache.cache)
 app.command("scan")(scan.scan)
 app.command("search")(search.search)
 app.command("distill")(distill.distill)
+app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("map-lora")(map_lora.map_lora)
 app.command("report")(report.report)
@@ -68,5 +70,6 @@ def _quieten() -> None:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, which diffusers imports, names its types
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -68,6 +68,56 @@ def _saved(saved: int, total: int) -> str:
     return f"{count(saved)} {100 * saved / total:4.1f}%" if saved else "-"
 
 
+def print_evaluation(view: Mapping[str, Any], console: Console) -> None:
+    """Prints every setting with its scores and intervals, then the component table where there is one."""
+    protocol = view["protocol"]
+    there = list(dict.fromkeys(m for setting in view["settings"] for m in setting["scores"]))
+    for measures in ([m for m in there if m in QUALITY], [m for m in there if m not in QUALITY]):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table.add_column(view["label"], no_wrap=True)
+        for m in measures:
+            table.add_column(f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}", justify="right")
+        for setting in view["settings"]:
+            scores = [setting["scores"].get(m) for m in measures]
+            cells = [with_interval(s["value"], s["low"], s["high"]) if s else "-" for s in scores]
+            table.add_row(*(Text(c) for c in [setting["label"], *cells]))
+        console.print(table)
+    for setting in view["settings"]:
+        if errors := {s["error"] for s in setting["scores"].values() if s["error"]}:
+            console.print(Text(f"{setting['label']}: {', '.join(sorted(errors))}", style="red"), soft_wrap=True)
+    detail = (
+        f"n = {protocol['n_images']:,} images; in brackets 95 % bootstrap intervals; protocol {protocol['name']} {protocol['hash']}"
+    )
+    console.print(Text(detail), soft_wrap=True)
+    if view["components"]:
+        print_components(view["components"], console)
+
+
+def print_components(rows: Sequence[Mapping[str, Any]], console: Console, convention: str = "thop") -> None:
+    """Prints parameters, MACs and latency of each part, the models side by side.
+
+    A row has name, who, params, macs by convention, and latency_s or None.
+    """
+    whos = list(dict.fromkeys(row["who"] for row in rows))
+    timed = any(row["latency_s"] is not None for row in rows)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for what in ("params", f"MACs ({convention})", *(["ms"] if timed else [])):
+        for who in whos:
+            table.add_column(f"{what}: {who}", justify="right")
+    by = {(row["name"], row["who"]): row for row in rows}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        if name == "whole":
+            table.add_section()
+        cells = [f"{by[name, who]['params']:,}" for who in whos] + [f"{by[name, who]['macs'][convention]:,}" for who in whos]
+        if timed:
+            seconds = [by[name, who]["latency_s"] for who in whos]
+            cells += ["-" if s is None else f"{1000 * s:.4g}" for s in seconds]
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print("one image, no doubling for guidance; 1 MAC = one multiply-add", soft_wrap=True)
+
+
 class WorkProgress:
     """Progress over named steps of known size, counted in images.
 

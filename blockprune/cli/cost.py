@@ -7,23 +7,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockprune.arch import CONVENTIONS, Architecture, Cost, sum_costs
+from blockprune.arch import CONVENTIONS, Architecture, Cost
 from blockprune.cli import options
+from blockprune.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from blockprune.checkpoints import Configs
+    from blockprune.latency import Timing
 
 
 def cost(
     model: options.Model = "tiny-digits",
-    arch: options.Arch = "full",
+    arch: Annotated[
+        list[str] | None, typer.Option(help="What is removed: a preset, block names, or a JSON file; repeat to compare several.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of one image.")] = 25,
     resolution: options.Resolution = None,
     macs: options.Macs = "thop",
     as_json: options.AsJson = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check the counts with the thop and fvcore packages.")] = False,
+    components: Annotated[
+        bool, typer.Option("--components", help="Each part for all architectures side by side; with --latency, time each.")
+    ] = False,
     latency: Annotated[bool, typer.Option("--latency", help="Measure a U-Net step, with random weights.")] = False,
     rounds: Annotated[int, typer.Option(help="Measured steps of each, teacher and student in turn.")] = 20,
     device: options.Device = None,
@@ -36,12 +43,16 @@ def cost(
     """
     from blockprune.checkpoints import configs
     from blockprune.presets import parse
-    from blockprune.pricing import pipeline_costs, unet_inputs
+    from blockprune.pricing import component_costs, pipeline_costs, unet_inputs
     from blockprune.pricing import verify as verified
     from blockprune.trace import trace
 
-    convention = options.convention(macs)
+    convention, archs = options.convention(macs), arch or ["full"]
     options.at_least("--steps", steps, 1)
+    if len(archs) > 1 and not components:
+        raise UserError("several --arch are compared part by part: add --components, or give one")
+    if components and (verify or batch_size != 1):
+        raise UserError("--components goes without --verify and --batch-size: leave them out")
     if latency:
         options.at_least("--rounds", rounds, 5)
         options.at_least("--batch-size", batch_size, 1)
@@ -49,12 +60,19 @@ def cost(
     parts = configs(model)
     latent = parts.latent(resolution)
     found = trace(parts.unet, latent, parts.n_tokens)
-    student = parse(arch, found)
+    students = {text: parse(text, found) for text in archs}
     others = pipeline_costs(parts, latent)
-    full, kept = (_rows(others, found.cost(a), steps) for a in (Architecture(), student))
+    if components:
+        costs = {"teacher": found.total} | {text: found.cost(a) for text, a in students.items() if a}
+        timings = _time_components(parts, students, latent, steps, rounds, where, precision) if latency else {}
+        lines = {who: component_costs(others, unet, steps) for who, unet in costs.items()}
+        _print_components(model, lines, timings, steps, convention, as_json)
+        return
+    (label, student), *_ = students.items()
+    full, kept = (component_costs(others, found.cost(a), steps) for a in (Architecture(), student))
     data = {
         "model": model,
-        "label": arch,
+        "label": label,
         "architecture": student.to_json(),
         "steps": steps,
         "latent": list(found.latent),
@@ -74,13 +92,39 @@ def cost(
     _print(options.console(), data, full, kept, convention)
 
 
-def _rows(others: Mapping[str, Cost], unet: Cost, steps: int) -> dict[str, Cost]:
-    """The lines of the table: each part, and the whole of one image."""
-    repeated = Cost(unet.params, unet.keys, *(steps * unet.macs(c) for c in CONVENTIONS))
-    text = {name: c for name, c in others.items() if name != "vae_decoder"}
-    rest = {name: c for name, c in others.items() if name == "vae_decoder"}
-    whole = sum_costs([*others.values(), repeated])
-    return text | {"unet": unet, "unet_steps": repeated} | rest | {"pipeline": whole}
+def _time_components(
+    parts: Configs, students: Mapping[str, Architecture], latent: tuple[int, int], steps: int, rounds: int, device: Any, dtype: Any
+) -> dict[str, dict[str, Timing]]:
+    """Each part of the teacher and of every student, in turn; students are masks on one U-Net of random weights."""
+    from blockprune.pricing import random_unet, time_components
+
+    unet = random_unet(parts.unet, Architecture(), device, dtype)
+    masked = {"teacher": (unet, Architecture())} | {text: (unet, arch) for text, arch in students.items() if arch}
+    return time_components(parts, masked, latent, steps, rounds)
+
+
+def _print_components(
+    model: str,
+    lines: Mapping[str, Mapping[str, Cost]],
+    timings: Mapping[str, Mapping[str, Timing]],
+    steps: int,
+    convention: str,
+    as_json: bool,
+) -> None:
+    from blockprune.cli.console import print_components
+    from blockprune.cli.outputs import component_row
+    from blockprune.pricing import component_title
+
+    rows = [
+        component_row(component_title(name, steps), who, cost, timings[name][who].median_s if timings else None)
+        for who, costs in lines.items()
+        for name, cost in costs.items()
+        if steps > 1 or name != "unet_steps"
+    ]
+    if as_json:
+        options.print_json({"model": model, "steps": steps, "components": rows})
+    else:
+        print_components(rows, options.console(), convention)
 
 
 def _to_json(rows: Mapping[str, Cost]) -> dict[str, Any]:
@@ -120,16 +164,17 @@ def _print(
 ) -> None:
     from rich.table import Table
 
+    from blockprune.pricing import component_title
+
     table = Table(title=f"{data['model']}, student: {data['label']}", title_justify="left")
     for name in ("", "params: teacher", "student", "saved", f"MACs ({convention}): teacher", "student", "saved"):
         table.add_column(name, justify="right" if name else "left")
-    titles = {"unet": "U-Net x 1", "unet_steps": f"U-Net x {data['steps']}", "pipeline": "whole"}
     for name, teacher in full.items():
         student = kept[name]
         if name == "pipeline":
             table.add_section()
         numbers = *_pair(teacher.params, student.params), *_pair(teacher.macs(convention), student.macs(convention))
-        table.add_row(titles.get(name, name.replace("_", " ")), *numbers)
+        table.add_row(component_title(name, data["steps"]), *numbers)
     console.print(table)
     c, h, w = data["latent"]
     console.print(f"one image, {c}x{h}x{w} latent, no doubling for guidance; 1 MAC = one multiply-add")

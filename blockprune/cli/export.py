@@ -25,7 +25,7 @@ def export(
 
     Where a stock configuration can describe the student, any diffusers loads the folder; else `blockprune.load_pipeline` does.
     """
-    from blockprune.checkpoints import load
+    from blockprune.checkpoints import identity, load
     from blockprune.export import check_free, export_pipeline, load_student, read_architecture
     from blockprune.stock import Stock
 
@@ -36,7 +36,7 @@ def export(
     arch = read_architecture(folder)
     unet = load_student(folder)
     card = _named(model) | {"costs": _costs(unet.config, arch)} | card
-    found = export_pipeline(load(model, dtype=unet.dtype), unet, arch, out, card)
+    found = export_pipeline(load(model, dtype=unet.dtype), unet, arch, out, card, (model, identity(model)))
     print(f"{out}: {unet.num_parameters():,} U-Net parameters, the same outputs as the student")
     if isinstance(found, Stock):
         print(f"load it with diffusers: DiffusionPipeline.from_pretrained({str(out)!r})")

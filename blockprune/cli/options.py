@@ -24,7 +24,6 @@ Model = Annotated[
         help="tiny-digits, sd-v1-4, sd-v1-5, sd-v2-1-base, sd-v2-1, sdxl, a diffusers folder, a .safetensors file or a hub id."
     ),
 ]
-Arch = Annotated[str, typer.Option(help="What is removed: a preset, block names, or a JSON file; e.g. bk-sdm-base,-mid_block.")]
 Resolution = Annotated[str | None, typer.Option(help="Image size in pixels, 512 or HEIGHTxWIDTH; the model's own when left out.")]
 Macs = Annotated[str, typer.Option(help=f"Which multiply-adds to show: {', '.join(CONVENTIONS)}.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with every convention, instead of a table.")]
@@ -38,7 +37,7 @@ EpsSamples = Annotated[int | None, typer.Option(help="noisy samples for eps_mse 
 Data = Annotated[str | None, typer.Option(help="folder of images for eps_mse; default: the teacher's own samples")]
 Prompts = Annotated[str | None, typer.Option(help="prompts: .txt, .csv or .jsonl")]
 Reference = Annotated[str | None, typer.Option(help="real images for fid and kid: a folder or `blockprune stats` file")]
-Detector = Annotated[str | None, typer.Option(help="inception, a transformers folder or hub id")]
+Detector = Annotated[str | None, typer.Option(help="inception, pytorch-fid, a transformers folder or hub id")]
 InceptionWeights = Annotated[str | None, typer.Option(help="inception-2015-12-05.pt")]
 Clip = Annotated[str | None, typer.Option(help="CLIP model for clip_score: folder or hub id")]
 Seed = Annotated[int, typer.Option(help="image i uses seed + i")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blockprune.arch import Architecture, BlockGraph
+from blockprune.arch import CONVENTIONS, Architecture, BlockGraph, Cost
 from blockprune.budgets import parse_budget
 from blockprune.errors import UserError
 from blockprune.records import Evaluation, Score
@@ -29,10 +31,22 @@ def keep_arrays(run: Run, name: str, arrays: Mapping[str, NDArray[Any]]) -> None
 
 def recall_arrays(folder: Path, name: str) -> Arrays | None:
     """What `keep_arrays` kept under that name; None when there is nothing."""
+    file = folder / "parts" / f"{name}.safetensors"
+    return read_arrays(file) if file.exists() else None
+
+
+def read_arrays(file: Path) -> Arrays:
+    """What `keep_arrays` wrote into that file."""
     from safetensors.numpy import load
 
-    file = folder / "parts" / f"{name}.safetensors"
-    return load(file.read_bytes()) if file.exists() else None
+    return load(file.read_bytes())
+
+
+def strip_of_files(files: Sequence[Path]) -> bytes:
+    """Image files of one size side by side in one PNG."""
+    from PIL import Image
+
+    return strip_png(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
 
 
 def strip_png(images: NDArray[np.uint8]) -> bytes:
@@ -119,6 +133,50 @@ def write_search(run: Run) -> SearchView:
         names.append(name)
     run.write("report.md", search_text.search_markdown(view, names))
     return view
+
+
+def component_row(name: str, who: str, cost: Cost, latency_s: float | None) -> dict[str, Any]:
+    """A line of the component table, as run directories and `blockprune cost --json` hold it."""
+    numbers = {"params": cost.params, "macs": {c: cost.macs(c) for c in CONVENTIONS}, "latency_s": latency_s}
+    return {"kind": "component", "name": name, "who": who, **numbers}
+
+
+def write_evaluation(run: Run) -> dict[str, Any]:
+    """Writes evaluate.json and evaluate.csv; returns what the first of them says: each setting with its scores by measure."""
+    said, rows = read_run(run.path), read_rows(run.path)
+    named = ("label", "model", "teacher", "arch", "protocol")
+    settings = []
+    for setting in said["settings"]:
+        scores = {r["measure"]: r for r in rows if r["kind"] == "score" and r["setting"] == setting["label"]}
+        kept = ("value", "low", "high", "n", "seed", "unit", "direction", "error")
+        settings.append({**setting, "scores": {m: {k: r[k] for k in kept} for m, r in scores.items()}})
+    components = [{k: v for k, v in r.items() if k != "kind"} for r in rows if r["kind"] == "component"]
+    view = {**{k: said[k] for k in named}, "made_with": said["made_with"], "settings": settings, "components": components}
+    run.write("evaluate.json", json.dumps(view, indent=2) + "\n")
+    run.write("evaluate.csv", _evaluation_csv(view))
+    return view
+
+
+def _evaluation_csv(view: Mapping[str, Any]) -> str:
+    measures = list(dict.fromkeys(m for setting in view["settings"] for m in setting["scores"]))
+    plain = ("steps", "cfg_scale", "scheduler", "quantize", "checkpoint")
+    columns = [
+        "model",
+        "setting",
+        *plain,
+        *(f"{m}{end}" for m in measures for end in ("", "_low", "_high", "_n")),
+        "protocol",
+        "error",
+    ]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    for setting in view["settings"]:
+        scores = setting["scores"]
+        numbers = [scores.get(m, {}).get(key) for m in measures for key in ("value", "low", "high", "n")]
+        error = next((s["error"] for s in scores.values() if s["error"]), "")
+        table.writerow([view["label"], setting["label"], *(setting[k] for k in plain), *numbers, view["protocol"]["hash"], error])
+    return text.getvalue()
 
 
 def write_curves(run: Run) -> None:

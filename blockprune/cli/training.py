@@ -297,7 +297,8 @@ class Training:
         out.write("card.json", json.dumps(card, indent=2) + "\n")
         unet = load_student(self.folder / "student")
         pipe = self._load(self.plan[0].teacher).pipe.to("cpu")
-        found = export_pipeline(pipe, unet, self.plan[-1].arch, self.folder / "pipeline", card)
+        teacher = self.plan[0].teacher, self.bench.identity
+        found = export_pipeline(pipe, unet, self.plan[-1].arch, self.folder / "pipeline", card, teacher)
         loads = f"only blockprune.load_pipeline loads it: {found}" if isinstance(found, str) else "any diffusers loads it"
         print(f"the pipeline is in {self.folder / 'pipeline'}; {loads}")
 

@@ -1,0 +1,69 @@
+"""The checkpoints of a distillation, for a command that looks at them along training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockprune import export, surgery
+from blockprune.arch import Architecture
+from blockprune.errors import UserError
+from blockprune.snapshots import MANIFEST, file_digest, read_weights, snapshot_folders
+from blockprune.store import read_run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where the weights of a run are by optimiser step, the final student last, and what is removed at each."""
+
+    folder: Path
+    teacher: str
+    teacher_id: str
+    places: Mapping[int, Path]
+    archs: Mapping[int, Architecture]
+
+    @classmethod
+    def of(cls, folder: Path) -> Trained:
+        """UserError when `folder` is no distillation, or has nothing to look at yet."""
+        said = read_run(folder)
+        if said["command"] != "distill":
+            raise UserError(
+                f"--checkpoints takes the run directory of a distillation: {str(folder)!r} holds a run of {said['command']!r}"
+            )
+        phases, asked = said["asked"]["phases"], said["asked"]
+        places = snapshot_folders(folder / "checkpoints")
+        if (folder / "student" / export.ARCHITECTURE).is_file():
+            places[phases[-1]["last"]] = folder / "student"
+        if not places:
+            raise UserError(f"{str(folder)!r} has no checkpoint yet: wait for its first, or lower its --checkpointing-steps")
+        archs = {step: Architecture(frozenset(_phase(phases, step)["arch"])) for step in places}
+        return cls(folder, asked["teacher_model"], asked["teacher"], dict(sorted(places.items())), archs)
+
+    def digests(self) -> dict[str, str]:
+        """What each place holds, in a few characters."""
+        return {str(step): _digest(place) for step, place in self.places.items()}
+
+    def unet(self, step: int, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+        """The student at that step: its averaged weights where there are any."""
+        place = self.places[step]
+        if place.name == "student":
+            return export.load_student(place).to(device, dtype).requires_grad_(False)
+        try:
+            weights = read_weights(place)
+            unet = surgery.skeleton(config, self.archs[step])
+            unet.load_state_dict(weights, assign=True)
+        except (ValueError, RuntimeError) as err:
+            raise UserError(f"the checkpoint {str(place)!r} cannot be used ({str(err).splitlines()[0]}): remove it") from None
+        return unet.to(device, dtype).requires_grad_(False)
+
+
+def _phase(phases: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    return next((p for p in phases if p["first"] < step <= p["last"]), phases[-1])
+
+
+def _digest(place: Path) -> str:
+    return file_digest(place / (export.WEIGHTS if place.name == "student" else MANIFEST))[:12]

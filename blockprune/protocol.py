@@ -1,0 +1,147 @@
+"""Values: how a model is evaluated, in a file that a user can copy, and the settings that one run compares. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from blockprune.errors import UserError
+from blockprune.records import measure
+
+PROTOCOLS = Path(__file__).parent / "protocols"
+IMAGES = ("png", "jpeg")
+FIDS = {"clean": "inception", "legacy_pytorch": "pytorch-fid"}  # the kind of FID => the detector that computes it
+# what a setting says for itself, and what two runs may differ in all the same
+FREE = ("name", "hash", "steps", "cfg_scale", "scheduler", "quantize", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A protocol: what the image files are, how they are judged, and against what. None and "" leave it to command line and model.
+
+    Images are drawn, written as `image`, and, where `resize` is not 0, read again, resized to that many pixels a side (bicubic,
+    aspect not kept) and written again; judges see what the last file holds. Reference images go the same way.
+    """
+
+    image: str = "png"
+    jpeg_quality: int = 75
+    resize: int = 0
+    fid: str = "clean"
+    is_splits: int = 1
+    measures: tuple[str, ...] = ("fid", "kid", "is", "clip_score")
+    n_images: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    scheduler: str = ""
+    resolution: str = ""
+    clip: str = ""
+    cycle_prompts: bool = True
+    reference_folder: str = ""
+    n_reference: int = 0
+    prompts_file: str = ""
+
+    def __post_init__(self) -> None:
+        for name, known in {"image": IMAGES, "fid": tuple(FIDS)}.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"protocol: {name} must be {' or '.join(known)}: got {getattr(self, name)!r}")
+        for name, least in {"resize": 0, "n_reference": 0, "is_splits": 1, "n_images": 1, "steps": 1, "cfg_scale": 0}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"protocol: {name} must be at least {least}: got {value}")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise UserError(f"protocol: jpeg_quality is between 1 and 100: got {self.jpeg_quality}")
+        for name in self.measures:
+            measure(name)
+
+    @property
+    def suffix(self) -> str:
+        return ".png" if self.image == "png" else ".jpg"
+
+    @property
+    def file(self) -> str:
+        """The image files in words, such as "jpeg, quality 75"."""
+        return self.image if self.image == "png" else f"{self.image}, quality {self.jpeg_quality}"
+
+    def judged(self) -> dict[str, Any]:
+        """What of a protocol changes the numbers beside the images' own settings."""
+        return {"image": self.file, "resize": self.resize, "fid": self.fid, "is_splits": self.is_splits}
+
+
+def read_protocol(text: str) -> Rules:
+    """The protocol of that name, or of a TOML file; UserError for a file that is not one, and for keys it may not have."""
+    path = PROTOCOLS / f"{text}.toml" if not text.endswith(".toml") else Path(text)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PROTOCOLS.glob("*.toml")))
+        raise UserError(f"no protocol {text!r}: choose from {known}, or give a .toml file (copy one of {str(PROTOCOLS)!r})")
+    try:
+        data = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as err:
+        raise UserError(f"cannot read the protocol {str(path)!r}: {err}") from None
+    types = {f.name: str(f.type) for f in fields(Rules)}
+    if unknown := sorted(data.keys() - types.keys()):
+        raise UserError(f"protocol {str(path)!r}: unknown key {unknown[0]!r}: it may have {', '.join(types)}")
+    for name, value in data.items():
+        if not _is_of(value, types[name]):
+            raise UserError(f"protocol {str(path)!r}: {name} has the wrong type: got {value!r}")
+    if "measures" in data:
+        data["measures"] = tuple(data["measures"])
+    return Rules(**data)
+
+
+def _is_of(value: object, annotation: str) -> bool:
+    if annotation.startswith("tuple"):
+        return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+    kinds = {"str": str, "bool": bool, "int": int, "float": int | float}
+    kind = kinds[annotation.partition(" ")[0]]
+    return isinstance(value, kind) and (annotation == "bool" or not isinstance(value, bool))
+
+
+def protocol_hash(terms: Mapping[str, Any]) -> str:
+    """12 digits over everything that must be equal for two runs to be compared; what FREE names may differ."""
+    kept = {name: value for name, value in terms.items() if name not in FREE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of drawing the images: denoising steps, CFG scale, scheduler ("" for the model's own), quantisation ("" for none)
+    and, of a training run, the optimiser step of the checkpoint (None for the model itself)."""
+
+    steps: int
+    cfg_scale: float
+    scheduler: str = ""
+    quantize: str = ""
+    checkpoint: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as "CFG 3, 10 steps" or "step 500, CFG 7.5, 25 steps, ddim, int8"."""
+        first = [] if self.checkpoint is None else [f"step {self.checkpoint}"]
+        rest = [text for text in (self.scheduler, self.quantize) if text]
+        return ", ".join([*first, f"CFG {self.cfg_scale:.10g}", f"{self.steps} steps", *rest])
+
+    @property
+    def slug(self) -> str:
+        """The label as a file name."""
+        return re.sub(r"[^a-z0-9.+]+", "-", self.label.lower())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"label": self.label, **asdict(self)}
+
+
+def grid(
+    steps: Iterable[int],
+    cfg_scales: Iterable[float],
+    schedulers: Iterable[str] = ("",),
+    quantize: Iterable[str] = ("",),
+    checkpoints: Iterable[int | None] = (None,),
+) -> Sequence[Setting]:
+    """Every combination, each once: checkpoints outermost, then quantisation, scheduler, steps and CFG scale."""
+    order = product(checkpoints, quantize, schedulers, steps, cfg_scales)
+    return list(dict.fromkeys(Setting(n, cfg, name, q, step) for step, q, name, n, cfg in order))
