@@ -70,6 +70,7 @@ def _quieten() -> None:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers what torch knows by now
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, which diffusers imports, names its types
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
