@@ -22,7 +22,7 @@ class Measure:
 
 MEASURES: dict[str, Measure] = {
     "eps_mse": Measure("", "down", "denoising error against the teacher"),
-    "guided_mse": Measure("", "down", "error of the guided prediction against the teacher"),
+    "guided_mse": Measure("", "down", "guided denoising error against the teacher"),
     "fid": Measure("", "down", "FID"),
     "kid": Measure("", "down", "KID"),
     "is": Measure("", "up", "Inception Score"),
