@@ -28,7 +28,7 @@ SIZES = {
 # where the scan shows that captions are heard: without them the CLIP score falls, while the denoising error hardly rises
 KEEP = "mid_block.attentions.0,down_blocks.2.attentions.0"
 N_IMAGES = 1000
-N_SWEEP = 500
+N_SWEEP = 256
 CFG_SCALES = (1, 1.5, 2, 3, 4.5, 6, 7.5)
 SWEPT = ("tiny-digits", "bk-sdm-small", "small-params")
 N_STEPS = (4, 6, 10, 20)
