@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blockprune.errors import UserError
+from blockprune.named import read_named
 from blockprune.records import measure
 
 PROTOCOLS = Path(__file__).parent / "protocols"
@@ -75,14 +75,7 @@ class Rules:
 
 def read_protocol(text: str) -> Rules:
     """The protocol of that name, or of a TOML file; UserError for a file that is not one, and for keys it may not have."""
-    path = PROTOCOLS / f"{text}.toml" if not text.endswith(".toml") else Path(text)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PROTOCOLS.glob("*.toml")))
-        raise UserError(f"no protocol {text!r}: choose from {known}, or give a .toml file (copy one of {str(PROTOCOLS)!r})")
-    try:
-        data = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as err:
-        raise UserError(f"cannot read the protocol {str(path)!r}: {err}") from None
+    path, data = read_named("protocol", PROTOCOLS, text)
     types = {f.name: str(f.type) for f in fields(Rules)}
     if unknown := sorted(data.keys() - types.keys()):
         raise UserError(f"protocol {str(path)!r}: unknown key {unknown[0]!r}: it may have {', '.join(types)}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from blockprune.errors import UserError
+from blockprune.named import read_named
 
 RECIPES = Path(__file__).parent / "recipes"
 TAPS = ("stages", "layers")
@@ -68,14 +68,7 @@ class Recipe:
 
 def read_recipe(text: str) -> Recipe:
     """The recipe of that name, or of a TOML file; UserError for a file that is not one, and for keys it may not have."""
-    path = RECIPES / f"{text}.toml" if not text.endswith(".toml") else Path(text)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise UserError(f"no recipe {text!r}: choose from {known}, or give a .toml file (copy one of {str(RECIPES)!r})")
-    try:
-        data = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as err:
-        raise UserError(f"cannot read the recipe {str(path)!r}: {err}") from None
+    path, data = read_named("recipe", RECIPES, text)
     phases = data.pop("phases", [{}])
     if not isinstance(phases, list) or not all(isinstance(p, dict) for p in phases):
         raise UserError(f"recipe {str(path)!r}: write each phase as a [[phases]] table")

@@ -14,7 +14,7 @@ import blockprune
 
 ROOT = Path(blockprune.__file__).parent
 # A group's modules may import every group above it. Within a group, a tuple is in import order; the members of a set are strangers.
-VALUES = ("errors", "arch", "records", "presets", "budgets", "recipe", "protocol")
+VALUES = ("errors", "named", "arch", "records", "presets", "budgets", "recipe", "protocol")
 MATHS = {"metrics", "losses"}
 LAYERS: list[tuple[str, ...] | set[str]] = [
     VALUES,

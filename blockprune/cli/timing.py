@@ -23,7 +23,7 @@ from blockprune.records import Score
 from blockprune.store import Run
 
 if TYPE_CHECKING:
-    from blockprune.cli.evaluating import Job
+    from blockprune.cli.job import Job
 
 
 def measure_all(job: Job, out: Run, unet_of: Callable[[Setting], Any]) -> None:
