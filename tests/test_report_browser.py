@@ -134,6 +134,13 @@ def test_no_width_scrolls_sideways(page: Any, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_a_long_name_in_the_header_leaves_room_for_what_it_says(page: Any) -> None:
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.evaluate("document.querySelector('dt').textContent = 'Protocol of a-model, '.repeat(20)")
+    assert page.evaluate("document.querySelector('dd').getBoundingClientRect().width") > 600
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
 def test_every_picture_is_shown(page: Any) -> None:
     shown = page.evaluate("[...document.images].map(i => [i.complete && i.naturalWidth > 0, i.alt.slice(0, 60)])")
     assert len(shown) > 20
