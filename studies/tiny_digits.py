@@ -90,6 +90,9 @@ def main() -> None:
             shutil.copy(args.out / "scan" / name, args.reports / name)
         for run in sorted(args.out.glob("search-*")):
             shutil.copy(run / "best.json", args.reports / f"{run.name.removeprefix('search-')}.json")
+        (args.reports / "rows").mkdir(exist_ok=True)
+        for run in sorted(args.out.glob("evaluate-*")):
+            shutil.copy(run / "rows.jsonl", args.reports / "rows" / f"{run.name.removeprefix('evaluate-')}.jsonl")
 
 
 if __name__ == "__main__":

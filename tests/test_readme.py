@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -34,6 +35,23 @@ def test_every_option_exists(command: str) -> None:
     name, *rest = shlex.split(command)[1:]
     known = CliRunner().invoke(app, [name, "--help"], terminal_width=200).output
     assert all(word in known for word in rest if word.startswith("--")), command
+
+
+def test_the_case_study_says_what_its_rows_and_its_report_say() -> None:
+    folder = Path(__file__).parent.parent / "reports" / "tiny-digits"
+    report = json.loads((folder / "report.json").read_text())
+    reported = {r["model"]: r for r in report["results"] if r["table"] == "Evaluated models" and r["fid_n"] == 1000}
+    lines = re.findall(r"^\| ([a-z-]+)(?:, the teacher)? \| [\d.]+ M \| [\d.]+ M \| (.*) \| (.*) \| (.*) \|$", README, re.MULTILINE)
+    assert {name for name, *_ in lines} == reported.keys() == {p.stem for p in (folder / "rows").glob("*.jsonl")}
+    for name, *cells in lines:
+        rows = [json.loads(line) for line in (folder / "rows" / f"{name}.jsonl").read_text().splitlines()]
+        scores = {row["measure"]: row for row in rows if row["kind"] == "score"}
+        for measure, cell in zip(("fid", "is", "clip_score"), cells, strict=True):
+            said = [float(x) for x in re.findall(r"[\d.]+", cell)]
+            places = len(re.findall(r"\.(\d+)", cell)[0])
+            found = [scores[measure][key] for key in ("value", "low", "high")]
+            assert said == [round(x, places) for x in found], (name, measure)
+            assert reported[name][measure] == pytest.approx(found[0])
 
 
 def test_python_example_runs(tmp_path: Path) -> None:
