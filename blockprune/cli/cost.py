@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockprune.arch import CONVENTIONS, Architecture, Cost
+from blockprune.arch import CONVENTIONS, Architecture, BlockGraph, Cost
 from blockprune.cli import options
 from blockprune.errors import UserError
 
@@ -70,26 +70,32 @@ def cost(
         return
     (label, student), *_ = students.items()
     full, kept = (component_costs(others, found.cost(a), steps) for a in (Architecture(), student))
+    data = _said(model, label, student, steps, found, full, kept)
+    if verify:
+        data["verify"] = verified(parts, student, latent)
+    if latency:
+        inputs = unet_inputs(parts.unet, latent, parts.n_tokens, batch_size, where, precision)
+        timed = {"device": str(where), "dtype": dtype, "batch_size": batch_size}
+        data["latency"] = timed | _measure(parts, student, inputs, rounds)
+    if as_json:
+        options.print_json(data)
+        return
+    _print(options.console(), data, full, kept, convention)
+
+
+def _said(
+    model: str, label: str, student: Architecture, steps: int, graph: BlockGraph, full: Mapping[str, Cost], kept: Mapping[str, Cost]
+) -> dict[str, Any]:
+    """Teacher and student as JSON data."""
     data = {
         "model": model,
         "label": label,
         "architecture": student.to_json(),
         "steps": steps,
-        "latent": list(found.latent),
-        "n_tokens": found.n_tokens,
+        "latent": list(graph.latent),
+        "n_tokens": graph.n_tokens,
     }
-    data |= _to_json(kept) | {"teacher": _to_json(full), "reduction": _reductions(full, kept)}
-    if verify:
-        data["verify"] = verified(parts, student, latent)
-    if latency:
-        inputs = unet_inputs(parts.unet, latent, parts.n_tokens, batch_size, where, precision)
-        data["latency"] = {"device": str(where), "dtype": dtype, "batch_size": batch_size} | _measure(
-            parts, student, inputs, rounds
-        )
-    if as_json:
-        options.print_json(data)
-        return
-    _print(options.console(), data, full, kept, convention)
+    return data | _to_json(kept) | {"teacher": _to_json(full), "reduction": _reductions(full, kept)}
 
 
 def _time_components(

@@ -115,8 +115,9 @@ def prose(text: str) -> Markup:
 
 
 def picture(figure: Figure, alt: str, caption: str, runs: Sequence[str] = ()) -> Picture:
-    """The figure as SVG or PNG, whichever is smaller."""
-    drawn = {"image/svg+xml": svg(figure), "image/png": png(figure)}
+    """The figure as SVG or as PNG of 256 colours, whichever is smaller."""
+    flat = Image.open(io.BytesIO(png(figure))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    drawn = {"image/svg+xml": svg(figure), "image/png": _encoded(flat, "PNG")}
     mime = min(drawn, key=lambda m: len(drawn[m]))
     return Picture(_uri(mime, drawn[mime]), alt, caption, round(figure.get_figwidth() * PX_PER_INCH), runs)
 
