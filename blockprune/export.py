@@ -19,12 +19,16 @@ from torch import Tensor
 from blockprune import checkpoints, surgery
 from blockprune.arch import Architecture
 from blockprune.card import model_card
+from blockprune.compare import difference
 from blockprune.errors import UserError
 from blockprune.families import family_of
 from blockprune.stock import BlockMap, Stock, expressible, slots
 
 # not the name that stock loaders look for: they would fill the removed blocks of the full configuration at random
 WEIGHTS = "pruned_unet.safetensors"
+# stock loaders look here for the names of weights files, and put the one that they miss into their error
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+HOW_TO_LOAD = "(a pruned U-Net: load its pipeline with blockprune.load_pipeline, a bare one with blockprune.export.load_student)"
 ARCHITECTURE = "architecture.json"
 PRUNING = "pruning"  # of an exported folder; nothing there is read by diffusers
 BLOCK_MAP = "block_map.json"
@@ -40,6 +44,7 @@ def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -
     save_file(tensors, part, metadata={"format": "pt", "architecture": arch.key})
     part.replace(folder / WEIGHTS)
     unet.save_config(folder)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": HOW_TO_LOAD}}, indent=2) + "\n")
     (folder / ARCHITECTURE).write_text(arch.dumps())
 
 
@@ -65,7 +70,7 @@ def load_student(folder: Path, device: str | torch.device = "cpu") -> UNet2DCond
     _same_keys(tensors, expected, str(path))
     if reshaped := [n for n, t in tensors.items() if t.shape != expected[n].shape]:
         raise UserError(f"{str(path)!r} is of another U-Net than its config.json: {reshaped[0]!r} differs in shape; save it again")
-    unet.load_state_dict({name: _aligned(t) for name, t in tensors.items()}, assign=True)
+    unet.load_state_dict(tensors, assign=True)
     return unet.eval()
 
 
@@ -76,7 +81,6 @@ def load_pipeline(folder: str | Path, device: str | torch.device = "cpu", dtype:
     """
     stock = not (Path(folder) / "unet" / ARCHITECTURE).is_file()
     pipe = checkpoints.load(str(folder), dtype=dtype) if stock else _load_slots(Path(folder), dtype)
-    pipe.unet.load_state_dict({name: _aligned(t) for name, t in pipe.unet.state_dict().items()}, assign=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
@@ -109,7 +113,7 @@ def export_pipeline(
 
     Returns the stock form, which any diffusers loads, or why there is none; then `load_pipeline` alone loads the folder. `card`
     fills the README (see `model_card`), `teacher` is the model's name and identity. Raises UserError, and leaves no folder, when
-    `folder` is taken, `unet` is no student of `pipe` by `arch`, or what was read back computes something else.
+    `folder` is taken, `unet` is no student of `pipe` by `arch`, or what was read back is another network.
     """
     check_free(folder)
     if changed := _changes(pipe.unet.config, unet.config):
@@ -135,7 +139,7 @@ def export_pipeline(
         (part / "README.md").write_text(model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card))
         for weights in part.rglob("*.safetensors"):  # safetensors writes files that only their owner may read
             weights.chmod((part / "README.md").stat().st_mode)
-        _check_equal(part, unet.config, arch, state, blocks)
+        _check_same(part, unet.config, arch, state, blocks)
     return found
 
 
@@ -182,24 +186,12 @@ def _changes(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[str
     return sorted(k for k in {*a, *b} - {"sample_size"} if a.get(k) != b.get(k))
 
 
-def _check_equal(
-    folder: Path, config: Mapping[str, Any], arch: Architecture, state: Mapping[str, Tensor], blocks: BlockMap
-) -> None:
-    """Raises UserError unless the exported U-Net has the student's weights and outputs, bit for bit, on the CPU in float32."""
+def _check_same(folder: Path, config: Mapping[str, Any], arch: Architecture, state: Mapping[str, Tensor], blocks: BlockMap) -> None:
+    """Raises UserError unless the exported U-Net is the student, on the CPU in float32 (see `compare`)."""
     student, again = surgery.skeleton(config, arch), load_pipeline(folder).unet
-    student.load_state_dict({name: _aligned(t.float().cpu()) for name, t in state.items()}, assign=True)
-    weights = again.state_dict()
-    for name, t in student.state_dict().items():
-        if not torch.equal(t, weights[str(blocks.new_name(name))]):
-            raise UserError(f"the export is not the student: {name!r} came back with other values (or is not a number)")
-    inputs = _probe(config)
-    with torch.no_grad():
-        ours, theirs = (u(**inputs, return_dict=False)[0] for u in (student, again))
-    if not torch.equal(ours, theirs):
-        raise UserError(
-            f"the exported U-Net of {arch.key} computes something else than the student, {(ours - theirs).abs().max():.2g} apart: "
-            "please report this architecture"
-        )
+    student.load_state_dict({name: t.float().cpu() for name, t in state.items()}, assign=True)
+    if fault := difference(student, again, _probe(config), blocks.new_name):
+        raise UserError(f"the export of {arch.key} is not the student: {fault}; please report this architecture")
 
 
 def _probe(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,11 +245,6 @@ def exported_skeleton(folder: Path) -> UNet2DConditionModel:
     unet = folder / "unet"
     arch = read_architecture(unet) if (unet / ARCHITECTURE).is_file() else Architecture()
     return surgery.skeleton(_json(unet / "config.json"), arch)
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """The tensor at an address where kernels round as they did before saving; in the file it may lie at any."""
-    return t if t.data_ptr() % 64 == 0 else t.clone()
 
 
 def _json(path: Path) -> Any:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from torch import nn
 
 from blockprune import surgery
 from blockprune.arch import Architecture
+from blockprune.compare import other_settings
 from blockprune.errors import UserError
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
@@ -259,20 +259,5 @@ def _compare(student: UNet2DConditionModel, stock: UNet2DConditionModel, blocks:
     for key in sorted({*have, *want}):
         if have.get(key) != want.get(key):
             raise _NotStockError(f"{key} would have the shape {want.get(key)} in a stock U-Net, not the student's {have.get(key)}")
-    modules = dict(stock.named_modules())
-    for name, module in student.named_modules():
-        new = blocks.new_name(name)
-        if new is None or isinstance(module, nn.ModuleList) or name in ("", "mid_block") or _is_stage(name):
-            continue
-        if new not in modules or _settings(modules[new]) != _settings(module):
-            raise _NotStockError(f"{name} would have other settings in a stock U-Net (heads, norms or the like)")
-
-
-def _is_stage(name: str) -> bool:
-    return name.startswith(("down_blocks", "up_blocks")) and name.count(".") < 2
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module's computation depends on besides its tensors and its children."""
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)) and k != "training"}
-    return {"type": type(module)} | plain
+    if name := other_settings(student, stock, blocks.new_name):
+        raise _NotStockError(f"{name} would have other settings in a stock U-Net (heads, norms or the like)")

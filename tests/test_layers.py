@@ -20,7 +20,7 @@ LAYERS: list[tuple[str, ...] | set[str]] = [
     VALUES,
     MATHS,
     {"surgery", "families", "data", "digits", "features", "imaging", "costs", "latency", "crosscheck", "store", "checkpoints"}
-    | {"snapshots", "taps", "imagefiles", "quantize"},
+    | {"snapshots", "taps", "imagefiles", "quantize", "compare"},
     {"stock", "card"},
     {"trace", "replay", "sampling", "pairs", "space", "export", "adapters", "pricing", "ledger"},
     {"proposals"},
