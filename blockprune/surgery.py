@@ -148,14 +148,26 @@ def why_fixed(unet: UNet2DConditionModel, name: str) -> str:
 def swapped(unet: UNet2DConditionModel, modules: Mapping[str, nn.Module]) -> Iterator[UNet2DConditionModel]:
     """`unet` with some of its modules swapped in place; they are put back on leaving, also after an exception."""
     originals = {name: unet.get_submodule(name) for name in modules}
-    training = unet.training
+    training, saving = unet.training, vars(unet).get("save_pretrained")
     try:
         for name, module in modules.items():
             unet.set_submodule(name, module.train(training))
+        if modules and saving is None:
+            unet.save_pretrained = refuse_to_save
         yield unet
     finally:
         for name, module in originals.items():
             unet.set_submodule(name, module)
+        if saving is None:
+            vars(unet).pop("save_pretrained", None)
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of `save_pretrained`, which would write the full configuration beside the weights that are left."""
+    raise UserError(
+        "save_pretrained cannot save a U-Net without some of its blocks: loading would fill them at random; write it with "
+        "blockprune.export.export_pipeline, or save_student for the U-Net alone, and load it with blockprune.load_pipeline"
+    )
 
 
 def removed(unet: UNet2DConditionModel, arch: Architecture) -> AbstractContextManager[UNet2DConditionModel]:
@@ -172,7 +184,10 @@ def check_innermost(unet: UNet2DConditionModel, arch: Architecture) -> None:
 
 
 def prune(unet: UNet2DConditionModel, arch: Architecture) -> UNet2DConditionModel:
-    """A standalone student: a copy of `unet` in which the weights of the removed blocks do not exist."""
+    """A standalone student: a copy of `unet` in which the weights of the removed blocks do not exist.
+
+    Its `save_pretrained` raises UserError; `blockprune.export` saves it.
+    """
     with removed(unet, arch) as masked:
         return copy.deepcopy(masked)
 
@@ -183,4 +198,6 @@ def skeleton(config: Mapping[str, Any], arch: Architecture) -> UNet2DConditionMo
         unet = UNet2DConditionModel.from_config(config)
     for name, module in {name: stand_in(unet, name) for name in arch}.items():
         unet.set_submodule(name, module)
+    if arch:
+        unet.save_pretrained = refuse_to_save
     return unet.eval()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import random
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -189,3 +192,27 @@ def test_replay_bypasses_upstream_modules() -> None:
         run(unet, inputs)
     assert ran and all(n.startswith(("up_blocks.2.", "up_blocks.3.", "conv_out")) for n in ran)
     assert not any(n.startswith(("up_blocks.2.resnets.0", "up_blocks.2.resnets.1", "up_blocks.2.attentions.0")) for n in ran)
+
+
+def test_a_pruned_network_saves_only_with_this_package(tmp_path: Path) -> None:
+    """Its configuration names all blocks, so a stock loader would make up the missing ones at random."""
+    pipe = tiny.pipeline("sd1", tmp_path / "teacher")
+    arch = preset("bk-sdm-base")
+    student = surgery.prune(pipe.unet, arch)
+    with surgery.removed(pipe.unet, arch), pytest.raises(UserError, match=r"blockprune\.export"):
+        pipe.unet.save_pretrained(tmp_path / "x")
+    pipe.unet.save_pretrained(tmp_path / "whole")  # put together again
+    assert (tmp_path / "whole" / "diffusion_pytorch_model.safetensors").is_file()
+    buffer = io.BytesIO()
+    torch.save(student, buffer)
+    refused = [student, copy.deepcopy(student).to(torch.float64), surgery.skeleton(pipe.unet.config, arch)]
+    refused += [torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)]
+    for unet in refused:
+        assert unet.state_dict().keys() == student.state_dict().keys()
+        with pytest.raises(UserError, match=r"export_pipeline, or save_student .* load it with blockprune\.load_pipeline"):
+            unet.save_pretrained(tmp_path / "x")
+    pipe.unet = student
+    with pytest.raises(UserError, match="save_pretrained cannot save a U-Net without some of its blocks"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "x").exists() and not (tmp_path / "pipe" / "unet").exists()
+    assert not (tmp_path / "pipe" / "model_index.json").exists()
