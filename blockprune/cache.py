@@ -122,7 +122,7 @@ def terms(reader: Reader, teacher: str, flip: bool, dtype: torch.dtype) -> dict[
 
 
 class Cached(Provider):
-    """Reads what `write_cache` wrote; with its `chunk`, the same numbers as Live.
+    """Reads what `write_cache` wrote; what Live gives, within rounding.
 
     UserError when a shard is missing or damaged, or the cache is not of the terms `asked` (None: any). One with both orientations
     serves where one is asked for. `skipped` maps indices of broken samples to reasons.

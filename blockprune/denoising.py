@@ -63,8 +63,8 @@ class NoisySamples:
 class Answer:
     """The teacher's answer to noisy samples start…stop-1, kept for comparison with any masked U-Net.
 
-    With `replay` the modules before the first removed block return what they returned in the teacher's pass; the numbers are the
-    same bit for bit.
+    With `replay` the modules before the first removed block return what they returned in the teacher's pass; the numbers are those
+    of a whole pass within rounding.
     """
 
     @torch.inference_mode()

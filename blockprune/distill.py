@@ -315,6 +315,7 @@ def _whole(t: Tensor) -> Tensor:
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of another, and sharded as that one is."""
-    t = t.to(like.device)
-    return distribute_tensor(t, like.device_mesh, like.placements) if isinstance(like, DTensor) else t
+    """A whole tensor in memory as another of its shape is: device, shards and layout, by which kernels round."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like).copy_(t)

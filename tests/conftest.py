@@ -16,7 +16,7 @@ import torch
 
 from blockprune.cli import main
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as in the processes that tests start
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -178,7 +178,7 @@ def test_batch_size_changes_no_score(evaluated: Path, tmp_path: Path, cli: Cli, 
     code, _, err = cli("evaluate", *QUICK[:-1], batch_size, "--no-save-images", "--seed", "0", "--out", tmp_path / "run")
     assert code == 0, err
     assert [line for line in err.splitlines() if line.startswith("warning: FID of 6 images with 64 features")]
-    for key, (value, *_) in values(tmp_path / "run").items():  # convolutions round by batch size
+    for key, (value, *_) in values(tmp_path / "run").items():  # rounding, by batch size, turns some pixels by a grey level
         assert value == pytest.approx(values(evaluated)[key][0], rel=1e-3), key
     assert store.read_run(tmp_path / "run")["protocol"] == store.read_run(evaluated)["protocol"]
 
@@ -234,9 +234,8 @@ def test_grids_of_settings_have_one_protocol(evaluated: Path, tmp_path: Path, cl
     assert said["settings"][-1]["quantize"] == "int8"
     same = {k: v for k, v in said["protocol"].items() if k not in ("hash", "reference", "n_reference")}
     assert same == {k: v for k, v in store.read_run(evaluated)["protocol"].items() if k in same}
-    assert found["CFG 3, 2 steps, dpm++", "clip_score"]["value"] == pytest.approx(
-        scores(evaluated)["CFG 3, 2 steps", "clip_score"]["value"]
-    )
+    first, again = scores(evaluated)["CFG 3, 2 steps", "clip_score"], found["CFG 3, 2 steps, dpm++", "clip_score"]
+    assert again["value"] == pytest.approx(first["value"], rel=1e-3)  # drawn again: rounding turns some pixels by a grey level
 
 
 def test_components_stand_side_by_side(tmp_path: Path, cli: Cli) -> None:

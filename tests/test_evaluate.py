@@ -30,6 +30,7 @@ from blockprune.sampling import Protocol, draw, encode
 from blockprune.store import Claims, Run
 
 JPEG = Rules(image="jpeg", resize=8)
+TURNED = 0.1  # of the mean in grey levels: one pixel in ten turned by rounding
 PROMPTS = ["a cat", "two dogs", "a kite", "one", "o"]
 
 
@@ -129,17 +130,27 @@ def looked(pipe: Any, batches: list[list[int]], files: dict[int, bytes], rules: 
     return drawn, in_order(seen)
 
 
+def assert_same_images(files: dict[int, bytes], others: dict[int, bytes]) -> None:
+    """Images drawn in other batches: rounding may turn a pixel by one grey level."""
+    assert files.keys() == others.keys()
+    for i, file in files.items():
+        assert (pixels(file).int() - pixels(others[i]).int()).abs().max() <= 1, i
+
+
 def test_an_image_depends_on_its_number_alone(pipe: Any) -> None:
     ways = [[[0], [1], [2], [3], [4]], [[0, 1, 2, 3], [4]], [[4, 1], [3], [0, 2]]]
     found = []
     for batches in ways:
         files: dict[int, bytes] = {}
-        drawn, seen = looked(pipe, batches, files)
+        drawn, seen = looked(pipe, batches, files, Rules())
         assert drawn == [i for batch in batches for i in batch]
         found.append((files, seen))
     for files, seen in found[1:]:
-        assert files == found[0][0]
-        assert all(np.array_equal(seen[name], found[0][1][name]) for name in ("features", "probs", "image", "text"))
+        assert_same_images(files, found[0][0])
+        for name in ("features", "probs", "image", "text"):
+            np.testing.assert_allclose(seen[name], found[0][1][name], atol=TURNED, rtol=0)
+    first = pixels(found[0][0][0]).int()
+    assert all((first - pixels(file).int()).abs().max() > 1 for i, file in found[0][0].items() if i), "images differ by number"
 
 
 def test_images_are_those_of_sampling_draw(pipe: Any) -> None:
@@ -148,21 +159,22 @@ def test_images_are_those_of_sampling_draw(pipe: Any) -> None:
     conditions = encode(pipe, PROMPTS, (8, 8))
     batches = draw(pipe, Protocol(5, 2, 3.0, 3, (8, 8)), *conditions, 5, lambda n: None)
     images = torch.cat([images for _, images in batches])
-    assert all(torch.equal(pixels(files[i]), images[i]) for i in range(5))
+    assert all((pixels(files[i]).int() - images[i].int()).abs().max() <= 1 for i in range(5))
 
 
 def test_what_is_on_disk_is_read_and_not_drawn(pipe: Any) -> None:
     files: dict[int, bytes] = {}
-    _, whole = looked(pipe, [[0, 1, 2, 3, 4]], files)
+    _, whole = looked(pipe, [[0, 1, 2, 3, 4]], files, Rules())
     kept = {i: files[i] for i in (0, 3, 4)}
     kept[4] = kept[4][:40]  # a machine went down while this one was written
-    drawn, seen = looked(pipe, [[0, 1], [2, 3, 4]], kept)
+    drawn, seen = looked(pipe, [[0, 1], [2, 3, 4]], kept, Rules())
     assert drawn == [1, 2, 4]
-    assert all(np.array_equal(seen[name], whole[name]) for name in whole)
-    other = {0: file_bytes(picture(16, 16), JPEG)}
-    drawn, seen = looked(pipe, [[0]], other)
+    for name in whole:
+        np.testing.assert_allclose(seen[name], whole[name], atol=TURNED, rtol=0)
+    other = {0: file_bytes(picture(16, 16), Rules())}
+    drawn, seen = looked(pipe, [[0]], other, Rules())
     assert drawn == []
-    assert not np.array_equal(seen["features"][0], whole["features"][0])
+    assert abs(seen["features"][0] - whole["features"][0]).max() > TURNED
 
 
 def test_nothing_is_computed_for_what_is_there(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

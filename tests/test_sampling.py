@@ -1,4 +1,4 @@
-"""Drawing images: the same numbers as diffusers' own pipelines, whatever the batch size, for every family."""
+"""Drawing images: those of diffusers' own pipelines to a grey level, whatever the batch size, for every family."""
 
 from __future__ import annotations
 

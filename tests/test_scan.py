@@ -16,6 +16,7 @@ from diffusers import DDPMScheduler
 from blockprune import scan as stage
 from blockprune import surgery
 from blockprune.arch import Architecture
+from blockprune.compare import rounding
 from blockprune.denoising import NoisySamples, denoising_errors
 from blockprune.errors import UserError
 from blockprune.imaging import Judges
@@ -119,15 +120,17 @@ def test_batch_size_changes_nothing(pipe: Any, plan: Plan, whole: list[Any]) -> 
         assert other[key] == pytest.approx(value, rel=2e-2, abs=1e-6), key
 
 
-def test_replay_equals_the_plain_way_bit_for_bit(pipe: Any) -> None:
+def test_replay_equals_the_plain_way(pipe: Any) -> None:
+    """The root of an error is a distance of two outputs of unit size, so it may be off by the rounding of both."""
     condition = {"encoder_hidden_states": torch.randn(3, tiny.N_TOKENS, 8, generator=torch.Generator().manual_seed(0))}
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     samples = NoisySamples(latents, condition, DDPMScheduler.from_config(pipe.scheduler.config), 6, 0)
-    archs = GRAPH.units("block")
+    archs, tolerance = GRAPH.units("block"), 2 * rounding(pipe.unet, torch.float32)
     ways = [list(denoising_errors(pipe.unet, GRAPH, archs, samples, 4, replay=replay)) for replay in (True, False)]
     for fast, plain in zip(*ways, strict=True):
         assert fast.keys() == plain.keys() == archs.keys()
-        assert all(np.array_equal(fast[label], plain[label]) for label in archs)
+        for label in archs:
+            np.testing.assert_allclose(np.sqrt(fast[label]), np.sqrt(plain[label]), rtol=0, atol=tolerance, err_msg=label)
 
 
 def test_the_guided_error_is_that_of_the_guided_prediction(pipe: Any) -> None:

@@ -1,4 +1,4 @@
-"""Masking and pruning: every removal runs, the teacher comes back bit for bit, and the presets equal stock diffusers models."""
+"""Masking and pruning: every removal runs, the teacher comes back as it was, and the presets equal stock diffusers models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 
 from blockprune import surgery
 from blockprune.arch import UNITS, Architecture
+from blockprune.compare import same_outputs
 from blockprune.errors import UserError
 from blockprune.presets import fitting, preset
 from blockprune.replay import Recording
@@ -51,11 +52,11 @@ def test_every_removal_runs_alike_masked_pruned_and_replayed(
     for label, arch in every_removal(kind, units).items():
         with surgery.removed(unet, GRAPHS[kind].check(arch)):
             masked = run(unet, inputs)
-        assert masked.shape == full.shape and not torch.equal(masked, full), label
+        assert masked.shape == full.shape and not same_outputs(masked, full, unet), label
         with recording.removed(unet, arch):
-            assert torch.equal(run(unet, inputs), masked), label
+            assert same_outputs(run(unet, inputs), masked, unet), label
         if label.startswith("random") or label in fitting(GRAPHS[kind]):
-            assert torch.equal(run(surgery.prune(unet, arch), inputs), masked), label
+            assert same_outputs(run(surgery.prune(unet, arch), inputs), masked, unet), label
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -164,14 +165,14 @@ STOCK += [("sdxl", "ssd-1b"), ("sdxl", "vega")]
 
 @pytest.mark.parametrize(("kind", "label"), STOCK)
 @pytest.mark.parametrize("size", [8, 16])
-def test_presets_equal_the_stock_models_bit_for_bit(kind: str, label: str, size: int) -> None:
+def test_presets_equal_the_stock_models(kind: str, label: str, size: int) -> None:
     unet, inputs = tiny.unet(kind), tiny.inputs(kind, size=size)
     stock = UNet2DConditionModel(**stock_config(kind, label)).eval()
     student = surgery.prune(unet, preset(label))
     stock.load_state_dict({renamed(label, k): v for k, v in student.state_dict().items()}, strict=True)
     with surgery.removed(unet, preset(label)):
         masked = run(unet, inputs)
-    assert torch.equal(masked, run(stock, inputs))
+    assert same_outputs(masked, run(stock, inputs), stock)
 
 
 def test_half_an_innermost_stage_is_refused() -> None:

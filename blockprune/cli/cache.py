@@ -21,7 +21,7 @@ def cache(
     resolution: options.Resolution = None,
     flip: Annotated[bool, typer.Option(help="hold every image mirrored as well, for training with --flip")] = False,
     shard_size: Annotated[int, typer.Option(help="pairs per file")] = 512,
-    batch_size: Annotated[int, typer.Option(help="images at a time; 1 gives the very numbers of training without a cache")] = 1,
+    batch_size: Annotated[int, typer.Option(help="images at a time; 1 encodes each as training without a cache does")] = 1,
     device: options.Device = None,
     dtype: options.Dtype = "float32",
 ) -> None:
