@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -169,21 +169,24 @@ def inception_score(probs: ArrayLike, splits: int = 1) -> float:
     With `splits` the mean score of that many equal parts of the shuffled images, shuffled and cut as torch-fidelity does.
     UserError for fewer images than splits.
     """
-    return _value(inception_statistic(probs, splits), len(np.asarray(probs)))
+    probs = np.asarray(probs)
+    return _value(inception_statistic(probs, splits), probs.shape[0] if probs.ndim else 0)
 
 
 def inception_statistic(probs: ArrayLike, splits: int = 1) -> Statistic:
     """Inception Score of subsets of (N, K) or (N, G, K) class probabilities; an image stays in its split in every subset."""
+    p = _samples(probs, (2, 3), "class probabilities must be (N, K) or (N, G, K)", 1)
+    if splits < 1:
+        raise UserError(f"an Inception Score has at least 1 split: got {splits}")
     if splits == 1:
-        return _whole_inception(probs)
-    n = len(np.asarray(probs))
-    if n < splits:
+        return _whole_inception(p)
+    if (n := len(p)) < splits:
         raise UserError(f"an Inception Score over {splits} splits needs as many images: got {n}; raise the number of images")
     order = np.random.RandomState(_SPLIT_SEED).permutation(n)
     split = np.empty(n, dtype=np.intp)
     for i in range(splits):
         split[order[i * n // splits : (i + 1) * n // splits]] = i
-    score = _whole_inception(probs)
+    score = _whole_inception(p)
 
     def statistic(index: Index) -> Floats:
         parts = ([row[split[row] == i] for i in range(splits)] for row in index)
@@ -192,9 +195,8 @@ def inception_statistic(probs: ArrayLike, splits: int = 1) -> Statistic:
     return statistic
 
 
-def _whole_inception(probs: ArrayLike) -> Statistic:
-    p = np.asarray(probs, dtype=np.float64)
-    p = _finite(p[:, None] if p.ndim == 2 else p)
+def _whole_inception(probs: Floats) -> Statistic:
+    p = probs[:, None] if probs.ndim == 2 else probs
     negative_entropy = xlogy(p, p).sum(2)
 
     def statistic(index: Index) -> Floats:
@@ -219,7 +221,7 @@ def feature_distance(x: ArrayLike, teacher: ArrayLike) -> Floats:
 
 def mean_statistic(values: ArrayLike) -> Statistic:
     """The mean of subsets of (N,) values."""
-    x = _finite(np.asarray(values, dtype=np.float64))
+    x = _samples(values, (1,), "values must be (N,)", 1)
     return lambda index: np.asarray(x[index].mean(1))
 
 
@@ -272,25 +274,27 @@ def _value(statistic: Statistic, n: int) -> float:
 
 
 def _matrix(features: ArrayLike) -> Floats:
-    x = np.asarray(features, dtype=np.float64)
-    if x.ndim != 2:
-        raise ValueError(f"features must be (N, D): got {x.shape}")
-    if len(x) < 2:
-        raise UserError(f"a statistic of images needs at least 2: got {len(x)}; raise the number of images")
-    return _finite(x)
+    return _samples(features, (2,), "features must be (N, D)", 2)
 
 
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[Floats, Floats]:
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"paired features must be (N, D) of one shape: got {a.shape} and {b.shape}")
-    return _finite(a), _finite(b)
+    a, b = (_samples(x, (2,), "paired features must be (N, D)", 1) for x in (first, second))
+    if a.shape != b.shape:
+        raise UserError(f"paired features must be (N, D) of one shape: got {a.shape} and {b.shape}")
+    return a, b
 
 
-def _finite(x: NDArray[Any]) -> Floats:
+def _samples(values: ArrayLike, n_axes: tuple[int, ...], rule: str, least: int) -> Floats:
+    """The values of at least `least` images in float64; UserError for another shape, FloatingPointError on NaN or infinity."""
+    x = np.asarray(values, dtype=np.float64)
+    n = x.shape[0] if x.ndim else 0
+    if x.size and x.ndim not in n_axes:
+        raise UserError(f"{rule}: got the shape {x.shape}")
+    if n < least or not x.size:
+        raise UserError(f"a statistic of images needs at least {least}: got {n if x.size else 'none'}; raise the number of images")
     if not np.isfinite(x).all():
         raise FloatingPointError("features contain NaN or infinity: the images or the detector are broken")
-    return np.asarray(x, dtype=np.float64)
+    return x
 
 
 def _counts(index: Index, n: int) -> Floats:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_fid_refuses_what_it_cannot_measure() -> None:
         metrics.fid(gaussian(1, 6), reference)
     with pytest.raises(FloatingPointError, match="NaN"):
         metrics.fid(np.full((4, 6), np.nan), reference)
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(UserError, match="must be"):
         metrics.fid(np.ones(6), reference)
 
 
@@ -163,7 +165,7 @@ def test_clip_score_and_feature_distance_are_per_sample() -> None:
     np.testing.assert_allclose(metrics.clip_score(x, y), [1, 0])
     np.testing.assert_allclose(metrics.feature_distance(x, y), [0, 5])
     for measure in (metrics.clip_score, metrics.feature_distance):
-        with pytest.raises(ValueError, match="paired"):
+        with pytest.raises(UserError, match="paired"):
             measure(x, y[:1])
         with pytest.raises(FloatingPointError):
             measure(x, y * np.nan)
@@ -284,3 +286,44 @@ def test_interval_needs_four_samples_and_a_batched_statistic() -> None:
     assert metrics.interval(metrics.mean_statistic([1.0, 2.0, 3.0, 4.0]), 4, 0) is not None
     with pytest.raises(ValueError, match="a statistic maps"):
         metrics.interval(lambda index: np.arange(4.0)[index[:1]].mean(1), 4, 0)
+
+
+EMPTY: list[Any] = [[], np.empty((0, 4)), np.empty((0, 2, 4)), np.empty((3, 0)), [[]]]
+
+
+@pytest.mark.parametrize("empty", EMPTY, ids=lambda x: str(np.shape(x)))
+@pytest.mark.parametrize(
+    "measure",
+    [
+        metrics.inception_score,
+        lambda x: metrics.inception_score(x, 2),
+        lambda x: metrics.fid(x, Stats.of(np.eye(4))),
+        Stats.of,
+        lambda x: metrics.kid(x, np.eye(4)),
+        lambda x: metrics.kid(np.eye(4), x),
+        lambda x: metrics.kid(x, np.eye(4), n_subsets=2, subset_size=2),
+        lambda x: metrics.clip_score(x, x),
+        lambda x: metrics.feature_distance(np.eye(4), x),
+        metrics.mean_statistic,
+    ],
+)
+def test_no_images_are_too_few(measure: Callable[[Any], Any], empty: Any) -> None:
+    with pytest.raises(UserError, match=r"needs at least [12]: got none; raise the number of images"):
+        measure(empty)
+
+
+def test_arrays_of_another_form_are_named() -> None:
+    for wrong, measure in (
+        (np.ones(3), metrics.inception_score),
+        (np.ones((1, 1, 1, 1)), metrics.inception_score),
+        (1.0, metrics.inception_score),
+        (np.ones((2, 2)), metrics.mean_statistic),
+        (np.ones(3), Stats.of),
+    ):
+        with pytest.raises(UserError, match=r"must be \(N.*: got the shape"):
+            measure(wrong)
+    with pytest.raises(UserError, match="at least 1 split: got 0"):
+        metrics.inception_score(np.ones((2, 2)) / 2, 0)
+    with pytest.raises(UserError, match="at least 2: got 1"):
+        metrics.kid(np.ones((1, 4)), np.eye(4))
+    assert metrics.inception_score([[0.5, 0.5]]) == pytest.approx(1)
