@@ -1,11 +1,11 @@
-"""LoRA adapters made for a teacher, renamed for its student: those of removed blocks go, the rest follow their blocks."""
+"""Adapters made for a teacher, renamed for its student: those of removed blocks go, the rest follow their blocks."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -15,38 +15,55 @@ from blockprune.errors import UserError
 from blockprune.stock import BlockMap
 
 UNET_PARTS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding")
-PREFIXES = ("unet.", "base_model.model.unet.", "base_model.model.", "")
+PEFT = "base_model.model."
+PREFIXES = ("unet.", f"{PEFT}unet.", PEFT, "")
 OTHERS = ("text_encoder.", "text_encoder_2.")
 METADATA = "lora_adapter_metadata"  # diffusers' name for the adapter's configuration in the file
-TENSOR = re.compile(r"\.(lora|lokr|loha|hada|alpha|dora_scale|processor)\b|\.(lora|lokr|loha|hada|oft)_")
+TENSOR = re.compile(r"\.(lora|lokr|loha|hada|alpha|dora_scale|processor)\b|\.(lora|lokr|loha|hada|oft|boft)_")
+KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")  # of peft, those whose configuration selects modules by these entries
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """An adapter for the student, and what became of the teacher's keys: renamed (old => new) and dropped; the rest stayed."""
+    """An adapter for the student, and what became of the teacher's keys: renamed (old => new) and dropped; the rest stayed.
+
+    `config` is peft's adapter_config.json, where there is one.
+    """
 
     tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
     renamed: Mapping[str, str]
     dropped: tuple[str, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
 
-def map_lora(tensors: Mapping[str, Tensor], blocks: BlockMap, metadata: Mapping[str, str] | None = None) -> Mapped:
-    """The adapter of the student: `tensors` in the style of diffusers or peft, `metadata` that of the file.
+def map_lora(
+    tensors: Mapping[str, Tensor],
+    blocks: BlockMap,
+    metadata: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Mapped:
+    """The LoRA (or another kind that peft knows) of the student: `tensors` in the style of diffusers or peft.
 
-    Keys of text encoders stay. Raises UserError for a key of neither, and when no key of the U-Net is left.
+    `metadata` is that of the file, `config` its adapter_config.json. Keys of text encoders stay. Raises UserError for a key of
+    neither style, when no key of the U-Net is left, and for tensors in peft's style of which neither says how they are scaled.
     """
+    if not tensors:
+        raise UserError("the adapter holds no tensors: give a file that was saved with weights")
     names = {key: _mapped(key, blocks) for key in tensors}
+    if config is None and METADATA not in (metadata or {}) and any(key.startswith(PEFT) for key in tensors):
+        raise UserError("the tensors are in peft's style, and their scaling is in adapter_config.json: put that file beside them")
     dropped = tuple(key for key, new in names.items() if new is None)
     kept = {key: new for key, new in names.items() if new is not None}
     if dropped and not any(_is_unet(key) for key in kept):
         raise UserError(
             f"all {len(dropped)} tensors of the LoRA belong to removed blocks, {dropped[0]!r} first: nothing is left of it"
         )
-    modules = {_module(key): _module(new) for key, new in kept.items() if _is_unet(key)}
+    ours = {key: new for key, new in kept.items() if _is_unet(key)}
     return Mapped(
         tensors={new: tensors[key] for key, new in kept.items()},
-        metadata=_map_metadata(metadata or {}, modules),
+        metadata=_map_metadata(metadata or {}, ours),
+        config=None if config is None else dict(config) | _map_config(config, ours, _root(ours)),
         renamed={key: new for key, new in kept.items() if key != new},
         dropped=dropped,
     )
@@ -75,48 +92,66 @@ def _mapped(key: str, blocks: BlockMap) -> str | None:
 
 
 def _module(key: str) -> str:
-    """The U-Net module that a key adapts."""
+    """The U-Net module that a key adapts, or is a tensor of."""
     name = _split(key)[1]
     found = TENSOR.search(name)
     return name[: found.start()] if found else name.rpartition(".")[0]
 
 
-def _map_metadata(metadata: Mapping[str, str], modules: Mapping[str, str]) -> dict[str, str]:
+def _root(keys: Mapping[str, str]) -> str:
+    """What peft's names of modules begin with: "unet." when the adapted model is a pipeline's worth of modules."""
+    return "unet." if any(_split(key)[0] == f"{PEFT}unet." for key in keys) else ""
+
+
+def _map_metadata(metadata: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, str]:
     """The file's metadata with the adapter's configuration naming the student's modules one by one."""
     out = dict(metadata)
     if METADATA not in out:
         return out
     try:
         config = json.loads(out[METADATA])
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise UserError(f"the LoRA's metadata is damaged ({err}): save it again") from None
     if not isinstance(config, dict):
         raise UserError("the LoRA's metadata is damaged (no JSON object): save it again")
     for prefix in PREFIXES:
         if f"{prefix}target_modules" in config:
-            config |= _map_config({k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}, modules, prefix)
+            plain = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+            config |= {prefix + key: value for key, value in _map_config(plain, keys).items()}
             break
     return out | {METADATA: json.dumps(config, indent=2, sort_keys=True)}
 
 
-def _map_config(config: Mapping[str, Any], modules: Mapping[str, str], prefix: str) -> dict[str, Any]:
+def _map_config(config: Mapping[str, Any], keys: Mapping[str, str], root: str = "") -> dict[str, Any]:
     """Entries of a peft configuration that select modules by name; patterns are matched as peft does, on the teacher's names."""
-    named: dict[str, Any] = {"target_modules": sorted({*modules.values()})}
+    if (kind := config.get("peft_type") or KINDS[0]) not in KINDS:
+        raise UserError(f"the adapter is of peft's kind {kind!r}: only {', '.join(KINDS)} can be mapped")
+    adapted = {root + _module(key): root + _module(new) for key, new in keys.items() if TENSOR.search(key)}
+    named: dict[str, Any] = {"target_modules": sorted({*adapted.values()})}
     named |= {key: None for key in ("exclude_modules", "layers_to_transform", "layers_pattern") if key in config}
+    if config.get("modules_to_save"):
+        biases = config.get("bias", "none") != "none"
+        whole = {_module(new) for new in keys.values() if not TENSOR.search(new) and not (biases and new.endswith(".bias"))}
+        named["modules_to_save"] = sorted(root + module for module in whole) or None
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
-        found = {new: _first_match(patterns, old) for old, new in modules.items()}
+        if not isinstance(patterns, Mapping):
+            raise UserError(f"{key} of the adapter's configuration is an object of patterns: got {patterns!r}")
+        found = {new: _first_match(patterns, old) for old, new in adapted.items()}
         if key in config:
             named[key] = {f"^{re.escape(new)}": patterns[p] for new, p in found.items() if p is not None}
-    return {prefix + key: value for key, value in named.items()}
+    return named
 
 
 def _first_match(patterns: Mapping[str, Any], module: str) -> str | None:
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
+    try:
+        return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
+    except re.error as err:
+        raise UserError(f"a pattern of the adapter's configuration is no regular expression ({err}): mend it") from None
 
 
 def check_fits(mapped: Mapped, unet: UNet2DConditionModel) -> None:
-    """Raises UserError when the adapter names a module that the student lacks, or is of another width."""
+    """Raises UserError when the LoRA names a module that the student lacks, or is of another width."""
     shapes = {name: module.weight.shape for name, module in unet.named_modules() if hasattr(module, "weight")}
     for key, t in mapped.tensors.items():
         if not _is_unet(key) or ".processor" in key:

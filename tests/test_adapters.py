@@ -1,8 +1,10 @@
-"""A teacher's LoRA on its student: which weights arrive, under which names, and what of it is told."""
+"""A teacher's LoRA or IP-Adapter on its student: what arrives, under which names and numbers, and that it computes the same."""
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from blockprune import checkpoints, surgery
 from blockprune.adapters import METADATA, check_fits, map_lora
 from blockprune.arch import Architecture
-from blockprune.compare import same_outputs
+from blockprune.compare import distance, same_outputs
 from blockprune.errors import UserError
 from blockprune.export import export_pipeline, load_pipeline
 from blockprune.presets import expand, preset
@@ -27,6 +29,7 @@ from blockprune.stock import BlockMap, Stock, expressible, slots
 
 Folder = Callable[[str], Path]
 Cli = Callable[..., tuple[int, str, str]]
+ADAPTER = "adapter_model.safetensors"
 TARGETS = ["to_q", "to_v", "conv1", "conv_in"]
 SLOTS = Architecture(frozenset({"down_blocks.1.attentions.1", "down_blocks.1.resnets.0"}))
 
@@ -91,7 +94,7 @@ def test_a_teachers_lora_arrives_in_its_student(
     if not with_metadata:
         source = tmp_path / "bare.safetensors"
         save_file(load_file(lora), source, metadata={"format": "pt"})
-    code, out, err = cli("map-lora", source, "--model", exported(arch), "--out", tmp_path / "new" / "mapped.safetensors")
+    code, out, err = cli("map-adapter", source, "--model", exported(arch), "--out", tmp_path / "new" / "mapped.safetensors")
     assert code == 0, err
     assert "of removed blocks dropped" in out
     pipe = load_pipeline(exported(arch))
@@ -143,7 +146,8 @@ STYLES = [
 @pytest.mark.parametrize("style", STYLES)
 def test_styles_of_keys(style: str) -> None:
     old, gone = (style.format(f"attentions.{i}.transformer_blocks.0.attn1") for i in (2, 1))
-    mapped = map_lora({old: torch.ones(1), gone: torch.ones(1)}, blocks_of(preset("bk-sdm-tiny"), tiny.config("sd1")))
+    blocks = blocks_of(preset("bk-sdm-tiny"), tiny.config("sd1"))
+    mapped = map_lora({old: torch.ones(1), gone: torch.ones(1)}, blocks, config={"lora_alpha": 1} if "base_model" in old else None)
     assert dict(mapped.renamed) == {old: old.replace("up_blocks.1.attentions.2", "up_blocks.0.attentions.1")}
     assert mapped.dropped == (gone,)
 
@@ -193,16 +197,169 @@ def test_command_says_what_is_wrong(
     lora: Path, exported: Callable[[Architecture], Path], tiny_folder: Folder, tmp_path: Path, one_line: Callable[..., str]
 ) -> None:
     model, out = exported(preset("bk-sdm-tiny")), tmp_path / "x.safetensors"
-    assert "no weights file" in one_line("map-lora", tmp_path / "no.safetensors", "--model", model, "--out", out)
-    assert "no pruning/block_map.json" in one_line("map-lora", lora, "--model", tiny_folder("sd1"), "--out", out)
-    assert "must be a .safetensors file" in one_line("map-lora", lora, "--model", model, "--out", tmp_path)
-    assert "another file than the LoRA" in one_line("map-lora", lora, "--model", model, "--out", lora)
-    assert "cannot write to" in one_line("map-lora", lora, "--model", model, "--out", lora / "x.safetensors")
+    assert "no weights file" in one_line("map-adapter", tmp_path / "no.safetensors", "--model", model, "--out", out)
+    assert "no pruning/block_map.json" in one_line("map-adapter", lora, "--model", tiny_folder("sd1"), "--out", out)
+    assert "must be a .safetensors file" in one_line("map-adapter", lora, "--model", model, "--out", tmp_path)
+    assert "another file than the adapter" in one_line("map-adapter", lora, "--model", model, "--out", lora)
+    assert "cannot write to" in one_line("map-adapter", lora, "--model", model, "--out", lora / "x.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(lora.read_bytes()[:-7])
-    assert "is damaged" in one_line("map-lora", broken, "--model", model, "--out", out)
+    assert "is damaged" in one_line("map-adapter", broken, "--model", model, "--out", out)
     save_file({"x": torch.ones(1)}, broken)
-    assert "'x' is no LoRA key" in one_line("map-lora", broken, "--model", model, "--out", out)
+    assert "'x' is no LoRA key" in one_line("map-adapter", broken, "--model", model, "--out", out)
     save_file({"unet.down_blocks.0.attentions.9.proj_in.lora_A.weight": torch.ones(2, 8)}, broken)
-    assert "made for another model" in one_line("map-lora", broken, "--model", model, "--out", out)
+    assert "made for another model" in one_line("map-adapter", broken, "--model", model, "--out", out)
     assert not out.exists() and {p.name for p in tmp_path.iterdir()} == {"broken.safetensors"}
+
+
+ALPHAS = {"up_blocks.1.*to_q": 7, r"down_blocks\.1\.attentions\.0\..*": 11}
+SAVED = ["conv_out", "mid_block.resnets.0.conv1"]
+PEFT_KINDS: dict[str, Any] = {
+    "patterns": LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, rank_pattern={"up_blocks.3.*to_q": 4}, alpha_pattern=ALPHAS),
+    "rank-stabilised": LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, use_rslora=True, alpha_pattern=ALPHAS),
+    "dora": LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_out.0"], use_dora=True, alpha_pattern=ALPHAS),
+    "whole-modules": LoraConfig(r=2, target_modules=r".*up_blocks.*to_q", modules_to_save=SAVED),
+    "loha": LoHaConfig(r=2, alpha=3, target_modules=TARGETS, alpha_pattern=ALPHAS),
+    "lokr": LoKrConfig(r=2, alpha=3, target_modules=TARGETS, exclude_modules=["conv_in"], alpha_pattern=ALPHAS),
+}
+
+
+def trained_by_peft(unet: UNet2DConditionModel, config: Any, folder: Path) -> UNet2DConditionModel:
+    """`unet` with an adapter that changes every output, also saved to `folder` as peft does."""
+    model = get_peft_model(unet, copy.deepcopy(config))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "magnitude" not in name:
+                p.add_(0.3 * torch.randn(p.shape, generator=draw))
+    model.save_pretrained(folder)
+    return unet.eval()
+
+
+@pytest.mark.parametrize("arch", [preset("bk-sdm-tiny"), SLOTS], ids=["stock", "slots"])
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_a_folder_of_peft_computes_what_it_did(
+    kind: str, arch: Architecture, exported: Callable[[Architecture], Path], tiny_folder: Folder, tmp_path: Path, cli: Cli
+) -> None:
+    """The masked teacher with its adapter and the student with the mapped one, each loaded by peft."""
+    teacher = trained_by_peft(checkpoints.load(str(tiny_folder("sd1"))).unet, PEFT_KINDS[kind], tmp_path / "teacher")
+    with surgery.removed(teacher, arch):
+        wanted = run(teacher)
+    code, _, err = cli("map-adapter", tmp_path / "teacher", "--model", exported(arch), "--out", tmp_path / "new" / ADAPTER)
+    assert code == 0, err
+
+    def student() -> UNet2DConditionModel:
+        return load_pipeline(exported(arch)).unet
+
+    bare = student()
+    student_with = PeftModel.from_pretrained(student(), tmp_path / "new").eval()
+    assert same_outputs(run(student_with), wanted, bare)
+    assert distance(run(bare), wanted) > 0.01
+    if (kind, arch) == ("rank-stabilised", preset("bk-sdm-tiny")):  # the teacher's configuration loads and names other blocks
+        shutil.copy(tmp_path / "teacher" / "adapter_config.json", tmp_path / "new")
+        other = PeftModel.from_pretrained(student(), tmp_path / "new").eval()
+        assert distance(run(other), wanted) > 0.01
+
+
+def test_what_peft_needs_is_asked_for(
+    exported: Callable[[Architecture], Path], tiny_folder: Folder, tmp_path: Path, one_line: Callable[..., str]
+) -> None:
+    folder, out, model = tmp_path / "teacher", tmp_path / "out" / ADAPTER, exported(preset("bk-sdm-tiny"))
+    trained_by_peft(checkpoints.load(str(tiny_folder("sd1"))).unet, PEFT_KINDS["patterns"], folder)
+    beside = one_line("map-adapter", folder, "--model", model, "--out", folder / "x.safetensors")
+    assert "must be in another folder than the adapter, whose adapter_config.json would be replaced" in beside
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    def said(**changes: Any) -> str:
+        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        return one_line("map-adapter", folder / ADAPTER, "--model", model, "--out", out)
+
+    assert "of peft's kind 'IA3': only LORA" in said(peft_type="IA3")
+    assert "is no regular expression" in said(alpha_pattern={"(": 3})
+    assert "alpha_pattern of the adapter's configuration is an object" in said(alpha_pattern=[3])
+    (folder / "adapter_config.json").write_text("[]")
+    assert "it is no JSON object" in one_line("map-adapter", folder, "--model", model, "--out", out)
+    (folder / "adapter_config.json").unlink()
+    asked = one_line("map-adapter", folder, "--model", model, "--out", out)
+    assert "peft's style, and their scaling is in adapter_config.json: put that file beside them" in asked
+    save_file({}, folder / ADAPTER)
+    assert "holds no tensors" in one_line("map-adapter", folder, "--model", model, "--out", out)
+    assert not out.parent.exists()
+
+
+def image_adapter(unet: UNet2DConditionModel, with_lora: bool = False) -> dict[str, torch.Tensor]:
+    """An IP-Adapter's file for `unet`: one image token projection, and keys and values of every cross-attention."""
+    draw, width, cross = torch.Generator().manual_seed(0), 6, unet.config.cross_attention_dim
+    out = {
+        "image_proj.proj.weight": torch.randn(4 * cross, width, generator=draw),
+        "image_proj.proj.bias": torch.randn(4 * cross, generator=draw),
+        "image_proj.norm.weight": torch.ones(cross),
+        "image_proj.norm.bias": torch.zeros(cross),
+    }
+    for i, name in enumerate(unet.attn_processors):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        if name.endswith("attn2.processor"):
+            for side in ("k", "v"):
+                out[f"ip_adapter.{i}.to_{side}_ip.weight"] = torch.randn(attention.to_k.weight.shape, generator=draw)
+        for part in ("q", "k", "v", "out") if with_lora else ():
+            layer = attention.to_out[0] if part == "out" else getattr(attention, f"to_{part}")
+            out[f"ip_adapter.{i}.to_{part}_lora.down.weight"] = torch.randn(2, layer.in_features, generator=draw)
+            out[f"ip_adapter.{i}.to_{part}_lora.up.weight"] = torch.randn(layer.out_features, 2, generator=draw)
+    return out
+
+
+def run_with_image(pipe: Any, folder: Path, name: str, arch: Architecture | None = None) -> torch.Tensor:
+    """The U-Net's output with the IP-Adapter in `folder` and an image."""
+    pipe.load_ip_adapter(str(folder), subfolder="", weight_name=name, image_encoder_folder=None)
+    inputs = tiny.inputs("sd1")
+    image = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(1))
+    with surgery.removed(pipe.unet, arch or Architecture()), torch.no_grad():
+        return pipe.unet(**inputs, added_cond_kwargs={"image_embeds": [image]}).sample
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "face-id"])
+@pytest.mark.parametrize("arch", [preset("bk-sdm-tiny"), preset("bk-sdm-small"), SLOTS], ids=["tiny", "small", "slots"])
+def test_a_teachers_ip_adapter_arrives_in_its_student(
+    arch: Architecture, with_lora: bool, exported: Callable[[Architecture], Path], tiny_folder: Folder, tmp_path: Path, cli: Cli
+) -> None:
+    teacher = checkpoints.load(str(tiny_folder("sd1")))
+    tensors = image_adapter(teacher.unet, with_lora)
+    save_file(tensors, tmp_path / "ip.safetensors")
+    wanted = run_with_image(teacher, tmp_path, "ip.safetensors", arch)
+    code, out, err = cli(
+        "map-adapter", tmp_path / "ip.safetensors", "--model", exported(arch), "--out", tmp_path / "new.safetensors"
+    )
+    assert code == 0, err
+    assert "of removed blocks dropped" in out
+    student = load_pipeline(exported(arch))
+    n_attentions = len(student.unet.attn_processors)
+    mapped = load_file(tmp_path / "new.safetensors")
+    assert len(mapped) == 4 + n_attentions * (9 if with_lora else 1)
+    assert all(torch.equal(mapped[key], tensors[key]) for key in tensors if key.startswith("image_proj."))
+    assert same_outputs(run_with_image(student, tmp_path, "new.safetensors"), wanted, student.unet)
+    with pytest.raises((RuntimeError, ValueError), match="shape"):  # as it is, its numbers mean other attentions
+        run_with_image(load_pipeline(exported(arch)), tmp_path, "ip.safetensors")
+
+
+def test_an_ip_adapter_of_another_model_is_refused(
+    exported: Callable[[Architecture], Path], tmp_path: Path, one_line: Callable[..., str]
+) -> None:
+    good = image_adapter(tiny.unet("sd1"))
+    folder = exported(preset("bk-sdm-tiny"))
+
+    def said(changes: dict[str, torch.Tensor], drop: str = "-") -> str:
+        save_file({k: t for k, t in (good | changes).items() if not k.startswith(drop)}, tmp_path / "ip.safetensors")
+        return one_line("map-adapter", tmp_path / "ip.safetensors", "--model", folder, "--out", tmp_path / "x.safetensors")
+
+    assert "no attention of that number" in said({"ip_adapter.33.to_k_ip.weight": torch.ones(8, 8)})
+    assert "no attention of that number" in said({"ip_adapter.2.to_k_ip.weight": torch.ones(8, 8)})
+    assert "has the shape (9, 8), 'down_blocks.0.attentions.0" in said({"ip_adapter.1.to_k_ip.weight": torch.ones(9, 8)})
+    for key in ("ip_adapter.x.to_k_ip.weight", "ip_adapter.²", "unet.conv_in.lora_A.weight"):
+        assert "is no key of an IP-Adapter" in said({key: torch.ones(1)})
+    assert "nothing is left of the IP-Adapter" in said({}, drop="ip_adapter.")
+    teacher = Path(shutil.copytree(folder, tmp_path / "old")) / "pruning" / "teacher.json"
+    teacher.unlink()
+    save_file(good, tmp_path / "ip.safetensors")
+    asked = one_line("map-adapter", tmp_path / "ip.safetensors", "--model", tmp_path / "old", "--out", tmp_path / "x.safetensors")
+    assert "does not say what its teacher was: export the student again" in asked
+    assert not (tmp_path / "x.safetensors").exists()

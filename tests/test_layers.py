@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...] | set[str]] = [
     | {"snapshots", "taps", "imagefiles", "quantize", "compare"},
     {"stock", "card"},
     {"trace", "replay", "sampling", "pairs", "space", "export", "adapters", "pricing", "ledger"},
-    {"proposals"},
+    {"proposals", "ip_adapter"},
     {"denoising", "workbench", "cache"},
     {"scoring"},
     {"scan", "search", "distill", "evaluate", "report"},

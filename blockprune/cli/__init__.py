@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from blockprune.cli import cache, cost, distill, evaluate, export, graph, map_lora, report, scan, search, stats
+from blockprune.cli import cache, cost, distill, evaluate, export, graph, map_adapter, report, scan, search, stats
 from blockprune.errors import UserError
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ app.command("search")(search.search)
 app.command("distill")(distill.distill)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
-app.command("map-lora")(map_lora.map_lora)
+app.command("map-adapter")(map_adapter.map_adapter)
 app.command("report")(report.report)
 app.command("stats")(stats.stats)
 
