@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -127,10 +128,11 @@ def _table(columns: Sequence[str], rows: Any) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    """A value on one line, safe in a Markdown table; nothing for None."""
+    """A value on one line, with nothing that Markdown or HTML would interpret; nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool | int):
         return f"{value:,}" if not isinstance(value, bool) else str(value).lower()
     text = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", line)

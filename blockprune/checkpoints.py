@@ -87,7 +87,7 @@ def configs(model: str) -> Configs:
     """
     folders, known = _config_folders(model)
     index = _component(folders, "model_index.json", known)
-    if index.get("_class_name") not in PIPELINES:
+    if str(index.get("_class_name")) not in PIPELINES:
         raise UserError(f"{known} holds a {index.get('_class_name')}: give a {' or '.join(PIPELINES)}")
     text = {name: _component(folders, f"{name}/config.json", known) for name in TEXT if index.get(name, [None])[0]}
     unet = _component(folders, "unet/config.json", known)
@@ -205,6 +205,8 @@ def _alias_of_single_file(path: Path) -> str:
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:
     """Tensor shapes by name of a safetensors file; UserError when it is missing, truncated or something else."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"the weights file {str(path)!r} is no regular file: give a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -218,16 +220,25 @@ def load(model: str, device: str | torch.device = "cpu", dtype: torch.dtype = to
     """The pipeline of a model with its weights, for inference: no safety checker, no progress bar.
 
     Weights come from the local path or the hub's cache, else from the hub. Raises UserError when they are not to be had, are
-    damaged, or lack a tensor of their configuration.
+    damaged, not finite, or lack a tensor of their configuration.
     """
     source = _weights_source(model)
     with silence():
         pipe = _from_file(source, dtype) if source.is_file() else _from_folder(source, dtype)
-    for part in pipe.components.values():
+    for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
+            _check_finite(part, name, model)
             part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _check_finite(module: torch.nn.Module, part: str, model: str) -> None:
+    """Raises UserError for weights with NaN or infinity, which every output would hold."""
+    for name, t in module.state_dict().items():
+        if t.is_floating_point() and t.numel() and not torch.stack(t.aminmax()).isfinite().all():
+            dtype = str(t.dtype).removeprefix("torch.")
+            raise UserError(f"the weights of {part!r} in {model!r} are not finite in {dtype}, {name!r} first: give whole ones")
 
 
 def _weights_source(model: str) -> Path:
@@ -270,7 +281,9 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         {} if "text_encoder_2" in loaded else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     )
     try:
-        return PIPELINES[index["_class_name"]].from_pretrained(folder, dtype=dtype, local_files_only=True, **loaded, **optional)
+        return PIPELINES[index["_class_name"]].from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **loaded, **optional
+        )
     except (OSError, ValueError, TypeError) as err:
         raise UserError(f"cannot load the pipeline in {str(folder)!r}: {_first_line(err)}") from None
 
@@ -280,7 +293,7 @@ def _load_part(folder: Path, part: str, source: list[str], dtype: torch.dtype) -
     files, variant = weight_files(folder, part)
     for file in files:
         header(file)
-    cls = getattr({"diffusers": diffusers, "transformers": transformers}[source[0]], source[1])
+    cls = _class_of(folder, part, source)
     try:
         module, info = cls.from_pretrained(
             folder / part,
@@ -298,6 +311,18 @@ def _load_part(folder: Path, part: str, source: list[str], dtype: torch.dtype) -
         fix = "loading would re-create removed blocks at random; restore its architecture.json or the full weights"
         raise UserError(f"the weights of {part!r} in {str(folder)!r} {fault} {len(wrong)} tensors, {wrong[0]!r} first: {fix}")
     return module
+
+
+def _class_of(folder: Path, part: str, source: Any) -> Any:
+    """The model class of diffusers or transformers that model_index.json names; UserError for any other, which would be code."""
+    match source:
+        case ["diffusers" | "transformers" as library, str(name)]:
+            cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name, None)
+            if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+                return cls
+    raise UserError(
+        f"model_index.json of {str(folder)!r} has {part!r} of {source!r}: give a model class of diffusers or transformers"
+    )
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:

@@ -1,9 +1,8 @@
-"""What comes from files: prompts, folders of images with captions, reference statistics."""
+"""What comes from files: folders of images with captions, reference statistics."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
 import hashlib
 import json
@@ -12,7 +11,8 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,111 +20,38 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blockprune.captions import flaw, metadata_of, read_metadata
 from blockprune.errors import UserError
+from blockprune.imagefiles import IMAGE_SUFFIXES, Unreadable, read_image
 from blockprune.metrics import Detector, Stats
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 _log = logging.getLogger("blockprune")
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, blank ones left out: .txt one per line; .csv and .jsonl in the column prompt, caption or text.
-
-    A CSV of a single column needs no header. UserError when the file cannot be read or holds no prompt.
-    """
-    path = Path(path)
-    readers = {".txt": _lines, ".csv": _csv_prompts, ".jsonl": _jsonl_prompts}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"a prompts file is .txt, .csv or .jsonl: got {str(path)!r}")
-    prompts = [p.strip() for p in readers[path.suffix.lower()](path) if p.strip()]
-    if not prompts:
-        raise UserError(f"a prompts file needs at least one prompt: {str(path)!r} has none; write one per line")
-    return prompts
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"cannot read {str(path)!r}: {reason}; give a readable text file") from error
-
-
-def _lines(path: Path) -> list[str]:
-    return _text(path).splitlines()
-
-
-def _csv_rows(path: Path) -> list[list[str]]:
-    try:
-        return [row for row in csv.reader(_text(path).splitlines(keepends=True), strict=True) if any(row)]
-    except csv.Error as error:
-        raise UserError(f"{str(path)!r} is not valid CSV: {error}; quote the fields that hold commas or quotes") from error
-
-
-def _csv_prompts(path: Path) -> list[str]:
-    rows = _csv_rows(path)
-    header = [name.strip().lower() for name in rows[0]] if rows else []
-    column = next((header.index(name) for name in PROMPT_COLUMNS if name in header), None)
-    if column is not None:
-        return [row[column] for row in rows[1:] if len(row) > column]
-    if any(len(row) > 1 for row in rows):
-        raise UserError(
-            f"a prompts CSV has a column named {', '.join(PROMPT_COLUMNS)}, or a single column: "
-            f"{str(path)!r} has {', '.join(header)}; rename the column"
-        )
-    return [row[0] for row in rows]
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{str(path)!r} line {number} is not JSON: {error}; mend or drop it") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{str(path)!r} line {number} must be a JSON object: got {line.strip()[:40]!r}")
-            yield number, row
-
-
-def _jsonl_prompts(path: Path) -> list[str]:
-    prompts = []
-    for number, row in _json_lines(path):
-        found = [row[key] for key in PROMPT_COLUMNS if isinstance(row.get(key), str)]
-        if not found:
-            raise UserError(f"{str(path)!r} line {number} has no text under {', '.join(PROMPT_COLUMNS)}: add one of them")
-        prompts.append(found[0])
-    return prompts
-
-
 class Picture(NamedTuple):
-    """An image (3, H, W) uint8 RGB, its path relative to the folder, and its caption or None."""
+    """An image (3, H, W) uint8 RGB, and its path relative to the folder."""
 
     image: Tensor
     name: str
-    caption: str | None
 
 
 class ImageFolder:
     """The images of a folder and of all folders below it, sorted by path, as RGB.
 
-    Captions come from `metadata.csv` (column 0 file, column 1 caption) or `metadata.jsonl` (file_name, text or caption).
-    An image that cannot be read is left out; `skipped` lists those of the last iteration. UserError when the folder has no
-    image, the metadata name none of them, or an iteration skips more than `max_skipped` (None: 10, or 1 % if that is more)
-    or reads none.
+    An image that cannot be read, or is more than `max_aspect` times as long as wide, is left out; `skipped` lists those of the last
+    iteration. UserError when the folder has no image, or an iteration skips more than `max_skipped` (None: 10, or 1 % if that
+    is more) or reads none.
     """
 
-    def __init__(self, folder: str | Path, max_skipped: int | None = None) -> None:
+    def __init__(self, folder: str | Path, max_skipped: int | None = None, max_aspect: float = float("inf")) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise UserError(f"no folder of images at {str(self.folder)!r}: give a folder that exists")
-        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
         self.names = sorted(p.relative_to(self.folder).as_posix() for p in found)
         if not self.names:
             raise UserError(f"no images in {str(self.folder)!r}: it needs files such as .png or .jpg")
-        self.captions = self._read_captions()
+        self.max_aspect = max_aspect
         self.max_skipped = max(10, len(self.names) // 100) if max_skipped is None else max_skipped
         self.skipped: list[str] = []
 
@@ -134,11 +61,12 @@ class ImageFolder:
     def __iter__(self) -> Iterator[Picture]:
         self.skipped = []
         for name in self.names:
-            image = read_image(self.folder / name)
-            if image is not None:
-                yield Picture(image, name, self.captions.get(name))
-                continue
-            self.skipped.append(name)
+            try:
+                image = read_image(self.folder / name, self.max_aspect)
+            except Unreadable:
+                self.skipped.append(name)
+            else:
+                yield Picture(image, name)
             if len(self.skipped) > self.max_skipped:
                 raise UserError(
                     f"more than {self.max_skipped} images of {str(self.folder)!r} cannot be read, "
@@ -147,31 +75,21 @@ class ImageFolder:
         if len(self.skipped) == len(self.names):
             raise UserError(f"none of the {len(self)} images of {str(self.folder)!r} can be read, such as {self.names[0]!r}")
 
-    def _read_captions(self) -> dict[str, str]:
-        table, lines = self.folder / "metadata.csv", self.folder / "metadata.jsonl"
-        captions: dict[str, str] = {}
-        if table.is_file():
-            captions = {row[0]: row[1] for row in _csv_rows(table) if len(row) > 1}
-        elif lines.is_file():
-            for number, row in _json_lines(lines):
-                caption = row.get("text", row.get("caption"))
-                if not isinstance(row.get("file_name"), str) or not isinstance(caption, str):
-                    raise UserError(f"{str(lines)!r} line {number} needs file_name and text or caption: add them")
-                captions[row["file_name"]] = caption
-        known = {name: captions[name] for name in self.names if name in captions}
-        if captions and not known:
-            raise UserError(f"the metadata of {str(self.folder)!r} name none of its images, but {next(reversed(captions))!r}")
+    @cached_property
+    def captions(self) -> dict[str, str]:
+        """The captions of the images that metadata.csv or metadata.jsonl lists; none where the folder has neither.
+
+        UserError when the metadata cannot be read, name none of the images, or hold a caption that is no text.
+        """
+        metadata = metadata_of(self.folder)
+        listed = {PurePosixPath(name).as_posix(): caption for name, caption in read_metadata(metadata)} if metadata else {}
+        known = {name: listed[name] for name in self.names if listed.get(name)}
+        if listed and not any(name in listed for name in self.names):
+            raise UserError(f"the metadata of {str(self.folder)!r} name none of its images, but {next(reversed(listed))!r}")
+        for name, caption in known.items():
+            if why := flaw(caption):
+                raise UserError(f"the caption of {name!r} in {str(metadata)!r} holds {why}: mend or drop it")
         return known
-
-
-def read_image(path: Path) -> Tensor | None:
-    """(3, H, W) uint8 RGB as stored (no EXIF rotation, as clean-fid reads it); None when it is unreadable or truncated."""
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    # Pillow's decoders raise all of these on broken files
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError):
-        return None
 
 
 def resize_centre_crop(image: Tensor, size: int) -> Tensor:
@@ -256,9 +174,9 @@ def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -
     UserError when it is neither, or was made by another detector.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return stats_of_folder(path, detector, batch_size)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no reference at {str(path)!r}: give a folder of images or a file made by `blockprune stats`")
     arrays = _read_arrays(path)
     made_by = str(arrays["detector"]) if "detector" in arrays else detector.name

@@ -96,7 +96,9 @@ def _load_slots(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         with checkpoints.silence():
             unet = unet.to(dtype)
-            return checkpoints.PIPELINES[name].from_pretrained(folder, unet=unet, dtype=dtype, local_files_only=True)
+            return checkpoints.PIPELINES[name].from_pretrained(
+                folder, unet=unet, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
     except (OSError, ValueError, TypeError, SafetensorError) as err:
         raise UserError(f"cannot load the pipeline in {str(folder)!r}: {(str(err).splitlines() or [''])[0][:300]}") from None
 
@@ -136,7 +138,8 @@ def export_pipeline(
         (part / PRUNING / ARCHITECTURE).write_text(arch.dumps())
         (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n")
         (part / PRUNING / TEACHER).write_text(json.dumps(_teacher(pipe.unet.config, *teacher), indent=2) + "\n")
-        (part / "README.md").write_text(model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card))
+        readme = model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card)
+        (part / "README.md").write_text(readme, encoding="utf-8", errors="backslashreplace")
         for weights in part.rglob("*.safetensors"):  # safetensors writes files that only their owner may read
             weights.chmod((part / "README.md").stat().st_mode)
         _check_same(part, unet.config, arch, state, blocks)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -22,6 +24,8 @@ Features = NDArray[np.float32]
 
 BUILT_IN = Path(__file__).parent / "models" / "tiny-digits"
 INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+MAX_INCEPTION_BYTES = 2**28
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
 PYTORCH_FID_FILE = "pt_inception-2015-12-05-6726825d.pth"
 PYTORCH_FID_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{PYTORCH_FID_FILE}"
@@ -82,21 +86,18 @@ class InceptionDetector:
     """clean-fid's Inception-v3: 2048 pooled features of images resized in its clean mode (bicubic, antialiased, 299 x 299).
 
     Probabilities are the softmax over 1008 classes without the bias of the last layer, as Inception Score has always
-    been computed. UserError when the file cannot be loaded.
+    been computed. UserError when the file is another than the published one: TorchScript is a program, and loading it runs it.
     """
 
     def __init__(self, weights: Path, device: str = "cpu") -> None:
         from cleanfid.resize import build_resizer
 
         self.name, self.device = "inception", device
-        try:
-            with warnings.catch_warnings():
-                # TorchScript is deprecated, but these weights exist in no other form
-                warnings.simplefilter("ignore", FutureWarning)
-                self.model = torch.jit.load(str(weights), map_location=device).eval()
-            self.head = dict(self.model.named_parameters())["output.weight"]
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{str(weights)!r} is not a whole {INCEPTION_FILE}: fetch it again from {INCEPTION_URL}") from error
+        with warnings.catch_warnings():
+            # TorchScript is deprecated, but these weights exist in no other form
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = torch.jit.load(_published_inception(weights), map_location=device).eval()
+        self.head = dict(self.model.named_parameters())["output.weight"]
         self.n_features = self.head.shape[1]
         self.resize: Callable[[NDArray[np.uint8]], Features] = build_resizer("clean")
 
@@ -168,6 +169,21 @@ def _resize_as_tensorflow(x: torch.Tensor, side: int) -> torch.Tensor:
         first, second = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1))
         x = first + (second - first) * (at - low).view(shape)
     return x
+
+
+def _published_inception(path: Path) -> io.BytesIO:
+    """The bytes of the Inception file that NVIDIA publishes; UserError for any others."""
+    try:
+        data = path.read_bytes() if path.stat().st_size < MAX_INCEPTION_BYTES else b""
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fetch it again from {INCEPTION_URL}") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != INCEPTION_SHA256:
+        raise UserError(
+            f"{str(path)!r} is not the {INCEPTION_FILE} that is published (SHA-256 {INCEPTION_SHA256}), and as it holds code "
+            f"no other is run: fetch it again from {INCEPTION_URL}"
+        )
+    return io.BytesIO(data)
 
 
 def inception_weights(path: Path | None = None) -> Path:
@@ -284,11 +300,11 @@ def _load(auto: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
     """`auto.from_pretrained`: what is on this machine first, then the hub; UserError when neither has it."""
     from safetensors import SafetensorError
 
-    failures = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError)
+    failures = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError, pickle.UnpicklingError)
     local = Path(source).is_dir()
     with _no_progress_bars():
         try:
-            return auto.from_pretrained(str(source), local_files_only=True, **kwargs)
+            return auto.from_pretrained(str(source), local_files_only=True, trust_remote_code=False, **kwargs)
         except failures as error:
             if local:
                 raise UserError(f"cannot read the {what} of the model in {str(source)!r}: {_first_line(error)}") from error
@@ -298,7 +314,7 @@ def _load(auto: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
                     f"or for a detector one of {', '.join(DETECTORS)}"
                 ) from error
         try:
-            return auto.from_pretrained(str(source), **kwargs)
+            return auto.from_pretrained(str(source), trust_remote_code=False, **kwargs)
         except failures as error:
             raise UserError(
                 f"no model {str(source)!r}: neither a folder, nor downloaded before, nor to be had from the hub now; "

@@ -1,8 +1,11 @@
-"""Images as the files that a protocol says: what judges see is what was stored."""
+"""Image files: reading those of others, and writing ours as a protocol says, for what judges see is what was stored."""
 
 from __future__ import annotations
 
 import io
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +13,35 @@ from PIL import Image
 from torch import Tensor
 
 from blockprune.protocol import Rules
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+MAX_ASPECT = 64  # a longer strip would fill the memory when its shorter side is enlarged
+
+
+class Unreadable(Exception):
+    """A sample that cannot be used; `reason` says why in a few words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def read_image(file: Path | io.BytesIO, max_aspect: float = float("inf")) -> Tensor:
+    """(3, H, W) uint8 RGB as stored (no EXIF rotation, as clean-fid reads it).
+
+    Raises Unreadable for what is no regular file, no whole image, past Pillow's limit of size, or a strip longer than `max_aspect`.
+    """
+    if isinstance(file, Path) and not os.path.isfile(file):
+        raise Unreadable("no regular file" if os.path.lexists(file) else "no such file")
+    try:
+        with Image.open(file) as image:
+            if max(image.size) > max_aspect * min(image.size):
+                raise ValueError(f"{image.width}x{image.height} pixels are too long a strip")
+            pixels = np.array(image.convert("RGB"))
+    except Exception as err:  # Pillow's decoders raise almost anything on broken files
+        why = getattr(err, "strerror", None) or (str(err).splitlines() or [type(err).__name__])[0]
+        raise Unreadable(re.sub(r" <_io.*", "", why)[:100]) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def file_bytes(image: Tensor, rules: Rules) -> bytes:

@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import io
 import json
 import logging
+import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from blockprune.captions import METADATA, caption_of, flaw, metadata_of, read_metadata
 from blockprune.data import resize_centre_crop
 from blockprune.digits import DigitScenes
 from blockprune.errors import UserError
-from blockprune.presets import expand
+from blockprune.imagefiles import MAX_ASPECT, Unreadable, read_image
+from blockprune.presets import MAX_NAMES, expand
 
-FILE_COLUMNS = ("file_name", "file", "filename", "image")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-METADATA = ("metadata.csv", "metadata.jsonl")
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
 N_SCENES = 24_000
-MAX_ASPECT = 64  # a longer strip would fill the memory when its shorter side is enlarged
+MAX_DIGITS = 12
 MIN_ALLOWED = 10
 
 _log = logging.getLogger("blockprune")
 Span = tuple[int, int]  # offset and length in bytes
-
-
-class Unreadable(Exception):
-    """A sample that cannot be used; `reason` says which and why in a few words."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class Pair(NamedTuple):
@@ -75,9 +63,9 @@ def source_of(text: str, size: int, n: int | None = None) -> Source:
     if text == "digits":
         return Digits(size, n)
     folder = Path(text)
-    if not folder.is_dir() and (folder.suffix == ".tar" or re.search(r"[{*?]", text)):
+    if not os.path.isdir(folder) and (folder.suffix == ".tar" or re.search(r"[{*?]", text)):
         return Shards(text, size, n)
-    if folder.is_dir() and not any((folder / name).is_file() for name in METADATA) and any(folder.glob("*.tar")):
+    if os.path.isdir(folder) and metadata_of(folder) is None and any(folder.glob("*.tar")):
         return Shards(f"{glob.escape(text)}/*.tar", size, n)
     return CaptionedFolder(folder, size, n)
 
@@ -103,10 +91,12 @@ class CaptionedFolder:
 
     def __init__(self, folder: Path, size: int, n: int | None = None) -> None:
         self.folder, self.size, self.name = folder, size, str(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"no data at {str(folder)!r}: give a folder of images, .tar shards, or digits")
-        self.rows = list(islice(self._listed(), n))
-        sizes = [_n_bytes(folder / name) for name, _ in self.rows]
+        if (metadata := metadata_of(folder)) is None:
+            raise UserError(f"no {' or '.join(METADATA)} in {str(folder)!r}: write one with the columns file_name and text")
+        self.rows = list(islice(read_metadata(metadata), n))
+        sizes = [_n_bytes(folder, name) for name, _ in self.rows]
         if not self.rows or max(sizes) < 0:
             such = f", such as {self.rows[0][0]!r}" if self.rows else ""
             raise UserError(f"the metadata of {str(folder)!r} list no file that is there{such}: name the images relative to it")
@@ -119,65 +109,9 @@ class CaptionedFolder:
 
     def __getitem__(self, index: int) -> Pair:
         name, caption = self.rows[index]
-        if not caption:
-            raise Unreadable(f"{name} has no caption")
-        return Pair(_square(self.folder / name, name, self.size), caption)
-
-    def _listed(self) -> Iterator[tuple[str, str]]:
-        """File and caption of every row; a caption that is missing is blank."""
-        table, lines = (self.folder / name for name in METADATA)
-        if table.is_file():
-            return _csv_pairs(table)
-        if lines.is_file():
-            return _jsonl_pairs(lines)
-        raise UserError(f"no {' or '.join(METADATA)} in {str(self.folder)!r}: write one with the columns file_name and text")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[IO[str]]:
-    """The text of a metadata file; lines end only where the file says so, for captions hold other separators."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
-    except (OSError, UnicodeDecodeError) as err:
-        raise UserError(f"cannot read {str(path)!r}: {getattr(err, 'strerror', None) or 'not UTF-8 text'}") from None
-    except csv.Error as err:
-        raise UserError(f"{str(path)!r} is not valid CSV: {err}; quote the fields that hold commas or quotes") from None
-
-
-def _csv_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    with _reading(path) as file:
-        rows = csv.reader(file, strict=True)
-        header = next(rows, [])
-        names = [name.strip().lower() for name in header]
-        at = [next((names.index(k) for k in known if k in names), -1) for known in (FILE_COLUMNS, CAPTION_COLUMNS)]
-        if min(at) < 0:
-            first = ", ".join(header)[:80]
-            raise UserError(f"{str(path)!r} needs a first line that names the columns file_name and text: it is {first!r}; mend it")
-        for row in filter(any, rows):
-            name, caption = (row[i].strip() if i < len(row) else "" for i in at)
-            yield name, caption
-
-
-def _jsonl_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    with _reading(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as err:
-                raise UserError(f"{str(path)!r} line {number} is not JSON: {err}; mend or drop it") from None
-            known = isinstance(row, dict) and isinstance(row.get("file_name"), str)
-            if not known or not any(name in row for name in CAPTION_COLUMNS):
-                raise UserError(f"{str(path)!r} line {number} needs file_name and text: it is {line.strip()[:60]!r}; mend it")
-            yield row["file_name"], _caption(row)
-
-
-def _caption(row: Any) -> str:
-    """The caption in a JSON object, "" where there is none."""
-    found = [row[name] for name in CAPTION_COLUMNS if isinstance(row.get(name), str)] if isinstance(row, dict) else []
-    return found[0].strip() if found else ""
+        if not _inside(self.folder, name):
+            raise Unreadable(f"{name} lies outside the folder")
+        return Pair(_square(self.folder / name, name, self.size), _checked(caption, name))
 
 
 class Sample(NamedTuple):
@@ -229,12 +163,10 @@ class Shards:
             if "txt" in sample.members:
                 caption = self._read(sample, sample.members["txt"], name).decode().strip()
             if not caption and "json" in sample.members:
-                caption = _caption(json.loads(self._read(sample, sample.members["json"], name)))
-        except ValueError as err:
+                caption = caption_of(json.loads(self._read(sample, sample.members["json"], name)))
+        except (ValueError, RecursionError) as err:
             raise Unreadable(f"{name} has a broken caption: {err}") from None
-        if not caption:
-            raise Unreadable(f"{name} has no caption")
-        return caption
+        return _checked(caption, name)
 
     def _read(self, sample: Sample, span: Span, name: str) -> bytes:
         # no file stays open, so that processes and threads may share a source
@@ -250,13 +182,8 @@ class Shards:
 
 def _tars(pattern: str) -> list[Path]:
     """The files that a path, {00..12}, {a,b} or * stand for; UserError when any of them is not there."""
-
-    def numbers(found: re.Match[str]) -> str:
-        first, last = found[1], found[2]
-        return "{" + ",".join(f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)) + "}"
-
-    names = [name for one in expand(re.sub(r"\{(\d+)\.\.(\d+)\}", numbers, pattern)) for name in _matching(one)]
-    missing = [name for name in names if not Path(name).is_file()]
+    names = [name for one in expand(re.sub(r"\{([0-9]+)\.\.([0-9]+)\}", _numbers, pattern)) for name in _matching(one)]
+    missing = [name for name in names if not os.path.isfile(name)]
     if len(missing) == len(names):
         raise UserError(f"no .tar file matches {pattern!r}: give a path such as 'shards/{{00000..00012}}.tar'")
     if missing:
@@ -266,8 +193,20 @@ def _tars(pattern: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
+def _numbers(found: re.Match[str]) -> str:
+    """{00..12} as {00,01,...,12}."""
+    if max(map(len, found.groups())) > MAX_DIGITS:
+        raise UserError(f"the range {found[0][:60]!r} has no end: its numbers have at most {MAX_DIGITS} digits")
+    first, last = int(found[1]), int(found[2])
+    if last < first:
+        raise UserError(f"the range {found[0]!r} counts down: write {{{found[2]}..{found[1]}}}")
+    if last - first >= MAX_NAMES:
+        raise UserError(f"the range {found[0]!r} stands for {last - first + 1:,} names: at most {MAX_NAMES:,} are taken")
+    return "{" + ",".join(f"{i:0{len(found[1])}d}" for i in range(first, last + 1)) + "}"
+
+
 def _matching(name: str) -> list[str]:
-    return sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else [name]
+    return sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.lexists(name) else [name]
 
 
 def _index(path: Path) -> dict[str, dict[str, Span]]:
@@ -281,35 +220,43 @@ def _index(path: Path) -> dict[str, dict[str, Span]]:
                     key, _, kind = base.partition(".")
                     if member.isfile() and key:
                         found.setdefault(f"{folder}/{key}" if folder else key, {})[kind.lower()] = (member.offset_data, member.size)
-            except tarfile.TarError:
+            except (tarfile.TarError, ValueError, OverflowError):
                 pass  # told apart below, as a shard that ends without its zeros
             raw.seek(tar.offset)
             if raw.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 _log.warning("%s is cut short or damaged after %d samples; the rest of it is not used", path, len(found))
-    except (OSError, tarfile.TarError) as err:
+    except (OSError, ValueError, tarfile.TarError) as err:
         raise UserError(f"{str(path)!r} is not a readable .tar ({err}): fetch it again or leave it out") from None
     return found
 
 
 def _square(file: Path | io.BytesIO, name: str, size: int) -> Tensor:
-    """(3, size, size) uint8 RGB, as stored (no EXIF rotation). Raises Unreadable."""
+    """(3, size, size) uint8 RGB. Raises Unreadable."""
     try:
-        with Image.open(file) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.width}x{image.height} pixels are too long a strip")
-            pixels = np.array(image.convert("RGB"))
-    except Exception as err:  # Pillow's decoders raise almost anything on broken files
-        why = getattr(err, "strerror", None) or (str(err).splitlines() or [type(err).__name__])[0]
-        raise Unreadable(f"{name} cannot be read: {re.sub(r' <_io.*', '', why)[:100]}") from None
-    return resize_centre_crop(torch.from_numpy(pixels).permute(2, 0, 1), size)
+        image = read_image(file, MAX_ASPECT)
+    except Unreadable as err:
+        raise Unreadable(f"{name} cannot be read: {err.reason}") from None
+    return resize_centre_crop(image, size)
 
 
-def _n_bytes(path: Path) -> int:
-    """The size of a file, -1 when there is none."""
-    try:
-        return path.stat().st_size if path.is_file() else -1
-    except (OSError, ValueError):
-        return -1
+def _checked(caption: str, name: str) -> str:
+    """The caption of a sample. Raises Unreadable for one that is blank or no text."""
+    if not caption:
+        raise Unreadable(f"{name} has no caption")
+    if why := flaw(caption):
+        raise Unreadable(f"the caption of {name} holds {why}")
+    return caption
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """True for a path that does not lead out of the folder; a link that lies inside may point anywhere."""
+    return Path(os.path.relpath(folder / name, folder)).parts[:1] != ("..",)
+
+
+def _n_bytes(folder: Path, name: str) -> int:
+    """The size of a file of the folder, -1 when there is none."""
+    path = folder / name
+    return path.stat().st_size if _inside(folder, name) and os.path.isfile(path) else -1
 
 
 def _identity(rows: Iterable[tuple[Any, ...]]) -> str:

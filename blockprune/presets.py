@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 from pathlib import Path
 
 from blockprune.arch import Architecture, BlockGraph
 from blockprune.errors import UserError
 
+MAX_NAMES = 1_000_000
 _BASE = (
     "down_blocks.{0,1,2}.{resnets,attentions}.1",
     "down_blocks.3.resnets.1",
@@ -71,9 +73,11 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """The names that a pattern with {a,b} alternatives stands for."""
+    """The names that a pattern with {a,b} alternatives stands for; UserError for more than MAX_NAMES."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    if (n := prod(map(len, choices))) > MAX_NAMES:
+        raise UserError(f"the pattern {pattern[:80]!r} stands for {n:,} names: at most {MAX_NAMES:,} are taken")
     return ("".join(choice) for choice in product(*choices))
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockprune import checkpoints, data, export, features, presets, surgery
+from blockprune import captions, checkpoints, data, export, features, presets, surgery
 from blockprune.arch import Architecture, BlockGraph
 from blockprune.checkpoints import Configs
 from blockprune.digits import DigitScenes
 from blockprune.errors import UserError
-from blockprune.imagefiles import as_stored
+from blockprune.imagefiles import MAX_ASPECT, as_stored
 from blockprune.imaging import Judges
 from blockprune.metrics import Detector, Stats
 from blockprune.protocol import Rules
@@ -57,7 +57,7 @@ def defaults_of(model: str) -> dict[str, Any]:
     known = [*DEFAULTS, *PATHS, "data"]
     if unknown := own.keys() - set(known):
         raise UserError(f"{str(file)!r} has unknown keys {', '.join(sorted(unknown))}: it may have {', '.join(known)}")
-    inside = {key: str(folder / own[key]) for key in PATHS if key in own and (folder / own[key]).exists()}
+    inside = {key: str(folder / own[key]) for key in (*PATHS, "data") if key in own and (folder / own[key]).exists()}
     return {**DEFAULTS, **own, **inside}
 
 
@@ -137,7 +137,7 @@ def _defaults_of_teacher(model: str, identity: str) -> dict[str, Any]:
 
 def prompts_of(path: str | None, bench: Bench | Subject) -> list[str]:
     """The prompts of a file, else the model's own, else sixteen general ones."""
-    return data.read_prompts(Path(path or bench.defaults.get("prompts", GENERIC_PROMPTS)))
+    return captions.read_prompts(Path(path or bench.defaults.get("prompts", GENERIC_PROMPTS)))
 
 
 def judges_of(
@@ -193,6 +193,17 @@ def reference_reader(rules: Rules) -> Callable[[str, Detector], Stats]:
     return read
 
 
+def training_data(model: str, data: str | None, option: str) -> str:
+    """The training pairs asked for, else the model's own; UserError, which names the option, when there are neither."""
+    data = defaults_of(model).get("data") if data is None else data
+    if data is None:
+        raise UserError(
+            f"no training data, and {model!r} has none of its own: give {option}, a folder with metadata.csv or metadata.jsonl, "
+            ".tar shards or a `blockprune cache` folder"
+        )
+    return data
+
+
 def clean_latents(bench: Bench, source: str | None, n: int, batch_size: int) -> tuple[Tensor, list[str]] | None:
     """Up to `n` images of `source` as latents (M, C, h, w) on CPU, with their captions.
 
@@ -215,9 +226,9 @@ def _scenes(n: int) -> list[tuple[Tensor, str]]:
 
 
 def _folder(source: str, n: int, side: int) -> list[tuple[Tensor, str]]:
-    pairs = []
-    for picture in data.ImageFolder(source):
-        pairs.append((data.resize_centre_crop(picture.image, side), picture.caption or ""))
+    pairs, images = [], data.ImageFolder(source, max_aspect=MAX_ASPECT)
+    for picture in images:
+        pairs.append((data.resize_centre_crop(picture.image, side), images.captions.get(picture.name, "")))
         if len(pairs) == n:
             break
     return pairs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,9 @@ def test_command_says_what_is_wrong(
     assert "'x' is no LoRA key" in one_line("map-adapter", broken, "--model", model, "--out", out)
     save_file({"unet.down_blocks.0.attentions.9.proj_in.lora_A.weight": torch.ones(2, 8)}, broken)
     assert "made for another model" in one_line("map-adapter", broken, "--model", model, "--out", out)
+    broken.unlink()
+    os.mkfifo(broken)
+    assert "is no regular file" in one_line("map-adapter", broken, "--model", model, "--out", out)
     assert not out.exists() and {p.name for p in tmp_path.iterdir()} == {"broken.safetensors"}
 
 

@@ -412,7 +412,7 @@ def test_what_is_wrong_takes_one_line(one_line: Callable[..., str], tiny_folder:
         return one_line("cache", "--model", tiny_folder("sdxl"), "--device", "cpu", *args)
 
     data, out = write_folder(tmp_path / "data", 30), tmp_path / "cache"
-    assert "no data: give --data" in said("--out", out)
+    assert "none of its own: give --data" in said("--out", out)
     assert "no data at '/nowhere'" in said("--data", "/nowhere", "--out", out)
     assert "no .tar file matches" in said("--data", f"{tmp_path}/{{000..012}}.tar", "--out", out)
     assert "square resolution: got 16x32" in said("--data", data, "--resolution", "16x32", "--out", out)

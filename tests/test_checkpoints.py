@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -187,6 +188,50 @@ def test_weights_that_are_not_safetensors_are_named(copy_of: Folder) -> None:
     (folder / UNET).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 4)
     with pytest.raises(UserError, match="damaged or not safetensors"):
         load(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_not_finite_are_named(part: str, value: float, copy_of: Folder) -> None:
+    folder = copy_of("sd1")
+    path = checkpoints.weight_files(folder, part)[0][0]
+    tensors = load_file(path)
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"the weights of '{part}' in .* are not finite in float32, '{re.escape(name)}' first"):
+        load(str(folder))
+
+
+def test_weights_that_half_precision_cannot_hold_are_named(copy_of: Folder) -> None:
+    folder = copy_of("sd1")
+    tensors = load_file(folder / UNET)
+    tensors["conv_in.weight"][0] = 1e6
+    save_file(tensors, folder / UNET, metadata={"format": "pt"})
+    assert load(str(folder)).unet is not None
+    with pytest.raises(UserError, match=r"not finite in float16, 'conv_in\.weight' first"):
+        load(str(folder), dtype=torch.float16)
+
+
+def test_weights_of_a_single_file_that_are_not_finite_are_named(copy_of: Folder) -> None:
+    folder = copy_of("sd1")
+    checkpoint = to_ldm(load(str(folder)))
+    checkpoint["model.diffusion_model.out.2.bias"][0] = torch.nan
+    save_file(checkpoint, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors' are not finite in float32, 'conv_out.bias' first"):
+        load(str(folder / "model.safetensors"))
+
+
+def test_weights_are_regular_files(copy_of: Folder, tmp_path: Path) -> None:
+    folder = copy_of("sd1")
+    (folder / UNET).unlink()
+    os.mkfifo(folder / UNET)
+    for use in (load, identity):
+        with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model\.safetensors' is no regular file"):
+            use(str(folder))
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no model"):
+        load(str(tmp_path / "x.safetensors"))
 
 
 def test_missing_and_pickled_weights_are_named(copy_of: Folder) -> None:

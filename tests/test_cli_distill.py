@@ -24,8 +24,9 @@ from diffusers import StableDiffusionPipeline
 from test_cli_scan import main_in_process
 
 import blockprune
-from blockprune import load_pipeline, snapshots, store
+from blockprune import cache, load_pipeline, snapshots, store
 from blockprune.arch import Architecture
+from blockprune.pairs import Reader, source_of
 from blockprune.surgery import skeleton
 
 QUICK = ["--train-batch-size", "2", "--n-images", "8", "--steps", "2", "--max-train-steps", "6", "--checkpointing-steps", "2"]
@@ -216,6 +217,37 @@ def test_a_cache_trains_as_the_images_do(tmp_path: Path, cli: Cli, tiny_folder: 
         rows.append(losses(out))
     for (_, live), (_, cached) in zip(*rows, strict=True):
         assert cached == pytest.approx(live, rel=1e-4)
+
+
+def test_a_teacher_is_trained_on_its_own_data_or_on_what_is_given(
+    tmp_path: Path, cli: Cli, one_line: Callable[..., str], tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny_folder("sd1"), tmp_path / "model"))
+    distil = [
+        "distill",
+        "--arch",
+        "mid-removed",
+        "--teacher",
+        model,
+        *QUICK[:6],
+        "--max-train-steps",
+        "1",
+        "--out",
+        tmp_path / "run",
+    ]
+    search = ["search", "--model", model, "--budget", "90%params", "--recover", "1", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("blockprune.checkpoints.load", lambda *args: pytest.fail("the model is loaded first"))
+        for command, option in ((distil, "--data"), (search, "--train-data"), (["cache", "--model", model], "--data")):
+            line = one_line(*command)
+            assert f"no training data, and {str(model)!r} has none of its own: give {option}" in line
+    assert not (tmp_path / "run").exists()
+    _folder(model / "pictures", 5)
+    (model / "blockprune.json").write_text('{"data": "pictures"}')
+    code, _, err = cli(*distil)
+    assert code == 0, err
+    ours = Reader(source_of(str(model / "pictures"), 16)).source.identity
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["asked"]["data"] == cache._identity(ours, 16)
 
 
 def test_a_diverging_run_stops_with_one_line(tmp_path: Path, one_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from cleanfid.fid import get_folder_features
 from PIL import Image
 
 from blockprune import data, metrics
-from blockprune.data import ImageFolder, read_prompts, read_reference, resize_centre_crop, stats_of_folder, write_stats
+from blockprune.captions import read_prompts
+from blockprune.data import ImageFolder, read_reference, resize_centre_crop, stats_of_folder, write_stats
 from blockprune.errors import UserError
 from blockprune.metrics import Stats
 
@@ -116,7 +117,8 @@ def test_a_folder_is_read_in_order_as_rgb(folder: Path) -> None:
         "deep/3.png",
         "deep/5.png",
     ]
-    assert all(p.image.shape == (3, 12, 10) and p.image.dtype == torch.uint8 and p.caption is None for p in pictures)
+    assert all(p.image.shape == (3, 12, 10) and p.image.dtype == torch.uint8 for p in pictures)
+    assert ImageFolder(folder).captions == {}
     with Image.open(folder / "deep" / "3.png") as image:
         np.testing.assert_array_equal(pictures[7].image.permute(1, 2, 0), np.asarray(image))
     assert len(ImageFolder(folder)) == 9
@@ -132,20 +134,17 @@ def test_a_folder_is_read_in_order_as_rgb(folder: Path) -> None:
 )
 def test_captions_come_from_metadata(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
-    captions = {p.name: p.caption for p in ImageFolder(folder)}
-    assert captions["0.png"] == "nought"
-    assert captions["deep/1.png"] == "one, deep"
-    assert captions["2.png"] is None
+    assert ImageFolder(folder).captions == {"0.png": "nought", "deep/1.png": "one, deep"}
 
 
 def test_metadata_that_fits_nothing_is_an_error(folder: Path) -> None:
     (folder / "metadata.csv").write_text("file_name,text\nother.png,x\n")
     with pytest.raises(UserError, match=r"name none of its images, but 'other.png'"):
-        ImageFolder(folder)
+        _ = ImageFolder(folder).captions
     (folder / "metadata.csv").unlink()
     (folder / "metadata.jsonl").write_text('{"file": "0.png"}\n')
     with pytest.raises(UserError, match="line 1 needs file_name"):
-        ImageFolder(folder)
+        _ = ImageFolder(folder).captions
 
 
 def test_broken_images_are_skipped_and_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,7 @@ from blockprune.features import (
     load_detector,
     load_scorer,
 )
+from blockprune.snapshots import file_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 
@@ -116,6 +117,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.jit.script(stand_in).save(str(root / INCEPTION_FILE))
     save_pytorch_fid(root / PYTORCH_FID_FILE)
     return {name: root / name for name in ("classifier", "clip", "dino", INCEPTION_FILE, PYTORCH_FID_FILE)}
+
+
+@pytest.fixture(autouse=True)
+def stand_in_is_published(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "INCEPTION_SHA256", file_digest(folders[INCEPTION_FILE]))
 
 
 def save_pytorch_fid(file: Path) -> None:
@@ -289,10 +295,10 @@ def test_missing_inception_weights_say_what_to_do(tmp_path: Path, monkeypatch: p
 
 def test_broken_inception_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / INCEPTION_FILE).write_bytes(b"half a file")
-    with pytest.raises(UserError, match=r"is not a whole inception-2015-12-05.pt: fetch it again"):
+    with pytest.raises(UserError, match=r"is not the inception-2015-12-05.pt that is published .*: fetch it again"):
         load_detector("inception", weights=tmp_path / INCEPTION_FILE)
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / INCEPTION_FILE))
-    with pytest.raises(UserError, match="is not a whole"):
+    with pytest.raises(UserError, match="is not the"):
         load_detector("inception", weights=tmp_path / INCEPTION_FILE)
 
 

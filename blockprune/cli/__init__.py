@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -72,5 +73,8 @@ def _quieten() -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers what torch knows by now
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, which diffusers imports, names its types
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than a name or prompt has
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

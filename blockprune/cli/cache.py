@@ -32,9 +32,7 @@ def cache(
     from blockprune import checkpoints, pairs, workbench
     from blockprune.cli import console
 
-    data = data or workbench.defaults_of(model).get("data")
-    if data is None:
-        raise UserError("no data: give --data, a folder with metadata.csv or .tar shards")
+    data = workbench.training_data(model, data, "--data")
     config = checkpoints.configs(model)
     height, width = (side * config.vae_factor for side in config.latent(resolution))
     if height != width:

@@ -18,7 +18,8 @@ def distill(
     arch: Annotated[str, typer.Option(help="what is removed: best.json of a search, a preset, block names or a JSON file")],
     teacher: Annotated[list[str] | None, typer.Option(help="model to learn from; repeat for several in succession")] = None,
     data: Annotated[
-        str | None, typer.Option(help="image folder, img2dataset .tar pattern, `blockprune cache` folder, or digits (default)")
+        str | None,
+        typer.Option(help="image folder, img2dataset .tar pattern, `blockprune cache` folder, or digits; default: the model's own"),
     ] = None,
     recipe: Annotated[str, typer.Option(help="bk-sdm, segmind, or a .toml file")] = "bk-sdm",
     train_batch_size: Annotated[int, typer.Option(help="images of one forward pass in one process")] = 16,

@@ -185,6 +185,8 @@ class Hunt:
 def hunt(opts: Mapping[str, Any], folder: Path) -> Hunt:
     """The search that the options say, its model loaded."""
     device, dtype = options.device_of(opts["device"]), options.dtype_of(opts["dtype"])
+    if opts["recover"]:
+        opts = {**opts, "train_data": workbench.training_data(opts["model"], opts["train_data"], "--train-data")}
     bench = workbench.load_bench(opts["model"], opts["resolution"], device, dtype)
     filled = dict(opts) | {name: value for name, value in bench.defaults.items() if opts.get(name) is None}
     return Hunt(bench, filled, folder)

@@ -32,7 +32,7 @@ def report(
     try:
         for suffix, content in files.items():
             with writing(out.with_suffix(suffix)) as temporary:
-                temporary.write_text(content)
+                temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     except (PermissionError, NotADirectoryError, FileExistsError) as err:
         raise UserError(f"cannot write {str(out)!r} ({err.strerror}): choose another --out") from None
     print(f"{out}: {len(files['.html'].encode()) / 1e6:.2f} MB; results also in {', '.join(str(path) for path in others)}")

@@ -15,9 +15,8 @@ from blockprune.pairs import Reader, source_of
 from blockprune.workbench import Bench
 
 
-def provider_of(bench: Bench, data: str | None) -> Provider:
-    """The training pairs, encoded: from a cache folder, or encoded once as they come and remembered. None means the digits."""
-    data = data or "digits"
+def provider_of(bench: Bench, data: str) -> Provider:
+    """The training pairs, encoded: from a cache folder, or encoded once as they come and remembered."""
     if (Path(data) / "cache.json").is_file():
         return Remembered(Cached(data, {"teacher": bench.identity, "resolution": bench.latent[0] * bench.pipe.vae_scale_factor}))
     height, width = (side * bench.pipe.vae_scale_factor for side in bench.latent)

@@ -34,7 +34,7 @@ def search(
     random: Annotated[int, typer.Option(help="random sets to score as well, for comparison in the report")] = 0,
     recover: Annotated[int, typer.Option(help="updates of distillation for every finalist before the choice; 0 for none")] = 0,
     recover_batch_size: Annotated[int, typer.Option(help="images of each such update")] = 8,
-    train_data: Annotated[str, typer.Option(help="training pairs for --recover: see `blockprune distill --data`")] = "digits",
+    train_data: Annotated[str | None, typer.Option(help="training pairs for --recover: see `blockprune distill --data`")] = None,
     pareto: Annotated[str | None, typer.Option(help=f"a front instead of one budget: {', '.join(PARETO)}")] = None,
     solve_only: Annotated[bool, typer.Option("--solve-only", help="no forward pass: solve exactly on known scores")] = False,
     from_scan: Annotated[Path | None, typer.Option(help="run directory of a scan or search whose scores are taken over")] = None,

@@ -83,6 +83,7 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
     if opts["learning_rate"] is not None:
         recipe = replace(recipe, learning_rate=opts["learning_rate"])
     plan = stretches(recipe, opts)
+    opts = {**opts, "data": workbench.training_data(plan[0].teacher, opts["data"], "--data")}
     accelerator = Accelerator(
         cpu=opts["cpu"],
         mixed_precision=opts["mixed_precision"],

@@ -51,7 +51,8 @@ def report_files(dossier: Dossier, convention: str) -> dict[str, str]:
         ".tex": to_latex(tabled, convention),
     }
     shown = sections(dossier, convention)
-    page = _page(dossier, shown, said, texts)
+    # a name that the file system gave may be no text: half a surrogate pair is shown as an escape
+    page = _page(dossier, shown, said, texts).encode(errors="backslashreplace").decode()
     if (size := len(page.encode())) > LIMIT:
         raise UserError(f"the page would have {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:g} MB: leave out {_largest(shown)}")
     return {".html": page, **texts}
@@ -62,7 +63,7 @@ def _page(dossier: Dossier, shown: Sequence[Section], said: Mapping[str, Sequenc
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     env.filters["prose"] = prose
-    script = (HERE / "page.js").read_text()
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     return env.get_template("page.html").render(
         title=f"Block pruning of {dossier.teacher or 'a diffusion U-Net'}",
         header=facts("", _header(dossier)),
@@ -73,7 +74,7 @@ def _page(dossier: Dossier, shown: Sequence[Section], said: Mapping[str, Sequenc
         copyables=[Copyable("LaTeX", texts[".tex"]), Copyable("CSV", texts[".csv"])],
         # Within a script element only "<" could end or confuse it; inside JSON strings it may be written as an escape.
         data=Markup(texts[".json"].replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-        css=Markup((HERE / "page.css").read_text()),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
