@@ -19,7 +19,26 @@ from blockprune.records import Score
 from blockprune.sampling import NotFinite
 from blockprune.scoring import DENOISING, FULL, Arrays, Examiner, Plan, error_score
 
-SPEED = ("latency", "latency_ratio", "memory")
+
+def cost_scores(graph: BlockGraph, arch: Architecture, label: str, itemsize: int, seed: int) -> Iterator[Score]:
+    """What needs no measurement: parameters, MACs, and the bytes of the weights at `itemsize` each."""
+    cost = graph.cost(arch)
+    for measure, value in {"params": cost.params, "macs": cost.thop, "weight_bytes": cost.params * itemsize}.items():
+        yield Score(arch.key, label, measure, value, 0, seed)
+
+
+def step_scores(arch: Architecture, label: str, timings: Mapping[str, latency.Timing], seed: int) -> Iterator[Score]:
+    """`speed_measures` of an architecture from its timings beside the teacher's."""
+    own, speed = timings[label], speed_measures(label)[0]
+    alone = label == FULL
+    value, low, high = (own.median_s, *latency.median_interval(own.latency_s)) if alone else latency.ratio(timings[FULL], own)
+    yield Score(arch.key, label, speed, value, len(own.latency_s), seed, low, high)
+    yield Score(arch.key, label, "memory", own.mem_bytes, 1, seed)
+
+
+def speed_measures(label: str) -> tuple[str, str]:
+    """What is measured of a step: the teacher's seconds, the ratio of any other to a teacher timed in turn with it; memory."""
+    return ("latency" if label == FULL else "latency_ratio"), "memory"
 
 
 @dataclass(frozen=True)
@@ -83,11 +102,7 @@ class Scan:
 
     def _costs(self) -> Iterator[Score]:
         for label, arch in self.archs.items():
-            cost = self.graph.cost(arch)
-            yield Score(arch.key, label, "params", cost.params, 0, self.plan.protocol.seed)
-            yield Score(arch.key, label, "macs", cost.thop, 0, self.plan.protocol.seed)
-            stored = cost.params * self.pipe.unet.dtype.itemsize
-            yield Score(arch.key, label, "weight_bytes", stored, 0, self.plan.protocol.seed)
+            yield from cost_scores(self.graph, arch, label, self.pipe.unet.dtype.itemsize, self.plan.protocol.seed)
 
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
@@ -129,23 +144,16 @@ class Scan:
         """Step latency and memory at batch 1, each architecture in turn with the teacher, round by round."""
         unet, plan = self.pipe.unet, self.plan
         inputs = unet_inputs(unet.config, plan.protocol.latent, self.graph.n_tokens, 1, unet.device, unet.dtype)
-        for label in self._missing(SPEED):
-            arch = self.archs[label]
+        for label, arch in self.archs.items():
+            wanted = [m for m in speed_measures(label) if m in plan.measures and (label, m) not in self.done]
+            if not wanted:
+                continue
             models: dict[str, latency.Model] = {
                 FULL: partial(surgery.removed, unet, Architecture()),
                 label: partial(surgery.removed, unet, arch),
             }
             timings = latency.measure(models, inputs, plan.n_timings, 2, unet.device)
-            own, (ratio, low, high) = timings[label], latency.ratio(timings[FULL], timings[label])
-            row = (arch.key, label)
-            n, seed = len(own.latency_s), plan.protocol.seed
-            yield from self._new(
-                [
-                    Score(*row, "latency", own.median_s, n, seed, *latency.median_interval(own.latency_s)),
-                    Score(*row, "latency_ratio", ratio, n, seed, low, high),
-                    Score(*row, "memory", own.mem_bytes, 1, seed),
-                ]
-            )
+            yield from (s for s in step_scores(arch, label, timings, plan.protocol.seed) if s.measure in wanted)
             plan.tick("latency", 1)
 
     def _images(self) -> Iterator[Record]:

@@ -17,12 +17,14 @@ from blockprune.denoising import Denoiser, NoisySamples
 from blockprune.errors import UserError
 from blockprune.families import Condition
 from blockprune.imaging import STATISTICS, Judges, judge, stack
-from blockprune.records import Score
+from blockprune.records import TEACHER, Score
 from blockprune.sampling import NotFinite, Protocol, draw, encode
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.uint8]
-FULL = "full"
+FULL = TEACHER
+COSTS = ("params", "macs", "weight_bytes")  # arithmetic on the architecture
+STEP = ("latency", "latency_ratio", "memory")  # of a U-Net step
 DENOISING = ("eps_mse", "guided_mse")  # measured on noisy samples; all others on images or on the architecture itself
 
 
@@ -46,8 +48,13 @@ class Plan:
     tick: Callable[[str, int], None] = lambda what, n: None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "measures", with_ratio(self.measures))
         if "guided_mse" in self.measures and self.protocol.cfg_scale <= 1:
-            raise UserError(f"measure 'guided_mse' needs guidance: got --cfg-scale {self.protocol.cfg_scale:g}; give one above 1")
+            raise UserError(
+                f"measure 'guided_mse' needs guidance: got --cfg-scale {self.protocol.cfg_scale:g}; give one above 1, or eps_mse"
+            )
+        if unknown := [m for m in self.measures if m not in (*DENOISING, *STATISTICS, *COSTS, *STEP)]:
+            raise ValueError(f"nothing computes {', '.join(unknown)}: a measure of images has its statistic in imaging.STATISTICS")
 
     @property
     def denoising_measures(self) -> list[str]:
@@ -56,6 +63,14 @@ class Plan:
     @property
     def image_measures(self) -> list[str]:
         return [m for m in self.measures if m in STATISTICS]
+
+
+def with_ratio(measures: Sequence[str]) -> list[str]:
+    """`measures` with "latency_ratio" beside "latency": the one is the teacher's alone, the other that of what lacks blocks."""
+    out = list[str]()
+    for measure in measures:
+        out += ["latency", "latency_ratio"] if measure in ("latency", "latency_ratio") else [measure]
+    return list(dict.fromkeys(out))
 
 
 class Examiner:

@@ -61,12 +61,20 @@ class Strategy:
         if (losses := self._losses(evaluations)) is None:
             return []
         if self._second is None:
-            exact = [self.candidate(c, EXACT) for space in self.spaces for c in space.best(losses, self.n_exact)]
-            self._second = [*exact, *self.known_designs()]
+            self._second = [*self._exact(losses), *self.known_designs()]
             self._proposers = [Proposer(s, self.sampler, self.seed + i, losses) for i, s in enumerate(self.spaces)]
         if second := [c for c in self._second if c.arch.key not in known]:
             return second
         return self._proposed(evaluations, known)
+
+    def solutions(self, evaluations: Sequence[Evaluation]) -> list[tuple[Candidate, float]]:
+        """The exact best sums of the units' scores under every budget, with those sums; [] while a unit has no score."""
+        losses = self._losses(evaluations)
+        found = {c.arch: c for c in ([] if losses is None else self._exact(losses))}
+        return [(c, sum(losses[label] for label, gone in c.params.items() if gone)) for c in found.values() if losses is not None]
+
+    def _exact(self, losses: Mapping[str, float]) -> list[Candidate]:
+        return [self.candidate(choice, EXACT) for space in self.spaces for choice in space.best(losses, self.n_exact)]
 
     def alone(self) -> list[Candidate]:
         """The units one by one, and the teacher where it is needed."""

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from conftest import Cli
 from PIL import Image
 
 from blockprune import store
+from blockprune.cli.outputs import view_of
+from blockprune.report.figures import tradeoff
 
 QUICK = ["--unit", "stage", "--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4"]
 IMAGES = "eps_mse,fid,clip_score,params"
@@ -228,3 +231,51 @@ def test_nan_images_are_failed_rows_and_the_scan_goes_on(cli: Cli, tmp_path: Pat
     assert "not finite" in values["mid_block", "fid"]["error"]
     assert values["mid_block", "eps_mse"]["value"] is None
     assert values["up_blocks.1.attentions.0", "fid"]["value"] > 0
+
+
+def test_a_removals_latency_is_the_ratio_that_was_timed_in_turn(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that slows down by half again and again, whatever a user reads is the ratio, and seconds are the teacher's."""
+    tiny.drifting_clock(monkeypatch)
+    out, page = tmp_path / "run", tmp_path / "page.html"
+    code, shown, err = cli("scan", "--unit", "stage", "--measures", "eps_mse,latency", *QUICK[2:], "--out", out)
+    assert code == 0, err
+    view = view_of(out)
+    truth = {label: view.graph.cost(arch).params / view.graph.total.params for label, arch in view.archs.items()}
+    del truth["full"]
+    for row in csv.DictReader((out / "scan.csv").read_text().splitlines()):
+        assert float(row["latency_ratio"] or 0) == pytest.approx(truth.get(row["label"], 0)), row["label"]
+        assert bool(row["latency"]) == (row["label"] == "full")
+    for row in json.loads((out / "scan.json").read_text())["ranking"][1:]:
+        assert row["latency_ratio"] == pytest.approx(truth[row["label"]])
+        assert row["latency"] is None
+    milliseconds = f"{view.graph.total.params / 10**6:.3g} ms"
+    for text in (shown, (out / "report.md").read_text()):
+        assert text.count(" ms") == text.count(milliseconds) == 1
+        for label, ratio in truth.items():
+            (line,) = (line for line in text.splitlines() if re.match(rf"\W*\d+\W+{re.escape(label)}\W* ", line))
+            assert f" {ratio:.3f} [" in line, label
+    assert "Not measured" not in (out / "report.md").read_text()
+    assert cli("report", out, "--out", page)[0] == 0
+    results = json.loads(page.with_suffix(".json").read_text())["results"]
+    assert [bool(r["latency_s"]) for r in results] == [not r["removed"] for r in results]
+    assert {r["model"].removeprefix("without "): r["latency_ratio"] for r in results[1:]} == pytest.approx(truth)
+    cells = re.findall(r"<td[^>]*>\s*([^<]*)", page.read_text())
+    assert all(f"{ratio:.3f}" in {c.strip() for c in cells} for ratio in truth.values())
+    drawn = {}
+    for ax in tradeoff(view, "eps_mse").axes[2:]:
+        drawn = {round(float(line.get_xdata()[0]), 6) for line in ax.lines if len(line.get_xdata()) == 1}
+    assert drawn == {round(100 * (1 - ratio), 6) for ratio in truth.values()}
+
+
+def test_seconds_of_students_in_runs_of_earlier_versions_are_not_shown(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.drifting_clock(monkeypatch)
+    args = ["--arch", "mid_block", "--measures", "latency", *QUICK[2:], "--out", tmp_path / "run"]
+    assert cli("scan", *args)[0] == 0
+    (row,) = (r for r in store.read_rows(tmp_path / "run") if r["label"] == "mid_block")
+    with (tmp_path / "run" / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"measure": "latency", "value": 7.0}) + "\n")
+    view = view_of(tmp_path / "run")
+    assert view.value("mid_block", "latency") is None
+    assert view.value("mid_block", "latency_ratio") == pytest.approx(row["value"])

@@ -91,9 +91,29 @@ def test_an_evaluated_model_without_a_graph_is_priced_by_its_components(tmp_path
     assert (row.cost.params, row.cost.thop, row.whole_params) == (cost.params, cost.thop, cost.params + reports.OUTSIDE)
 
 
-def test_a_quantised_setting_has_no_latency_of_its_own(dossier: Dossier) -> None:
-    rows = result_tables(dossier)[0].rows
-    assert {("int8" in row.setting, row.latency_s is None) for row in rows} == {(True, True), (False, False)}
+def test_a_students_step_is_held_against_the_teachers_of_the_same_run(tmp_path: Path) -> None:
+    """Three runs on a machine that was slow, fast and slow: seconds are the teacher's, every student has its ratio."""
+    runs = [
+        reports.evaluate(tmp_path / name, name, removed, speed=speed)
+        for name, removed, speed in [("tiny", [], 3.0), ("small", reports.STUDENT, 1.0), ("mid", ["mid_block"], 2.0)]
+    ]
+    found = dossier_of(runs)
+    total = reports.graph().total.params
+    for row in result_tables(found)[0].rows:
+        plain = "int8" not in row.setting and not row.setting.startswith("step ")
+        share = reports.graph().cost(row.arch).params / total
+        assert row.latency_s == (pytest.approx(0.03) if plain and not row.arch else None), row.setting
+        assert row.latency_ratio == (pytest.approx(share) if plain and row.arch else None), row.setting
+    shown = tables.components(found.models, "thop")
+    assert shown is not None
+    column = list(shown.columns).index("latency, × teacher")
+    for cells in shown.rows:
+        arch = found.models[cells[0].text].arch if cells[0].text != "teacher" else Architecture()
+        if cells[1].text == "U-Net x 1":
+            assert cells[column].key == pytest.approx(reports.graph().cost(arch).params / total)
+            assert cells[column].small == ("" if arch else "30 ms")
+    with pytest.raises(ValueError, match="not seconds of its own"):
+        replace(result_tables(found)[0].rows[-1], latency_s=1.0)
 
 
 def test_csv_json_and_page_say_the_same(dossier: Dossier, files: dict[str, str], read: Reader) -> None:
@@ -212,7 +232,7 @@ def test_macs_are_named_by_their_convention(dossier: Dossier) -> None:
 def test_several_runs_of_a_kind_have_a_curve_each(shown: dict[str, Sequence[Any]]) -> None:
     pictures = [p for p in shown["training"] if p.kind == "picture"]
     assert all("kd-mid" in p.alt and "kd-small" in p.alt for p in pictures[:2])
-    assert [p.title for p in shown["search"] if p.kind == "subhead"] == ["search-80", "search-70"]
+    assert [p.title for p in shown["search"] if p.kind == "subhead"] == ["search-80", "search-78"]
 
 
 def test_nothing_is_missing_from_a_full_report(dossier: Dossier) -> None:

@@ -13,15 +13,18 @@ import tiny
 import torch
 from diffusers import DDPMScheduler
 
+from blockprune import imaging, records, surgery
 from blockprune import scan as stage
-from blockprune import surgery
 from blockprune.arch import Architecture
+from blockprune.cli.measuring import possible
 from blockprune.compare import rounding
 from blockprune.denoising import NoisySamples, denoising_errors
 from blockprune.errors import UserError
 from blockprune.imaging import Judges
-from blockprune.metrics import Stats
+from blockprune.metrics import Stats, mean_statistic
 from blockprune.records import Score
+from blockprune.report import figures, results, text, view
+from blockprune.report.dossier import Dossier
 from blockprune.sampling import Protocol
 from blockprune.scan import Part, Scan
 from blockprune.scoring import Plan
@@ -197,3 +200,46 @@ def test_clean_data_needs_no_images(pipe: Any) -> None:
     plan = replace(PLAN, measures=["eps_mse"], clean=(torch.randn(2, 4, 8, 8), ["a cat", ""]))
     records = list(Scan(pipe, GRAPH, {"mid": Architecture(frozenset({"mid_block"}))}, plan))
     assert [type(r).__name__ for r in records] == ["Part"] * 4 + ["Score"]
+
+
+@pytest.mark.parametrize("asked", ["latency", "latency_ratio"])
+def test_a_step_is_timed_in_turn_with_the_teacher(pipe: Any, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    tiny.drifting_clock(monkeypatch)
+    plan = replace(PLAN, measures=[asked])
+    rows = {(r.label, r.measure): r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)}
+    assert rows.keys() == {("full", "latency")} | {(label, "latency_ratio") for label in ARCHS}
+    assert rows["full", "latency"].value == pytest.approx(GRAPH.total.params / 10**9)
+    for label, arch in ARCHS.items():
+        assert rows[label, "latency_ratio"].value == pytest.approx(GRAPH.cost(arch).params / GRAPH.total.params)
+    assert not list(Scan(pipe, GRAPH, ARCHS, plan, rows.keys()))
+
+
+def test_a_measure_added_as_the_readme_says_is_computed_ranked_and_shown(
+    pipe: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    recipe = readme[readme.index("- a **measure of images**") :].partition("\n\n")[0]
+    places = {(imaging, "STATISTICS"), (imaging, "NEEDS"), (records, "MEASURES"), (view, "QUALITY"), (results, "PAPER")}
+    assert all(f"`{name}`" in recipe for _, name in places)
+    monkeypatch.setitem(records.MEASURES, "bright", records.Measure("", "up", "brightness"))
+    with pytest.raises(ValueError, match="nothing computes bright"):
+        replace(plan, measures=["bright"])
+    monkeypatch.setitem(imaging.STATISTICS, "bright", lambda seen, teacher, judges: mean_statistic(seen["features"].mean(1)))
+    monkeypatch.setitem(imaging.NEEDS, "bright", "detector")
+    for module in (view, text, figures):
+        monkeypatch.setattr(module, "QUALITY", (*view.QUALITY, "bright") if module is view else view.QUALITY)
+    monkeypatch.setattr(results, "QUALITY", view.QUALITY)
+    monkeypatch.setattr(view, "MEASURED", (*view.QUALITY, "latency", "latency_ratio", "memory"))
+    monkeypatch.setattr(results, "PAPER", (*results.PAPER, "bright"))
+    assert "bright" in possible(plan.judges)
+    assert "bright" not in possible(Judges())
+    found = list(Scan(pipe, GRAPH, ARCHS, replace(plan, measures=["bright"])))
+    rows = [r for r in found if isinstance(r, Score)]
+    assert [r.label for r in rows] == ["full", *ARCHS]
+    assert all(r.value is not None and r.low is not None and r.delta is not None for r in rows)
+    shown = view.ScanView({"measures": ["bright"]}, GRAPH, {"full": Architecture(), **ARCHS}, rows, {}, [])
+    assert view.ranked(shown) == sorted(ARCHS, key=lambda n: -(shown.value(n, "bright") or 0))
+    assert "| bright ↑ |" in text.to_markdown(shown)
+    assert "bright" in text.to_csv(shown).splitlines()[0]
+    tabled = results.result_tables(Dossier(scans={"scan": shown}))
+    assert results.flat(tabled, "thop")[0]["bright"] == shown.value("full", "bright")

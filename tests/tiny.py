@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from blockprune import surgery
+from blockprune import latency, surgery
 from blockprune.checkpoints import silence
 
 KINDS = ("sd1", "sd2", "sdxl")  # and "sd1-v": SD v1 trained to predict the velocity
@@ -152,3 +153,14 @@ def break_mid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the removal of the mid stage give NaN."""
     real = surgery.stand_in
     monkeypatch.setattr(surgery, "stand_in", lambda unet, name: _Nan() if name == "mid_block" else real(unet, name))
+
+
+def drifting_clock(monkeypatch: pytest.MonkeyPatch, floor: float = 0.0) -> None:
+    """Makes a step take (floor + parameters / 10^6) milliseconds, on a machine that is slower by half after every twelve steps."""
+    steps = itertools.count()
+
+    def step(unet: torch.nn.Module, inputs: object) -> float:
+        size = sum(p.numel() for p in unet.parameters())
+        return (floor + size / 10**6) / 1000 * (1 + 0.5 * (next(steps) // 12))
+
+    monkeypatch.setattr(latency, "_cpu_step", step)

@@ -16,9 +16,10 @@ from rich.text import Text
 from blockprune.arch import Cost
 from blockprune.records import MEASURES, Candidate, Evaluation
 from blockprune.report import ScanView, ranking
-from blockprune.report.search_text import against
+from blockprune.report.captions import caption_title, warning
+from blockprune.report.search_text import against, in_answer
 from blockprune.report.search_view import SearchView
-from blockprune.report.text import agreement, correlation_text, count, number, with_interval
+from blockprune.report.text import agreement, correlation_text, count, number, scan_step_time, step_time, with_interval
 from blockprune.report.view import QUALITY
 
 NOT_A_TERMINAL_WIDTH = 160
@@ -42,7 +43,7 @@ def print_ranking(view: ScanView, console: Console) -> None:
     table.add_column("removed", overflow="fold")
     for m in measures:
         table.add_column(f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}", justify="right", no_wrap=True)
-    for name in ("params saved", "MACs saved", "latency"):
+    for name in ("params saved", "MACs saved", "latency, x teacher"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row, measures, view, wide), style="bold" if row["rank"] == 0 else "red" if row["error"] else "")
@@ -60,8 +61,7 @@ def _cells(row: Mapping[str, Any], measures: list[str], view: ScanView, wide: bo
     cells = ["-" if row["rank"] is None else str(row["rank"]), row["label"]]
     cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) if wide else number(row[m]) for m in measures]
     cells += [_saved(row["params_saved"], total.params), _saved(row["macs_saved_thop"], total.thop)]
-    ratio = row["latency_ratio"]
-    return [Text(c) for c in [*cells, "-" if ratio is None else f"{ratio:.3f}x"]]
+    return [Text(c) for c in [*cells, scan_step_time(view, row["label"])]]
 
 
 def _saved(saved: int, total: int) -> str:
@@ -197,30 +197,41 @@ class WorkProgress:
 
 
 def print_finalists(view: SearchView, console: Console) -> None:
-    """Prints the finalists, the winner first, and what became of the known designs."""
+    """Prints what must be known first, then the finalists, the winner or the front first, and what became of the known designs."""
+    if line := warning(view):
+        console.print(Text(line, style="bold yellow"), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in ("#", "architecture", f"{view.measure}, fresh seeds", "parameters", "MACs (thop)", "latency", "within budget"):
+    captions = [caption_title(view)] if view.caption(None) else []
+    last = "on the front" if view.is_front else "within budget"
+    objective = f"{view.measure}, fresh seeds"
+    for name in ("#", "architecture", objective, *captions, "parameters", "MACs (thop)", "latency, x teacher", last):
         table.add_column(name, justify="left" if name == "architecture" else "right", no_wrap=True)
     total = view.graph.total
-    for rank, e in enumerate([*view.ranked, *(e for e in view.finals if e not in view.ranked)], 1):
+    if (teacher := view.caption(None)) is not None:
+        table.add_row("-", "teacher", "-", with_interval(teacher.value, teacher.low, teacher.high), "100.0%", "100.0%", "-", "-")
+    for rank, e in enumerate(view.order, 1):
         cost, ratio = view.cost(e), view.latency_ratio(e)
         cells = [str(rank), e.score.label, with_interval(e.score.value, e.score.low, e.score.high)]
-        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "-" if ratio is None else f"{ratio:.3f}x"]
-        table.add_row(*(Text(c) for c in [*cells, "yes" if view.holds(e) else "no"]), style="bold" if rank == 1 else "")
+        caption = view.caption(e)
+        cells += [with_interval(caption.value, caption.low, caption.high) if caption else "-" for _ in captions]
+        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", step_time(None, ratio)]
+        bold = "bold" if e in view.chosen else ""
+        table.add_row(*(Text(c) for c in [*cells, "yes" if in_answer(view, e) else "no"]), style=bold)
     console.print(table)
     for line in against(view):
         console.print(Text(line.replace("`", "")), soft_wrap=True)
 
 
-def print_solutions(solutions: Sequence[Candidate], total: Cost, console: Console) -> None:
-    """Prints the exact solutions on known scores, best first."""
+def print_solutions(solutions: Sequence[tuple[Candidate, float]], measure: str, total: Cost, console: Console) -> None:
+    """Prints the exact solutions on known scores, best first, with the sums that predict what they lose."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in ("#", "parameters", "MACs (thop)", "removed"):
+    for name in ("#", "parameters", "MACs (thop)", f"sum of {measure}", "removed"):
         table.add_column(name, justify="left" if name == "removed" else "right", overflow="fold")
-    for rank, c in enumerate(solutions, 1):
+    for rank, (c, predicted) in enumerate(solutions, 1):
         shares = (f"{c.costs['params'] / total.params:.1%}", f"{c.costs['macs_thop'] / total.thop:.1%}")
-        table.add_row(str(rank), *shares, Text(", ".join(c.arch)))
+        table.add_row(str(rank), *shares, number(predicted), Text(", ".join(c.arch)))
     console.print(table)
+    console.print("sums of single removals are predictions: score a solution with `blockprune scan --arch`", soft_wrap=True)
 
 
 class SearchProgress:

@@ -15,7 +15,9 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 def distill(
-    arch: Annotated[str, typer.Option(help="what is removed: best.json of a search, a preset, block names or a JSON file")],
+    arch: Annotated[
+        str, typer.Option(help="what is removed: best.json of a search (heed its warning), a preset, block names or a JSON file")
+    ],
     teacher: Annotated[list[str] | None, typer.Option(help="model to learn from; repeat for several in succession")] = None,
     data: Annotated[
         str | None,

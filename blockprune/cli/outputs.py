@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from blockprune.arch import CONVENTIONS, Architecture, BlockGraph, Cost
 from blockprune.budgets import parse_budget
 from blockprune.errors import UserError
-from blockprune.records import Evaluation, Score
+from blockprune.records import Evaluation, Score, timed_in_turn
 from blockprune.report import ScanView, to_csv, to_json, to_markdown
 from blockprune.report.search_view import SearchView
 from blockprune.store import Run, read_rows, read_run
@@ -94,7 +94,7 @@ def search_view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None
     scores: dict[str, dict[str, Score]] = {}
     for row in rows:
         found = row["scores"] if row["kind"] == "seen" else [row] if row["kind"] == "timing" else []
-        for score in map(Score.from_json, found):
+        for score in timed_in_turn(map(Score.from_json, found)):
             scores.setdefault(score.label, {})[score.measure] = score
     full = scores.get("full", {}).get("latency")
     scope = (said["outside_params"], full.value if full else None, asked["macs"], asked["scope"])
@@ -117,14 +117,16 @@ def search_view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None
 
 
 def write_search(run: Run) -> SearchView:
-    """Writes best.json, finalists.csv, report.md, the figures, and pareto.json for a front; returns what they were made from."""
+    """Writes finalists.csv, report.md and the figures, pareto.json for a front, best.json unless there are no budgets to be best
+    within; returns what they were made from. A search that found nothing raises UserError and writes nothing."""
     from blockprune.report import search_text
     from blockprune.report.canvas import png
     from blockprune.report.search_figures import search_figures
 
     view, names = search_view_of(run.path), []
     quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
-    run.write("best.json", search_text.best_json(view))
+    if view.chosen and not view.is_front:
+        run.write("best.json", search_text.best_json(view))
     run.write("finalists.csv", search_text.finalists_csv(view))
     if view.protocol["pareto"]:
         run.write("pareto.json", search_text.pareto_json(view, quantity))
@@ -200,7 +202,7 @@ def view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, unrea
         protocol={**said["asked"], **said.get("made_with", {})},
         graph=BlockGraph.from_json(said["graph"]),
         archs=archs,
-        scores=[Score.from_json(row) for row in (read_rows(folder) if rows is None else rows)],
+        scores=timed_in_turn(Score.from_json(row) for row in (read_rows(folder) if rows is None else rows)),
         images=_pictures(folder, archs, len(prompts), [] if unread is None else unread),
         prompts=prompts,
     )

@@ -118,9 +118,11 @@ def _run(run: Run, bench: Bench, archs: Mapping[str, Architecture], plan: Plan) 
 
 def _steps(plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> dict[str, int]:
     """What is left to do, in images or samples."""
+    from blockprune.scan import speed_measures
+
     steps = {measure: plan.n_noisy * len(archs) for measure in plan.denoising_measures}
     if "latency" in plan.measures:
-        steps["latency"] = sum((label, "latency") not in done for label in ("full", *archs))
+        steps["latency"] = sum((label, speed_measures(label)[0]) not in done for label in ("full", *archs))
     left = [label for label in ("full", *archs) if any((label, m) not in done for m in plan.image_measures)]
     return steps | dict.fromkeys(left, plan.protocol.n_images)
 

@@ -26,7 +26,7 @@ def search(
     macs: options.Macs = "thop",
     unit: Annotated[str, typer.Option(help="what may go: stage, pair, block, layer, or several as in block,layer")] = "block",
     keep: Annotated[str | None, typer.Option(help="blocks that must stay, comma-separated; * and {a,b} stand for several")] = None,
-    objective: Annotated[str, typer.Option(help=f"what is made best: {', '.join(OBJECTIVES)}")] = "eps_mse",
+    objective: Annotated[str, typer.Option(help=f"what is made best: {', '.join(OBJECTIVES)}")] = "guided_mse",
     trials: Annotated[int, typer.Option(help="architectures to score, the removals of single units among them")] = 200,
     sampler: Annotated[str, typer.Option(help=f"Optuna's sampler after the exact solution: {', '.join(SAMPLERS)}")] = "tpe",
     finalists: Annotated[int, typer.Option(help="how many are scored again on fresh seeds, presets besides")] = 4,
@@ -35,8 +35,10 @@ def search(
     recover: Annotated[int, typer.Option(help="updates of distillation for every finalist before the choice; 0 for none")] = 0,
     recover_batch_size: Annotated[int, typer.Option(help="images of each such update")] = 8,
     train_data: Annotated[str | None, typer.Option(help="training pairs for --recover: see `blockprune distill --data`")] = None,
-    pareto: Annotated[str | None, typer.Option(help=f"a front instead of one budget: {', '.join(PARETO)}")] = None,
-    solve_only: Annotated[bool, typer.Option("--solve-only", help="no forward pass: solve exactly on known scores")] = False,
+    pareto: Annotated[str | None, typer.Option(help=f"a front over a sweep of sizes: {', '.join(PARETO)}")] = None,
+    solve_only: Annotated[
+        bool, typer.Option("--solve-only", help="no forward pass: solve exactly on the scores of --from-scan")
+    ] = False,
     from_scan: Annotated[Path | None, typer.Option(help="run directory of a scan or search whose scores are taken over")] = None,
     workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
     storage: Annotated[
@@ -59,16 +61,18 @@ def search(
     resolution: options.Resolution = None,
     device: options.Device = None,
     dtype: options.Dtype = "float32",
-    out: Annotated[Path | None, typer.Option(help="run directory; the same command again goes on")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="run directory; the same command again goes on; --solve-only writes only where it is given")
+    ] = None,
 ) -> None:
-    """Find the removal set that loses least within a budget, and write it to best.json."""
+    """Find the removal set that loses least within a budget, and write it to best.json; or a front, to pareto.json."""
     opts = _checked(dict(locals()))
     from blockprune.cli import searching
 
     folder = Path(opts["out"] or Path("runs") / f"search-{Path(model).name}")
     opts["study_name"] = study_name or folder.name
     if solve_only:
-        searching.solve_only(opts, folder)
+        searching.solve_only(opts)
     else:
         searching.run(opts, folder)
 

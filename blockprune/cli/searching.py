@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,15 +15,15 @@ import numpy as np
 import torch
 
 from blockprune import checkpoints, latency, workbench
-from blockprune.arch import Architecture
+from blockprune.arch import Architecture, BlockGraph
 from blockprune.cli import console, outputs
 from blockprune.cli.hunt import Hunt, hunt, relevant
 from blockprune.cli.measuring import possible
 from blockprune.cli.problem import Problem
 from blockprune.errors import UserError
-from blockprune.imaging import STATISTICS, judge
+from blockprune.imaging import STATISTICS, failed, judge
 from blockprune.ledger import Ledger
-from blockprune.records import Evaluation, Score
+from blockprune.records import Candidate, Evaluation, Score
 from blockprune.sampling import NotFinite
 from blockprune.scan import Scan
 from blockprune.scoring import FULL, Examiner
@@ -51,14 +52,18 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
             ledgers["search"].add_scored(e.candidate, e.score)
         err = console.make_console(stderr=True)
         with console.SearchProgress(err, ready.opts["trials"], lambda: ledgers["search"].cached) as progress:
+            if ready.opts["from_scan"] and not known:
+                progress.say(f"{ready.opts['from_scan']} has no {ready.opts['objective']}: nothing is taken over")
             for _ in _steps(ready, progress):
                 _keep(out, ledgers, progress)
             _keep(out, ledgers, progress)
             if (n := len(ledgers["search"].known())) < ready.opts["trials"]:
                 progress.say(f"the search ended with {n} architectures: nothing new was proposed any more")
         _look_at_finalists(ready, out, ledgers["final"].evaluations())
-        console.print_finalists(outputs.write_search(out), console.make_console())
-        print(f"best.json, finalists.csv, report.md and figures are in {folder}")
+        view = outputs.write_search(out)
+        console.print_finalists(view, console.make_console())
+        answer = "pareto.json" if view.is_front else "best.json"
+        print(f"{answer}, finalists.csv, report.md and figures are in {folder}")
 
 
 def _open(ready: Hunt) -> Run:
@@ -171,7 +176,7 @@ def _latencies(ready: Hunt, out: Run, archs: Mapping[str, Architecture]) -> dict
     """label => measure => value of the timings of `archs`, each in turn with the teacher; what has a row is not timed again."""
     rows = [row for row in out.rows() if row["kind"] == "timing"]
     done = {(row["label"], row["measure"]) for row in rows}
-    plan = replace(ready.plan, measures=["latency", "latency_ratio"])
+    plan = replace(ready.plan, measures=["latency"])
     for record in Scan(ready.bench.pipe, ready.bench.graph, archs, plan, done):
         assert isinstance(record, Score)
         rows.append({"kind": "timing", **record.to_json()})
@@ -202,33 +207,69 @@ def _look_at_finalists(ready: Hunt, out: Run, finals: list[Evaluation]) -> None:
         try:
             seen, shown = (teacher, pictures) if label == FULL else examiner.observe(arch, label)
         except NotFinite as err:
-            out.append({"kind": "seen", "label": label, "scores": [], "error": str(err)})
+            lost = failed(arch.key, label, measures, protocol.n_images, protocol.seed, str(err))
+            out.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in lost]})
             continue
         outputs.keep_picture(out, arch, shown)
         scores = judge(arch.key, label, measures, seen, teacher, judges, protocol.seed)
         out.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in scores]})
 
 
-def solve_only(opts: Mapping[str, Any], folder: Path) -> None:
-    """Prints the exact solutions of the budgets on the scores of an earlier run, without a forward pass or weights."""
-    source = Path(opts["from_scan"] or folder)
+def solve_only(opts: Mapping[str, Any]) -> None:
+    """Prints the exact solutions of the budgets on the scores of --from-scan, without a forward pass or weights.
+
+    Where there is an --out, it becomes a run directory with solutions.json and each solution for `--arch`.
+    """
+    if not opts["from_scan"]:
+        raise UserError("--solve-only solves on the scores of an earlier run: give --from-scan, a scan or search directory")
+    source, objective = Path(opts["from_scan"]), opts["objective"]
     config = checkpoints.configs(opts["model"])
     graph = trace(config.unet, config.latent(opts["resolution"]), config.n_tokens)
     said = read_run(source)
     if said["asked"]["teacher"] != checkpoints.identity(opts["model"]):
         raise UserError(f"the scores in {str(source)!r} are of another teacher: give the --model that they were made with")
-    problem = Problem(graph, {**opts, "from_scan": str(source)})
+    problem = Problem(graph, opts)
     if problem.timed:
         raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")
-    scored = {arch.key for _, arch, _ in scores_in(source, opts["objective"])}
-    if unscored := [label for label, unit in problem.units.items() if unit.key not in scored]:
-        print(f"left out, for want of {opts['objective']} in {source}: {', '.join(unscored)}")
+    scores = list(scores_in(source, objective))
+    scored = {arch.key for _, arch, _ in scores}
+    unscored = [label for label, unit in problem.units.items() if unit.key not in scored]
     problem.units = {label: unit for label, unit in problem.units.items() if label not in unscored}
     if not problem.units:
-        raise UserError(f"{str(source)!r} has {opts['objective']} of no unit {opts['unit']!r}: scan them, or give the --unit there")
-    evaluations, strategy = _evaluated(problem, scores_in(source, opts["objective"])), problem.strategy(opts["seed"])
-    designs = {c.arch.key for c in [*strategy.alone(), *strategy.known_designs()]}
-    console.print_solutions(strategy.candidates(evaluations, designs), graph.total, console.make_console())
+        raise UserError(
+            f"{str(source)!r} has {objective} of no unit {opts['unit']!r}: scan them, or give the --unit or the --objective there"
+        )
+    solutions = problem.strategy(opts["seed"]).solutions(_evaluated(problem, scores))
+    if not solutions:
+        raise UserError(
+            f"{str(source)!r} has no {objective} of the teacher, above which the others are: scan it, or give --objective"
+        )
+    if opts["out"]:
+        _keep_solutions(opts, source, graph, solutions)
+    if unscored:
+        print(f"left out, for want of {objective} in {source}: {', '.join(unscored)}")
+    console.print_solutions(solutions, objective, graph.total, console.make_console())
+    if opts["out"]:
+        print(f"solutions.json and an architecture for each, solution-1.json and so on, are in {opts['out']}")
+
+
+def _keep_solutions(opts: Mapping[str, Any], source: Path, graph: BlockGraph, solutions: Sequence[tuple[Candidate, float]]) -> None:
+    """A run directory of the solutions; UserError where --out holds something else."""
+    same = ("model", "objective", "unit", "keep", "budget", "scope", "macs", "pareto", "trials")
+    asked = {name: opts[name] for name in same} | {"from_scan": str(source), "scores": workbench.fingerprint([repr(solutions)])}
+    data = [
+        {
+            "architecture": candidate.arch.to_json(),
+            "predicted": {opts["objective"]: total, "how": "sum of the scores of the units alone, above the teacher's"},
+            "cost": graph.cost(candidate.arch).to_json(),
+            "over_budget": dict(candidate.over),
+        }
+        for candidate, total in solutions
+    ]
+    with Run(Path(opts["out"]), "solve", asked, {}) as out:
+        out.write("solutions.json", json.dumps({"format": 1, "asked": asked, "solutions": data}, indent=2) + "\n")
+        for i, solution in enumerate(data, 1):
+            out.write(f"solution-{i}.json", json.dumps({"format": 1, **solution}, indent=2) + "\n")
 
 
 def _evaluated(problem: Problem, known: Iterable[tuple[str, Architecture, Score]]) -> list[Evaluation]:

@@ -285,7 +285,7 @@ class Training:
             self.bench.pipe.unet = teacher
         out.write(f"images/step-{step:07d}.png", outputs.strip_png(pictures))
         key = self.plan[-1].arch.key
-        for score in judge(key, f"step {step}", measures, seen, seen, plan.judges, plan.protocol.seed):
+        for score in judge(key, f"step {step}", measures, seen, None, plan.judges, plan.protocol.seed):
             out.append({"kind": "validation", "step": step, "score": score.to_json()})
 
     def finish(self, out: Run) -> None:

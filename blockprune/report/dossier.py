@@ -21,7 +21,7 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Setting:
-    """How images were drawn: one line of a result table. `quantize` is "" for none, `checkpoint` the update it was taken at."""
+    """How images were drawn: one line of a result table. `quantize` is "" for none, `checkpoint` the step it was taken at."""
 
     label: str
     steps: int
@@ -40,6 +40,10 @@ class Component:
     params: int
     macs: Mapping[str, int]
     latency_s: float | None
+
+    def over(self, teacher: Component) -> float | None:
+        """Its latency over that of the teacher's same part, which one run timed in turn with it; None when it was not timed."""
+        return self.latency_s / teacher.latency_s if self.latency_s is not None and teacher.latency_s else None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,19 @@ class ModelView:
         """The number; None when it was not measured, failed, or is not finite."""
         score = self.scores.get(setting.label, {}).get(measure)
         return score.finite if score else None
+
+    def step_times(self, setting: Setting) -> tuple[float | None, float | None]:
+        """(seconds, ratio) of a U-Net step: the teacher's in seconds, all else as the ratio to a teacher timed in turn with it."""
+        timed, plain = self.scores.get(setting.label, {}), not setting.quantize and setting.checkpoint is None
+        own, teacher = (
+            self.part("U-Net x 1"),
+            next((c for c in self.components if c.name == "U-Net x 1" and c.who == "teacher"), None),
+        )
+        if not self.arch and plain:
+            return timed["latency"].finite if "latency" in timed else own.latency_s if own else None, None
+        if "latency_ratio" in timed:
+            return None, timed["latency_ratio"].finite
+        return None, own.over(teacher) if own and teacher and plain else None
 
     def part(self, name: str) -> Component | None:
         """The row of one component of this model itself; None when it was not recorded."""
@@ -202,7 +219,7 @@ class Dossier:
         for name, training in self.trainings.items():
             yield training.arch, name
         for search in self.searches.values():
-            chosen = [search.ranked[0], search.nearest_preset] if search.ranked else []
+            chosen = [*search.chosen, search.nearest_preset] if search.ranked else []
             for e in chosen:
                 if e is not None:
                     yield e.candidate.arch, e.score.label

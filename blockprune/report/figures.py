@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from blockprune.arch import Architecture
-from blockprune.records import MEASURES
+from blockprune.records import MEASURES, TEACHER
 from blockprune.report.canvas import (
     DPI,
     FAINT,
@@ -32,7 +32,7 @@ from blockprune.report.canvas import (
 )
 from blockprune.report.text import number
 from blockprune.report.unet import unet_figure
-from blockprune.report.view import PAIRED, QUALITY, TEACHER, ScanView, latency_ratio, rank_correlation, ranked, short, worse
+from blockprune.report.view import PAIRED, QUALITY, ScanView, rank_correlation, ranked, short, worse
 
 # Okabe and Ito's colours, told apart with any colour vision; the marker repeats what the colour says.
 PLACES = {"down": ("#0072b2", "o"), "mid": ("#009e73", "D"), "up": ("#d55e00", "s"), "other": ("#555555", "*")}
@@ -137,11 +137,11 @@ def tradeoff(view: ScanView, measure: str) -> Figure:
     title(figure, heading, "The dashed line joins the removals that no other beats in both.")
     total = view.graph.total
     costs = {label: view.graph.cost(view.archs[label]) for label in view.removals}
-    ratios = {label: r for label in view.removals if (r := latency_ratio(view, label)) is not None}
+    ratios = {label: r for label in view.removals if (r := view.value(label, "latency_ratio")) is not None}
     panels = {
         "U-Net parameters saved (%)": {n: 100 * (1 - c.params / total.params) for n, c in costs.items()},
         "MACs saved (%, thop convention)": {n: 100 * (1 - c.thop / total.thop) for n, c in costs.items()},
-        "step latency saved (%, measured)": {n: 100 * (1 - r) for n, r in ratios.items()},
+        "step latency saved (%, timed in turn)": {n: 100 * (1 - r) for n, r in ratios.items()},
     }
     drawn: list[dict[str, tuple[float, float]]] = []
     for ax, (name, xs) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):

@@ -38,7 +38,7 @@ def guidance_curves(models: Mapping[str, ModelView]) -> dict[str, list[tuple[Set
 
 
 def _rest(s: Setting) -> str:
-    parts = [f"{s.steps} steps", s.scheduler, s.quantize, f"update {s.checkpoint}" if s.checkpoint is not None else ""]
+    parts = [f"{s.steps} steps", s.scheduler, s.quantize, f"step {s.checkpoint}" if s.checkpoint is not None else ""]
     return ", ".join(part for part in parts if part)
 
 

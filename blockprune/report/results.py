@@ -11,12 +11,12 @@ from typing import Any
 
 from blockprune.arch import Architecture, BlockGraph, Cost
 from blockprune.card import in_words
-from blockprune.records import MEASURES, Score
+from blockprune.records import MEASURES, TEACHER, Score
 from blockprune.report.curves import validated
 from blockprune.report.dossier import Dossier, ModelView, TrainingView
 from blockprune.report.search_view import SearchView
-from blockprune.report.text import number
-from blockprune.report.view import QUALITY, TEACHER, ScanView, latency_ratio, ranking
+from blockprune.report.text import number, step_time
+from blockprune.report.view import QUALITY, ScanView, ranking
 
 PAPER = ("fid", "is", "clip_score", "kid", "eps_mse", "guided_mse", "feature_distance")
 NAMES = {"is": "IS", "clip_score": "CLIP", "eps_mse": "eps-MSE", "guided_mse": "guided MSE", "feature_distance": "feature distance"}
@@ -27,7 +27,8 @@ ARROWS = {"down": "↓", "up": "↑"}
 class Result:
     """One line: a model under a setting, its scores by measure and what it costs; None for what is not known.
 
-    `whole_params` count text encoders, U-Net and VAE decoder; `cost` is a U-Net step's; `latency_ratio` is to the teacher's.
+    `whole_params` count text encoders, U-Net and VAE decoder; `cost` is a U-Net step's. `latency_s` is of the teacher alone;
+    what lacks blocks has `latency_ratio`, to a teacher that was timed in turn with it.
     """
 
     model: str
@@ -39,6 +40,14 @@ class Result:
     latency_s: float | None = None
     latency_ratio: float | None = None
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.arch and self.latency_s is not None:
+            raise ValueError(f"{self.model}: a student's step has a ratio to its teacher's, not seconds of its own")
+
+    @property
+    def step_time(self) -> str:
+        return step_time(self.latency_s, self.latency_ratio, self.interval("latency_ratio"))
 
     def value(self, measure: str) -> float | None:
         """The number; None when it was not measured, failed, or is not finite."""
@@ -84,7 +93,7 @@ def _evaluated(group: Mapping[str, ModelView]) -> ResultTable:
             view.scores.get(setting.label, {}),
             view.cost,
             view.whole_params,
-            unet.latency_s if (unet := view.part("U-Net x 1")) and not setting.quantize else None,
+            *view.step_times(setting),
         )
         for name, view in group.items()
         for setting in view.settings
@@ -104,10 +113,9 @@ def _searched(name: str, view: SearchView) -> ResultTable:
     for e in sorted(view.finals, key=lambda e: (-view.cost(e).params, e.score.label)):
         scores = {**view.scores.get(e.score.label, {}), view.measure: e.score}
         cost, ratio = view.cost(e), view.latency_ratio(e)
-        seconds = scores["latency"].value if "latency" in scores else None
         note = "" if view.holds(e) else "over budget"
         rows.append(
-            Result(e.score.label, e.candidate.source, e.candidate.arch, scores, cost, cost.params + outside, seconds, ratio, note)
+            Result(e.score.label, e.candidate.source, e.candidate.arch, scores, cost, cost.params + outside, None, ratio, note)
         )
     said = f"One-shot, nothing retrained; fresh seeds; budget {', '.join(view.limits) or 'none'}"
     return ResultTable(name, f"Finalists of {name}", said, rows)
@@ -135,11 +143,11 @@ def _scanned(name: str, view: ScanView, outside: int | None) -> ResultTable:
     rows = []
     for row in ranking(view):
         label = row["label"]
-        scores = {m: s for m in QUALITY if (s := view.score(label, m)) is not None}
+        scores = {m: s for m in (*QUALITY, "latency_ratio") if (s := view.score(label, m)) is not None}
         cost = view.graph.cost(view.archs[label])
         whole = cost.params + outside if outside is not None else None
         shown = "teacher" if label == TEACHER else f"without {label}" if label in view.graph else label
-        timing = view.value(label, "latency"), latency_ratio(view, label) if label != TEACHER else None
+        timing = view.value(label, "latency"), view.value(label, "latency_ratio")
         rows.append(Result(shown, "", view.archs[label], scores, cost, whole, *timing, note=row["error"]))
     said = "One-shot, nothing retrained; the teacher, then from the least to the most quality lost"
     return ResultTable(name, f"Removals of {name}", said, rows)
@@ -240,10 +248,10 @@ def to_latex(tables: Sequence[ResultTable], convention: str) -> str:
 
 def _latex_table(table: ResultTable, convention: str, i: int) -> Iterator[str]:
     settings = any(row.setting for row in table.rows)
-    timed = any(row.latency_s is not None for row in table.rows)
+    timed = any(row.step_time != "-" for row in table.rows)
     prefix, unit = macs_unit(table.rows, convention)
     head = ["Model", *["Setting"] * settings, *map(heading, table.measures), "U-Net (M)", "Whole (M)"]
-    head += [f"{prefix}MACs ({convention})", *["Latency (ms)"] * timed]
+    head += [f"{prefix}MACs ({convention})", *["Step latency (× teacher)"] * timed]
     yield from (r"\begin{table}[t]", r"  \centering", f"  \\caption{{{latex(table.title)}. {latex(table.note)}.}}")
     yield f"  \\label{{tab:blockprune-{i}}}"
     yield f"  \\begin{{tabular}}{{{'l' * (1 + settings)}{'r' * (len(head) - 1 - settings)}}}"
@@ -253,7 +261,7 @@ def _latex_table(table: ResultTable, convention: str, i: int) -> Iterator[str]:
         cells += [number(row.value(m)) for m in table.measures]
         cells += [scaled(row.cost.params if row.cost else None, 1e6), scaled(row.whole_params, 1e6)]
         cells += [scaled(row.cost.macs(convention) if row.cost else None, unit)]
-        cells += [scaled(row.latency_s, 1e-3)] * timed
+        cells += [step_time(row.latency_s, row.latency_ratio)] * timed
         yield f"    {' & '.join(map(latex, cells))} \\\\"
     yield from (r"    \bottomrule", r"  \end{tabular}", r"\end{table}")
 

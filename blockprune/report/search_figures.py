@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blockprune.arch import Architecture
-from blockprune.records import MEASURES, Evaluation
+from blockprune.records import MEASURES, TEACHER, Evaluation
 from blockprune.report.canvas import FAINT, INK, MUTED, axis_title, is_wide, new_figure, plain, tidy, title, write
 from blockprune.report.figures import grid
 from blockprune.report.search_view import PRESET, SCAN, SearchView, history
 from blockprune.report.unet import draw_unet
-from blockprune.report.view import TEACHER, ScanView
+from blockprune.report.view import ScanView
 
 # Okabe and Ito's colours; the marker repeats what the colour says.
 OURS, KNOWN, RANDOM, SINGLE = "#0072b2", "#d55e00", "#8a949c", "#c9d0d6"
@@ -24,8 +24,9 @@ NAMES = {"params": "parameters of the whole pipeline", "macs": "MACs of a U-Net 
 
 def search_figures(view: SearchView, quantity: str = "params") -> Iterator[tuple[str, Figure]]:
     """(file name, figure) of every figure for which the search has data."""
-    best, preset = view.best, view.nearest_preset
-    yield "unet-best.png", _drawn(view, best, "found")
+    if not view.is_front:
+        yield "unet-best.png", _drawn(view, view.best, "found")
+    preset = view.nearest_preset
     if preset is not None:
         yield "unet-preset.png", _drawn(view, preset, "preset")
     yield "history.png", history_figure(view)
@@ -119,7 +120,7 @@ def _finalist(ax: Axes, view: SearchView, e: Evaluation, quantity: str) -> None:
     if e.score.low is not None and e.score.high is not None:
         ax.vlines(x, e.score.low, e.score.high, color=colour, lw=1)
     ax.plot([x], [e.score.value], ls="", marker="D" if known else "o", ms=6.5, color=colour, mec="white", mew=0.6, zorder=3)
-    if known or e.candidate.arch == view.best.candidate.arch:
+    if known or e.candidate.arch in [c.candidate.arch for c in view.chosen]:
         style: dict[str, Any] = {"xytext": (7, 6), "textcoords": "offset points", "fontsize": 7.5, "color": colour}
         ax.annotate(plain(e.score.label), (x, e.score.value), parse_math=False, **style)
 

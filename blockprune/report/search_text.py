@@ -11,14 +11,15 @@ from typing import Any
 from blockprune.arch import CONVENTIONS
 from blockprune.card import in_words
 from blockprune.metrics import kendall_tau
-from blockprune.records import MEASURES, Evaluation
+from blockprune.records import MEASURES, TEACHER, Evaluation, Score
+from blockprune.report.captions import caption_title, warning
 from blockprune.report.search_view import SearchView
 from blockprune.report.text import escaped, table, with_interval
 from blockprune.report.view import short
 
 
 def best_json(view: SearchView) -> str:
-    """The winner: architecture, exact cost, scores with n, seed and interval, protocol, versions."""
+    """The winner: architecture, exact cost, scores with n, seed and interval, what to be warned of, protocol, versions."""
     best = view.best
     cost = view.cost(best)
     data = {
@@ -26,6 +27,7 @@ def best_json(view: SearchView) -> str:
         "architecture": best.candidate.arch.to_json(),
         "label": best.score.label,
         "source": best.candidate.source,
+        "warning": warning(view),
         "cost": cost.to_json() | {"pipeline_params": cost.params + view.outside_params},
         "teacher_cost": view.graph.total.to_json() | {"pipeline_params": view.graph.total.params + view.outside_params},
         "scores": [s.to_json() for s in [best.score, *view.scores.get(best.score.label, {}).values()]],
@@ -38,32 +40,38 @@ def best_json(view: SearchView) -> str:
 
 
 def rows(view: SearchView) -> list[dict[str, Any]]:
-    """One flat row per finalist, the winner first, then those that hold the budgets by score, then the others."""
-    order = [*view.ranked, *(e for e in view.finals if e not in view.ranked)]
-    return [_row(view, rank, e) for rank, e in enumerate(order, 1)]
+    """One flat row per finalist, the winner or the front first, then those that hold the budgets by score, then the others."""
+    return [_row(view, rank, e) for rank, e in enumerate(view.order, 1)]
 
 
 def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
     cost, own = view.cost(e), view.scores.get(e.score.label, {})
     row: dict[str, Any] = {"rank": rank, "label": e.score.label, "source": e.candidate.source, "holds_budget": view.holds(e)}
+    row |= {"on_front": e in view.front(view.protocol["pareto"])} if view.protocol["pareto"] else {}
     row |= {view.measure: e.score.value, "low": e.score.low, "high": e.score.high, "n": e.score.n, "seed": e.score.seed}
     if (after := view.after(e)) is not None:
         row |= {"recovered": after.score.value, "recovered_low": after.score.low, "recovered_high": after.score.high}
-    row |= {m: own[m].value if m in own else None for m in _others(view)}
+    if (caption := view.caption(e)) is not None:
+        names = ("n", "low", "high", "delta", "delta_low", "delta_high")
+        row |= {"clip_score": caption.value} | {f"clip_score_{name}": getattr(caption, name) for name in names}
+    elif view.caption(None) is not None:
+        row |= {"clip_score": None}
+    row |= {m: own[m].value if m in own else None for m in _others(view) if m != "clip_score"}
     row |= {"params": cost.params, "pipeline_params": cost.params + view.outside_params}
     return row | {f"macs_{c}": cost.macs(c) for c in CONVENTIONS} | {"removed": " ".join(e.candidate.arch)}
 
 
 def _others(view: SearchView) -> list[str]:
-    """The measures of finalists beside the objective and the costs, in the order of `MEASURES`."""
+    """The measures of finalists beside the objective and the costs, in the order of `MEASURES`, but what captions say first."""
     seen = {m for e in view.finals for m in view.scores.get(e.score.label, {})}
-    return [m for m in MEASURES if m in seen and m != view.measure]
+    return sorted((m for m in MEASURES if m in seen and m != view.measure), key=lambda m: m != "clip_score")
 
 
 def finalists_csv(view: SearchView) -> str:
     out = io.StringIO()
     lines = rows(view)
-    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for line in sorted(lines, key=len, reverse=True) for name in line)
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()
@@ -118,7 +126,19 @@ def _scored(e: Evaluation) -> str:
     return with_interval(e.score.value, e.score.low, e.score.high)
 
 
+def _front_summary(view: SearchView) -> str:
+    front, quantity = view.chosen, str(view.protocol["pareto"])
+    ends = [f"`{escaped(e.score.label)}` at {view.share(e, quantity):.1%} with {_scored(e)}" for e in (front[0], front[-1])]
+    return (
+        f"{len(front)} of {len(view.finals)} finalists are on the front of {view.measure} and {QUANTITIES[quantity]}"
+        f", from {' to '.join(ends)}, on n = {front[0].score.n} samples of fresh seeds, after {len(view.search)} evaluations. "
+        "No budget was given, so none of them is the best: choose by `pareto.json`."
+    )
+
+
 def summary(view: SearchView) -> str:
+    if view.is_front:
+        return _front_summary(view)
     best, measure = view.best, MEASURES[view.measure]
     cost, total, outside = view.cost(best), view.graph.total, view.outside_params
     whole = f"{(cost.params + outside) / 1e6:,.4g} M of {(total.params + outside) / 1e6:,.4g} M parameters in the whole pipeline"
@@ -138,12 +158,18 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
     titles = {"unet-best.png": "the architecture found", "unet-preset.png": "the nearest preset"}
     drawn = table([titles[n] for n in unets], [[f"![U-Net of {titles[n]}]({n})" for n in unets]]) if unets else ""
     rest = [name for name in figures if name not in unets]
+    removed = "\n".join(f"- {line}" for line in in_words(view.chosen[0].candidate.arch)) or "Nothing."
+    if view.is_front:
+        lines = [f"- `{escaped(e.score.label)}`: {'; '.join(in_words(e.candidate.arch)) or 'nothing'}" for e in view.chosen]
+        removed = "\n".join(lines)
+    asked = view.protocol["budget"] or f"front over {view.protocol['pareto']}"
     parts = [
-        f"# Search on {escaped(view.protocol.get('model', 'a U-Net'))}: {escaped(view.protocol.get('budget'))}",
+        f"**{escaped(warned[:1].upper() + warned[1:])}.**" if (warned := warning(view)) else "",
+        f"# Search on {escaped(view.protocol.get('model', 'a U-Net'))}: {escaped(asked)}",
         summary(view),
         drawn,
         "## What is removed",
-        "\n".join(f"- {line}" for line in in_words(view.best.candidate.arch)) or "Nothing.",
+        removed,
         "## Against the known designs",
         "\n".join(f"- {line}" for line in against(view)) or "No preset of this U-Net fits the budget.",
         "## Finalists, on fresh seeds",
@@ -171,21 +197,32 @@ CAPTIONS: Mapping[str, str] = {
 
 def _finalists(view: SearchView) -> str:
     others = [m for m in _others(view) if m not in ("latency", "params", "macs")]
-    head = ["#", "architecture", view.measure, *others, "parameters", "MACs (thop)", "within budget"]
-    total = view.graph.total
-    lines = []
-    for row, e in zip(rows(view), [*view.ranked, *(e for e in view.finals if e not in view.ranked)], strict=True):
+    titles = [caption_title(view) if m == "clip_score" else m for m in others]
+    last = "on the front" if view.is_front else "within budget"
+    head = ["#", "architecture", view.measure, *titles, "parameters", "MACs (thop)", last]
+    total, teacher = view.graph.total, view.scores.get(TEACHER, {})
+    lines = [["-", "teacher", "-", *(_cell(teacher.get(m)) for m in others), "100.0%", "100.0%", "-"]]
+    for row, e in zip(rows(view), view.order, strict=True):
         own = view.scores.get(e.score.label, {})
         cells = [
             str(row["rank"]),
             f"`{escaped(e.score.label)}`",
             _scored(e) if e.score.value is not None else escaped(e.score.error),
         ]
-        cells += [with_interval(s.value, s.low, s.high) if (s := own.get(m)) else "-" for m in others]
+        cells += [_cell(own.get(m)) for m in others]
         cost = view.cost(e)
-        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "yes" if view.holds(e) else "no"]
+        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "yes" if in_answer(view, e) else "no"]
         lines.append(cells)
     return table(head, lines)
+
+
+def _cell(score: Score | None) -> str:
+    return with_interval(score.value, score.low, score.high) if score else "-"
+
+
+def in_answer(view: SearchView, e: Evaluation) -> bool:
+    """True for what is on the front, or where there is none for what holds the budgets."""
+    return e in view.chosen if view.is_front else view.holds(e)
 
 
 def _recovery(view: SearchView) -> str:
@@ -214,7 +251,7 @@ def caveats(view: SearchView) -> list[str]:
     lines = [
         "Scores are one-shot: nothing is retrained. What is best now need not be best after distillation.",
         "The search's own scores favour what was lucky on its samples; the choice is by fresh seeds, on other noise and timesteps.",
-        f"Scores compare only under the same protocol: {MEASURES[view.measure].title}, n = {view.best.score.n}.",
+        f"Scores compare only under the same protocol: {MEASURES[view.measure].title}, n = {view.chosen[0].score.n}.",
     ]
     if any(q == "latency" for q, _ in view.limits.values()):
         lines.append("In the search latency is predicted from single removals; finalists are measured, in turn with the teacher.")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from blockprune.arch import Architecture, BlockGraph, Cost
 from blockprune.errors import UserError
-from blockprune.records import Evaluation, Score
+from blockprune.records import TEACHER, Evaluation, Score
 
 PRESET, SCAN = "preset", "scan"
 
@@ -53,17 +53,23 @@ class SearchView:
         return self.graph.cost(e.candidate.arch)
 
     def share(self, e: Evaluation, quantity: str) -> float:
-        """What an architecture has of the teacher's parameters (whole pipeline), MACs in the run's convention or step latency."""
+        """What an architecture has of the teacher's parameters (whole pipeline), MACs in the run's convention, or step latency:
+        measured, else as the search predicted it, NaN where it did not."""
         if quantity == "params":
             return (self.cost(e).params + self.outside_params) / (self.graph.total.params + self.outside_params)
         if quantity == "latency":
-            return self.latency_ratio(e) or self.cost(e).macs(self.convention) / self.graph.total.macs(self.convention)
+            return self.latency_ratio(e) or self.predicted_ratio(e) or math.nan
         return self.cost(e).macs(self.convention) / self.graph.total.macs(self.convention)
 
     def latency_ratio(self, e: Evaluation) -> float | None:
         """Measured step latency over the teacher's; None when it was not measured."""
         score = self.scores.get(e.score.label, {}).get("latency_ratio")
         return score.value if score else None
+
+    def predicted_ratio(self, e: Evaluation) -> float | None:
+        """The step latency over the teacher's that the search expected; None where it expected none."""
+        full, seconds = self.scores.get(TEACHER, {}).get("latency"), e.candidate.costs.get("latency_s")
+        return seconds / full.value if full and full.value and seconds else None
 
     def holds(self, e: Evaluation) -> bool:
         """True when every budget holds, latency by measurement where there is one."""
@@ -91,6 +97,30 @@ class SearchView:
         return next((r for r in self.recovered if r.candidate.arch == e.candidate.arch), None)
 
     @property
+    def is_front(self) -> bool:
+        """True for a sweep without any budget: among architectures of all sizes none is the best, only a front."""
+        return bool(self.protocol["pareto"]) and not self.limits
+
+    @property
+    def chosen(self) -> list[Evaluation]:
+        """What the search answers: the winner, or the front, smallest first. Raises UserError when there is none."""
+        if not self.is_front:
+            return [self.best]
+        if not (front := self.front(str(self.protocol["pareto"]))):
+            raise UserError(f"no finalist has a score ({len(self.finals)} tried): raise --trials")
+        return front
+
+    @property
+    def order(self) -> list[Evaluation]:
+        """Every finalist: what the search answers first, then what holds the budgets by score, then the others."""
+        first = self.chosen if self.is_front else self.ranked
+        return [*first, *(e for e in self.ranked if e not in first), *(e for e in self.finals if e not in [*first, *self.ranked])]
+
+    def caption(self, e: Evaluation | None) -> Score | None:
+        """How well images follow their captions, the teacher's for None; None where nothing measured it."""
+        return self.scores.get(e.score.label if e else TEACHER, {}).get("clip_score")
+
+    @property
     def best(self) -> Evaluation:
         """The winner of the finals. Raises UserError when no finalist holds the budgets."""
         if not self.ranked:
@@ -100,7 +130,9 @@ class SearchView:
 
     @property
     def nearest_preset(self) -> Evaluation | None:
-        """The preset among the finalists whose parameters are nearest to the winner's."""
+        """The preset among the finalists whose parameters are nearest to the winner's; None for a front."""
+        if self.is_front:
+            return None
         known = [e for e in self.finals if e.candidate.source == PRESET and e.candidate.arch != self.best.candidate.arch]
         return min(known, key=lambda e: abs(self.cost(e).params - self.cost(self.best).params), default=None)
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
-from blockprune.records import MEASURES
-from blockprune.report.view import QUALITY, TEACHER, ScanView, rank_correlation, ranked, ranking, worse
+from blockprune.records import MEASURES, TEACHER
+from blockprune.report.view import PAIRED, QUALITY, ScanView, rank_correlation, ranked, ranking, worse
 
 CAPTIONS = {
     "unet.png": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
@@ -19,7 +19,9 @@ CAPTIONS = {
     "grid.png": "Teacher and masks at the same prompts and seeds.",
     "correlation.png": "The cheap measure against FID.",
 }
-REFERENCE = ("fid", "kid", "clip_score", "is")
+REFERENCE = ("fid", "kid", "is", "clip_score")  # where a removal can be better than its teacher: no distances to the teacher itself
+RUINOUS = {"fid": 10.0, "is": 0.5, "clip_score": 0.5}  # times the teacher's; KID may be near zero
+COSTS = ("params", "macs", "weight_bytes")  # of the architecture itself: arithmetic, never missing
 MANY = 8
 
 
@@ -47,6 +49,13 @@ def with_interval(value: float | None, low: float | None, high: float | None) ->
     if value is None or low is None or high is None:
         return number(value)
     return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def step_time(seconds: float | None, ratio: float | None, interval: tuple[float, float] | None = None) -> str:
+    """What a U-Net step takes: the teacher's in milliseconds, of all else the ratio to a teacher timed in turn; "-" for neither."""
+    if ratio is not None:
+        return f"{ratio:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return f"{1000 * seconds:.3g} ms" if seconds is not None else "-"
 
 
 def saving(saved: int, total: int) -> str:
@@ -132,17 +141,30 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _ranked_table(view: ScanView) -> str:
     rows, measures = ranking(view), [m for m in view.measures if m in QUALITY]
     errors = any(row["error"] for row in rows)
-    timed = any(row["latency_ratio"] is not None for row in rows[1:])
+    timed = {"latency", "latency_ratio"} & set(view.measures)
     titles = [f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}" for m in measures]
-    head = ["#", "removed", *titles, "parameters saved", "MACs saved (thop)", *(["latency ratio"] if timed else [])]
+    head = [
+        "#",
+        "removed",
+        *titles,
+        "parameters saved",
+        "MACs saved (thop)",
+        *(["step latency, × teacher, timed in turn"] if timed else []),
+    ]
     total = view.graph.total
     lines = []
     for row in rows:
         cells = [str(row["rank"]) if row["rank"] is not None else "-", f"`{row['label'].replace('`', ' ').replace('|', ' ')}`"]
         cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in measures]
         cells += [saving(row["params_saved"], total.params), saving(row["macs_saved_thop"], total.thop)]
-        lines.append(cells + [number(row["latency_ratio"])] * timed + [escaped(row["error"])] * errors)
+        cells += [scan_step_time(view, row["label"])] if timed else []
+        lines.append(cells + [escaped(row["error"])] * errors)
     return table(head + ["failed"] * errors, lines)
+
+
+def scan_step_time(view: ScanView, label: str) -> str:
+    """`step_time` of the teacher or a removal of a scan."""
+    return step_time(view.value(label, "latency"), view.value(label, "latency_ratio"), view.interval(label, "latency_ratio"))
 
 
 def summary(view: ScanView) -> list[str]:
@@ -156,8 +178,7 @@ def summary(view: ScanView) -> list[str]:
         for p in (
             first + ".",
             gaps(view),
-            _against_teacher(view),
-            _paired(view),
+            *_against_teacher(view),
             extremes(view),
             correlation_text(view),
             agreement(view),
@@ -168,9 +189,9 @@ def summary(view: ScanView) -> list[str]:
 
 def gaps(view: ScanView) -> str:
     """What was asked or begun and has no value, in a sentence; "" when nothing is missing."""
-    asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and m not in ("params", "macs")]
+    asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and m not in COSTS]
     found: dict[int, list[str]] = {}
-    for m in dict.fromkeys([*asked, *view.measures]):
+    for m in dict.fromkeys("latency_ratio" if m == "latency" else m for m in [*asked, *view.measures]):
         found.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
     of = len(view.removals)
     lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in found.items() if n]
@@ -182,53 +203,60 @@ def _names(labels: Sequence[str]) -> str:
     return shown + (f" and {len(labels) - MANY} more" if len(labels) > MANY else "")
 
 
-def _against_teacher(view: ScanView) -> str:
-    """How the removals compare with the teacher's own interval, by the first reference measure that the teacher has."""
-    by = next((m for m in REFERENCE if view.value(TEACHER, m) is not None), None)
-    if by is None:
+def _against_teacher(view: ScanView) -> list[str]:
+    """How the removals compare with the teacher, by every measure of which it has a value and by their paired differences."""
+    by = [m for m in REFERENCE if view.value(TEACHER, m) is not None]
+    if not by:
         names = ", ".join(MEASURES[m].title for m in REFERENCE)
-        return f"The teacher has none of {names}: nothing here compares a removal with the teacher's own spread."
-    name, score, band = MEASURES[by].title, view.score(TEACHER, by), view.interval(TEACHER, by)
-    teacher = view.value(TEACHER, by)
-    if score is None or teacher is None or band is None:
-        return f"By {name} the teacher has {number(teacher)}, without an interval: what is worse beyond noise cannot be said."
-    order = ranked(view, by)
-    edge = max(worse(by, end) for end in band)
-    losses = {label: worse(by, v) for label in order if (v := view.value(label, by)) is not None}
-    beyond = [label for label in order if losses[label] > edge]
-    apart = sum(own is not None and min(worse(by, end) for end in own) > edge for own in (view.interval(n, by) for n in beyond))
-    free = [label for label in order if losses[label] <= edge]
-    down = MEASURES[by].direction == "down"
-    ruined = [label for label in reversed(beyond) if losses[label] >= (10 * teacher if down else -teacher / 2)]
-    rule = f"{name} {'at least ten times' if down else 'at most half of'} the teacher's"
-    return " ".join(
-        [
-            f"By {name} (n = {score.n}) the teacher has {with_interval(teacher, *band)}.",
-            f"{len(beyond)} of {len(order)} removals are worse than that interval, {apart} of them with an interval clear of it.",
-            f"Nearly free, no worse than the interval: {_names(free)}."
-            if free
-            else "None is nearly free (no worse than the interval).",
-            f"Ruinous, {rule}: {_names(ruined)}." if ruined else f"None is ruinous ({rule}).",
-        ]
+        return [f"The teacher has none of {names}: nothing here compares a removal with the teacher's own spread."]
+    values = [f"{MEASURES[m].title} {_scored(view, TEACHER, m)} (n = {score.n})" for m in by if (score := view.score(TEACHER, m))]
+    return [f"The teacher has {', '.join(values)}.", _paired(view, by), _ruinous(view, by)]
+
+
+def _paired(view: ScanView, by: Sequence[str]) -> str:
+    """How many removals are worse than the teacher beyond the interval of their paired difference, by each measure; who by none."""
+    names = _listed([MEASURES[m].title for m in by])
+    told = [n for n in view.removals if all((s := view.score(n, m)) and s.delta_low is not None for m in by)]
+    if not told:
+        return f"Nothing is said to be worse, or nearly free: no removal has paired differences of {names} with intervals."
+    worsened = {m: [n for n in told if _is_worse(view, n, m)] for m in by}
+    counts = _listed([f"{MEASURES[m].title} for {len(worsened[m])}" for m in by])
+    order = [n for n in ranked(view) if n in told] + [n for n in told if n not in ranked(view)]
+    free = [n for n in order if not any(n in worsened[m] for m in by)]
+    last = (
+        f"Nearly free, worse beyond noise in none of {names}: {_names(free)}."
+        if free
+        else f"None is nearly free: worse in none of {names}."
     )
-
-
-def _paired(view: ScanView) -> str:
-    """How many removals are worse than the teacher by the interval of their paired difference, measure by measure and in any."""
-    worsened = {m: {n for n in view.removals if _is_worse(view, n, m)} for m in view.measures}
-    compared = [m for m in view.measures if any((s := view.score(n, m)) and s.delta_low is not None for n in view.removals)]
-    compared = [
-        m for m in compared if m != "feature_distance"
-    ]  # a distance to the teacher is never below the teacher's own, which is 0
-    if not compared:
-        return ""
-    counts = ", ".join(f"{MEASURES[m].title} for {len(worsened[m])}" for m in compared)
-    either = len(set().union(*(worsened[m] for m in compared)))
-    n = len(view.removals)
+    distances = [f"`{m}`" for m in PAIRED if m in view.measures]
+    if distances:
+        last += f" Left out: {_listed(distances)} (a distance to the teacher is above zero for whatever changes the output)."
     return (
         "Paired with the teacher on the same seeds and prompts, with the 95 % interval of the difference clear of zero, "
-        f"a removal worsens {counts}, and at least one of these for {either} of {n}."
+        f"a removal worsens {counts}, and at least one of these for {len(told) - len(free)} of {len(told)}. {last}"
     )
+
+
+def _ruinous(view: ScanView, by: Sequence[str]) -> str:
+    """Who multiplies a measure of the teacher's, or divides it, beyond repair."""
+    teacher = {m: value for m in RUINOUS if m in by and (value := view.value(TEACHER, m) or 0.0) > 0}
+    if not teacher:
+        return ""
+    ruined = [
+        n
+        for n in reversed(ranked(view))
+        if any((v := view.value(n, m)) is not None and worse(m, v) >= worse(m, RUINOUS[m] * teacher[m]) for m in teacher)
+    ]
+    rules = [f"{MEASURES[m].title} at {'least ten times' if m == 'fid' else 'most half of'} the teacher's" for m in teacher]
+    return f"Ruinous, {' or '.join(rules)}: {_names(ruined)}." if ruined else f"None is ruinous ({' or '.join(rules)})."
+
+
+def _scored(view: ScanView, label: str, measure: str) -> str:
+    return with_interval(view.value(label, measure), *(view.interval(label, measure) or (None, None)))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def _is_worse(view: ScanView, label: str, measure: str) -> bool:

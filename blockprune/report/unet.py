@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from blockprune.arch import Architecture, BlockGraph
-from blockprune.records import MEASURES
+from blockprune.records import MEASURES, TEACHER
 from blockprune.report.canvas import (
     FAINT,
     INK,
@@ -40,7 +40,7 @@ from blockprune.report.layout import (
     with_innermost,
 )
 from blockprune.report.text import number
-from blockprune.report.view import TEACHER, ScanView
+from blockprune.report.view import ScanView
 
 INCH = 0.78
 HATCH = "/////"

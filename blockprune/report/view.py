@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from blockprune.arch import Architecture, BlockGraph
 from blockprune.errors import UserError
-from blockprune.records import MEASURES, Score
+from blockprune.records import MEASURES, TEACHER, Score
 
-TEACHER = "full"
 QUALITY = ("eps_mse", "guided_mse", "fid", "kid", "feature_distance", "clip_score", "is")
 # Zero for the teacher by definition: a scan need not say so.
 PAIRED = ("eps_mse", "guided_mse", "feature_distance")
@@ -123,7 +122,9 @@ def ranked(view: ScanView, measure: str | None = None) -> list[str]:
 def ranking(view: ScanView) -> list[dict[str, Any]]:
     """One flat row per architecture: the teacher (rank 0), then from least to most quality lost, then the unscored (rank None).
 
-    `macs_thop` and `macs_saved_thop` count one U-Net step at batch 1; `latency_ratio` is to the teacher's, below 1 is faster.
+    `_low` and `_high` bound 95 % intervals; `_delta` is the difference to the teacher on the same seeds, with its own interval.
+    `macs_thop` and `macs_saved_thop` count one U-Net step at batch 1; `latency` is the teacher's step in seconds, `latency_ratio`
+    that of a removal over it, timed in turn; below 1 is faster.
     """
     order = ranked(view)
     scored = set(order)
@@ -141,17 +142,12 @@ def _row(view: ScanView, rank: int | None, label: str) -> dict[str, Any]:
         score = view.score(label, m)
         low, high = view.interval(label, m) or (None, None)
         row |= {m: view.value(label, m), f"{m}_low": low, f"{m}_high": high, f"{m}_n": score.n if score else None}
+        if m in QUALITY and m not in PAIRED:
+            deltas = (score.delta, score.delta_low, score.delta_high) if score else (None,) * 3
+            row |= dict(zip((f"{m}_delta", f"{m}_delta_low", f"{m}_delta_high"), deltas, strict=True))
     row |= {"params": cost.params, "params_saved": total.params - cost.params}
     row |= {"macs_thop": cost.thop, "macs_saved_thop": total.thop - cost.thop}
-    return row | {"latency_ratio": latency_ratio(view, label), "error": view.error(label)}
-
-
-def latency_ratio(view: ScanView, label: str) -> float | None:
-    """Step latency over the teacher's: the interleaved measurement where there is one, else the ratio of two latencies."""
-    if label != TEACHER and (paired := view.value(label, "latency_ratio")) is not None:
-        return paired
-    mine, teacher = view.value(label, "latency"), view.value(TEACHER, "latency")
-    return mine / teacher if mine is not None and teacher else None
+    return row | {"error": view.error(label)}
 
 
 def rank_correlation(view: ScanView, first: str, second: str) -> Correlation | None:

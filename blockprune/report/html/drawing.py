@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_hex
 
 from blockprune.arch import KINDS, Architecture, Block, BlockGraph
-from blockprune.records import MEASURES
+from blockprune.records import MEASURES, TEACHER
 from blockprune.report.canvas import INK, axis_title, colour_of, ink_on, loss_scale
 from blockprune.report.layout import (
     TIMES,
@@ -25,7 +25,7 @@ from blockprune.report.layout import (
     with_innermost,
 )
 from blockprune.report.text import count, number, with_interval
-from blockprune.report.view import MEASURED, QUALITY, TEACHER, ScanView, latency_ratio
+from blockprune.report.view import MEASURED, QUALITY, ScanView
 
 PX_X, PX_Y = 62, 50
 MARGIN = 1.2
@@ -219,6 +219,6 @@ class _Teller:
         for measure in (m for m in MEASURED if m in QUALITY):
             if (value := scan.value(label, measure)) is not None:
                 lines.append(f"{MEASURES[measure].title}: {with_interval(value, *(scan.interval(label, measure) or (None, None)))}")
-        if (ratio := latency_ratio(scan, label)) is not None:
+        if (ratio := scan.value(label, "latency_ratio")) is not None:
             lines.append(f"step latency: {ratio:.3g} of the teacher's")
         return lines

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from blockprune.arch import Architecture
 from blockprune.card import in_words
-from blockprune.records import MEASURES
+from blockprune.records import MEASURES, TEACHER
 from blockprune.report import figures, search_figures, search_text, text
+from blockprune.report.captions import warning
 from blockprune.report.curves import VALIDATED, loss_figure, trained, validated, validation_figure
 from blockprune.report.dossier import Dossier, Images, ModelView
 from blockprune.report.html import tables
@@ -21,7 +22,7 @@ from blockprune.report.model_figures import checkpoints, guidance_curves, guidan
 from blockprune.report.results import ResultTable, result_tables
 from blockprune.report.search_view import SearchView
 from blockprune.report.text import count, number
-from blockprune.report.view import TEACHER, ScanView, rank_correlation
+from blockprune.report.view import ScanView, rank_correlation
 
 Part = Table | Picture | Grid | Text | Drawings | Subhead
 COLUMNS = 6
@@ -140,7 +141,7 @@ def _search(dossier: Dossier) -> Iterator[Part]:
         if len(dossier.searches) > 1:
             yield Subhead(name)
         if view.ranked:
-            yield Text([search_text.summary(view)])
+            yield Text([line for line in (warning(view), search_text.summary(view)) if line])
             if lines := search_text.against(view):
                 yield Text(lines, listed=True)
         if any(e.score.finite is not None for e in view.search):

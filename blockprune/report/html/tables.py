@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from blockprune.records import MEASURES, Score
-from blockprune.report.dossier import ModelView, Setting
+from blockprune.report.dossier import Component, ModelView, Setting
 from blockprune.report.html.parts import Cell, Table
 from blockprune.report.model_figures import varied
 from blockprune.report.results import Result, ResultTable, heading, macs_unit, scaled
 from blockprune.report.search_view import SearchView
-from blockprune.report.text import count, number
-from blockprune.report.view import ScanView, latency_ratio, short
+from blockprune.report.text import count, number, step_time
+from blockprune.report.view import ScanView, short
 
 EMPTY = Cell("–")
+STEP_LATENCY = "step latency, × teacher"
 LATER = ("kid", "feature_distance")  # after the costs, so that these stay in sight
 
 
 def results(table: ResultTable, convention: str, second: str = "setting") -> Table:
     """The paper-style table; the best value of each quality column stands out."""
     settings, notes = any(r.setting for r in table.rows), any(r.note for r in table.rows)
-    timed = any(r.latency_s is not None for r in table.rows)
-    ratios = any(r.latency_ratio is not None for r in table.rows)
+    timed = any(r.step_time != "-" for r in table.rows)
     weighed = any("weight_bytes" in r.scores for r in table.rows)
     prefix, unit = macs_unit(table.rows, convention)
     first, last = ([m for m in table.measures if (m in LATER) == late] for late in (False, True))
     columns = ["model", *[second] * settings, *map(heading, first), "U-Net params", "whole params"]
     columns += [
         f"{prefix}MACs/step ({convention})",
-        *["latency, ms/step"] * timed,
-        *["× teacher"] * ratios,
+        *[STEP_LATENCY] * timed,
         *["weights, MB"] * weighed,
         *map(heading, last),
         *["note"] * notes,
@@ -43,7 +42,7 @@ def results(table: ResultTable, convention: str, second: str = "setting") -> Tab
         cells += [_count(r.cost.params if r.cost else None), _count(r.whole_params)]
         macs = r.cost.macs(convention) if r.cost else None
         cells += [Cell(scaled(macs, unit), key=macs) if macs is not None else EMPTY]
-        cells += [_number(r.latency_s, 1e-3)] * timed + [_number(r.latency_ratio, 1)] * ratios
+        cells += [_step(r)] * timed
         cells += [_number(r.value("weight_bytes"), 1e6)] * weighed
         cells += [_scored(r, m, best[m]) for m in last] + [Cell(r.note)] * notes
         rows.append(cells)
@@ -73,6 +72,14 @@ def _count(value: int | None) -> Cell:
     return EMPTY if value is None else Cell(count(value), key=value)
 
 
+def _step(r: Result) -> Cell:
+    """The teacher as 1, with its milliseconds; all else by the ratio that was timed in turn with the teacher."""
+    if r.latency_ratio is None:
+        return Cell("1", step_time(r.latency_s, None), 1.0) if r.latency_s is not None else EMPTY
+    interval = r.interval("latency_ratio")
+    return Cell(step_time(None, r.latency_ratio), f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "", r.latency_ratio)
+
+
 def _number(value: float | None, unit: float) -> Cell:
     return EMPTY if value is None else Cell(f"{value / unit:.3g}", key=value)
 
@@ -80,10 +87,10 @@ def _number(value: float | None, unit: float) -> Cell:
 def ranking(view: ScanView, table: ResultTable, convention: str) -> Table:
     """A scan's removals by what they cost, with what each saves."""
     total, rows = view.graph.total, []
-    timed = any(latency_ratio(view, label) is not None for label in view.removals)
+    timed = any(r.step_time != "-" for r in table.rows)
     failed = any(r.note for r in table.rows)
     columns = ["#", "removed", *map(heading, table.measures), "params saved", f"MACs saved ({convention})"]
-    columns += ["latency, × teacher"] * timed + ["failed"] * failed
+    columns += [STEP_LATENCY] * timed + ["failed"] * failed
     for i, r in enumerate(table.rows):
         assert r.cost is not None
         saved, macs = total.params - r.cost.params, total.macs(convention) - r.cost.macs(convention)
@@ -91,7 +98,7 @@ def ranking(view: ScanView, table: ResultTable, convention: str) -> Table:
         cells = [Cell(str(i), key=i), Cell(short(label), label if short(label) != label else "", i)]
         cells += [_scored(r, m, None) for m in table.measures]
         cells += [_share(saved, total.params), _share(macs, total.macs(convention))]
-        rows.append(cells + [_number(r.latency_ratio, 1)] * timed + [Cell(r.note)] * failed)
+        rows.append(cells + [_step(r)] * timed + [Cell(r.note)] * failed)
     numeric = [c not in ("removed", "failed") for c in columns]
     return Table(table.title, columns, numeric, rows, f"{table.note}. In brackets: 95 % intervals.")
 
@@ -101,24 +108,37 @@ def _share(saved: int, total: int) -> Cell:
 
 
 def components(models: Mapping[str, ModelView], convention: str) -> Table | None:
-    """What each part of each model costs, and its share of the teacher's; None without rows."""
-    teacher = {c.name: c for view in models.values() for c in view.components if c.who == "teacher"}
-    parts = [("teacher", c) for c in teacher.values()]
-    parts += [(name, c) for name, view in models.items() for c in view.components if c.who != "teacher"]
+    """What each part of each model costs, and its share of the teacher's; None without rows.
+
+    Latencies are held against the teacher's of the same run, which were taken in turn; only the teacher's are in milliseconds.
+    """
+    teachers = {name: {c.name: c for c in view.components if c.who == "teacher"} for name, view in models.items()}
+    teacher = next((parts for parts in teachers.values() if parts), {})
+    parts: list[tuple[str, Component, Component | None]] = [("teacher", c, c) for c in teacher.values()]
+    parts += [(n, c, teachers[n].get(c.name)) for n, view in models.items() for c in view.components if c.who != "teacher"]
     if not parts:
         return None
-    most = max(c.macs.get(convention, 0) for _, c in parts)
+    most = max(c.macs.get(convention, 0) for _, c, _ in parts)
     prefix, unit = ("G", 1e9) if most >= 1e9 else ("M", 1e6)
-    timed = any(c.latency_s is not None for _, c in parts)
-    columns = ["model", "part", "params", "% of teacher", f"{prefix}MACs ({convention})", "% of teacher", *["latency, ms"] * timed]
-    columns += ["% of teacher"] * timed
+    timed = any(c.latency_s is not None for _, c, _ in parts)
+    columns = [
+        "model",
+        "part",
+        "params",
+        "% of teacher",
+        f"{prefix}MACs ({convention})",
+        "% of teacher",
+        *["latency, × teacher"] * timed,
+    ]
     rows = []
-    for who, c in parts:
-        full, macs = teacher.get(c.name), c.macs.get(convention)
+    for who, c, full in parts:
+        macs = c.macs.get(convention)
         cells = [Cell(who, key=who), Cell(c.name, key=c.name), _count(c.params), _percent(c.params, full.params if full else None)]
         cells += [Cell(scaled(macs, unit), key=macs) if macs is not None else EMPTY]
         cells += [_percent(macs, full.macs.get(convention) if full else None)]
-        cells += [_number(c.latency_s, 1e-3), _percent(c.latency_s, full.latency_s if full else None)] * timed
+        ratio = c.over(full) if full else None
+        small = step_time(c.latency_s, None) if c is full and ratio else ""
+        cells += [Cell("1" if c is full else step_time(None, ratio), small, ratio) if ratio else EMPTY] * timed
         rows.append(cells)
     said = "One image; U-Net x N: N steps; whole: text encoder, U-Net steps and VAE decoder. One multiply-add = 1 MAC."
     return Table("What each part of the pipeline costs", columns, [c not in ("model", "part") for c in columns], rows, said)
