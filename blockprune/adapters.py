@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from blockprune.decode import Finite, Natural, Object, checked, parse_json
 from blockprune.errors import UserError
 from blockprune.stock import BlockMap
 
@@ -103,17 +105,26 @@ def _root(keys: Mapping[str, str]) -> str:
     return "unet." if any(_split(key)[0] == f"{PEFT}unet." for key in keys) else ""
 
 
+class AdapterConfig(msgspec.Struct):
+    """The entries of a peft configuration that are read here: numbers by pattern of module names."""
+
+    rank_pattern: dict[str, Natural] | None = None
+    alpha_pattern: dict[str, Finite] | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError):
+                raise ValueError(f"Expected regular expressions, got {pattern[:60]!r}") from None
+
+
 def _map_metadata(metadata: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, str]:
     """The file's metadata with the adapter's configuration naming the student's modules one by one."""
     out = dict(metadata)
     if METADATA not in out:
         return out
-    try:
-        config = json.loads(out[METADATA])
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"the LoRA's metadata is damaged ({err}): save it again") from None
-    if not isinstance(config, dict):
-        raise UserError("the LoRA's metadata is damaged (no JSON object): save it again")
+    config: dict[str, Any] = parse_json(out[METADATA], Object, "the LoRA's metadata", "save it again")
     for prefix in PREFIXES:
         if f"{prefix}target_modules" in config:
             plain = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
@@ -124,6 +135,7 @@ def _map_metadata(metadata: Mapping[str, str], keys: Mapping[str, str]) -> dict[
 
 def _map_config(config: Mapping[str, Any], keys: Mapping[str, str], root: str = "") -> dict[str, Any]:
     """Entries of a peft configuration that select modules by name; patterns are matched as peft does, on the teacher's names."""
+    checked(dict(config), AdapterConfig, "the adapter's configuration", "save it again")
     if (kind := config.get("peft_type") or KINDS[0]) not in KINDS:
         raise UserError(f"the adapter is of peft's kind {kind!r}: only {', '.join(KINDS)} can be mapped")
     adapted = {root + _module(key): root + _module(new) for key, new in keys.items() if TENSOR.search(key)}
@@ -135,8 +147,6 @@ def _map_config(config: Mapping[str, Any], keys: Mapping[str, str], root: str = 
         named["modules_to_save"] = sorted(root + module for module in whole) or None
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
-        if not isinstance(patterns, Mapping):
-            raise UserError(f"{key} of the adapter's configuration is an object of patterns: got {patterns!r}")
         found = {new: _first_match(patterns, old) for old, new in adapted.items()}
         if key in config:
             named[key] = {f"^{re.escape(new)}": patterns[p] for new, p in found.items() if p is not None}
@@ -144,10 +154,7 @@ def _map_config(config: Mapping[str, Any], keys: Mapping[str, str], root: str = 
 
 
 def _first_match(patterns: Mapping[str, Any], module: str) -> str | None:
-    try:
-        return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
-    except re.error as err:
-        raise UserError(f"a pattern of the adapter's configuration is no regular expression ({err}): mend it") from None
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
 
 
 def check_fits(mapped: Mapped, unet: UNet2DConditionModel) -> None:

@@ -7,8 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
+
+from blockprune.decode import Natural, Whole, checked
 from blockprune.errors import UserError
 
 CONVENTIONS = ("thop", "conv_linear", "with_attention")
@@ -56,9 +60,22 @@ class Cost:
     def to_json(self) -> dict[str, Any]:
         return {"params": self.params, "keys": self.keys, "macs": {c: self.macs(c) for c in CONVENTIONS}}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Cost:
-        return cls(data["params"], data["keys"], **data["macs"])
+
+class MacsRecord(msgspec.Struct):
+    thop: Whole
+    conv_linear: Whole
+    with_attention: Whole
+
+
+class CostRecord(msgspec.Struct):
+    """A Cost in JSON."""
+
+    params: Whole
+    keys: Whole
+    macs: MacsRecord
+
+    def value(self) -> Cost:
+        return Cost(self.params, self.keys, self.macs.thop, self.macs.conv_linear, self.macs.with_attention)
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -121,21 +138,25 @@ class Architecture:
         return {"format": 1, "removed": list(self)}
 
     @classmethod
-    def from_json(cls, data: object) -> Architecture:
+    def from_json(cls, data: object, what: str = "the architecture") -> Architecture:
         """The architecture of `to_json`, or of a larger record that holds one under "architecture".
 
-        Raises UserError on any other shape.
+        Raises UserError, which calls it `what`, on any other shape.
         """
         if isinstance(data, Mapping) and "architecture" in data:
             data = data["architecture"]
-        if not isinstance(data, Mapping) or not isinstance(data.get("removed"), list):
-            raise UserError('an architecture is JSON like {"format": 1, "removed": ["mid_block"]}: got something else')
-        if data.get("format") != 1:
-            raise UserError(f"architecture format {data.get('format')!r} is unknown: this version reads format 1")
-        return cls(frozenset(data["removed"]))
+        record = checked(data, ArchitectureRecord, what, 'give JSON like {"format": 1, "removed": ["mid_block"]}')
+        return cls(frozenset(record.removed))
 
     def dumps(self) -> str:
         return json.dumps(self.to_json(), indent=2) + "\n"
+
+
+class ArchitectureRecord(msgspec.Struct):
+    """An Architecture in JSON."""
+
+    format: Literal[1]
+    removed: list[str]
 
 
 @dataclass(frozen=True)
@@ -166,11 +187,29 @@ class Block:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"cost": self.cost.to_json(), "saves": self.saves.to_json() if self.saves else None}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Block:
-        lists = {k: tuple(data[k]) for k in ("shape_in", "shape_out", "skips", "requires")}
-        costs = {"cost": Cost.from_json(data["cost"]), "saves": Cost.from_json(data["saves"]) if data["saves"] else None}
-        return cls(**{**data, **lists, **costs})
+
+Side = Annotated[int, Meta(ge=1, le=2**20)]
+Shape = tuple[Side, Side, Side]
+
+
+class BlockRecord(msgspec.Struct):
+    """A Block in JSON."""
+
+    name: str
+    kind: Literal["R", "A", "T", "M", "S", "D", "U", "F"]
+    stage: str
+    shape_in: Shape
+    shape_out: Shape
+    cost: CostRecord
+    saves: CostRecord | None
+    stand_in: str = ""
+    why_fixed: str = ""
+    skips: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+
+    def value(self) -> Block:
+        plain = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("cost", "saves")}
+        return Block(**plain, cost=self.cost.value(), saves=self.saves.value() if self.saves else None)
 
 
 @dataclass(frozen=True)
@@ -225,16 +264,9 @@ class BlockGraph:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> BlockGraph:
-        return cls(
-            blocks=tuple(Block.from_json(b) for b in data["blocks"]),
-            total=Cost.from_json(data["total"]),
-            latent=tuple(data["latent"]),
-            n_tokens=data["n_tokens"],
-            innermost=frozenset(data["innermost"]),
-            rescaled={name: Cost.from_json(cost) for name, cost in data["rescaled"].items()},
-            rescaling=Cost.from_json(data["rescaling"]),
-        )
+    def from_json(cls, data: object) -> BlockGraph:
+        """The graph of `to_json`; UserError on any other shape."""
+        return checked(data, GraphRecord, "the graph of a U-Net", "make it again").value()
 
     def check(self, arch: Architecture) -> Architecture:
         """`arch` itself; UserError names a block that is unknown, cannot be removed, or lacks what it requires."""
@@ -263,6 +295,37 @@ class BlockGraph:
             if block.removable and (label := _label(block, unit)):
                 groups.setdefault(label, []).append(block.name)
         return {label: Architecture(frozenset(names)) for label, names in groups.items()}
+
+
+class GraphRecord(msgspec.Struct):
+    """A BlockGraph in JSON; whatever it names is one of its blocks."""
+
+    blocks: list[BlockRecord]
+    total: CostRecord
+    latent: Shape
+    n_tokens: Natural
+    innermost: list[str]
+    rescaled: dict[str, CostRecord]
+    rescaling: CostRecord
+
+    def __post_init__(self) -> None:
+        names = [b.name for b in self.blocks]
+        named = [*self.innermost, *self.rescaled, *(n for b in self.blocks for n in (*b.skips, *b.requires))]
+        if len({*names}) < len(names):
+            raise ValueError("Expected blocks of different names")
+        if strange := [n for n in named if n not in {*names}]:
+            raise ValueError(f"Expected {strange[0][:60]!r} among the blocks, as something names it")
+
+    def value(self) -> BlockGraph:
+        return BlockGraph(
+            blocks=tuple(b.value() for b in self.blocks),
+            total=self.total.value(),
+            latent=self.latent,
+            n_tokens=self.n_tokens,
+            innermost=frozenset(self.innermost),
+            rescaled={name: cost.value() for name, cost in self.rescaled.items()},
+            rescaling=self.rescaling.value(),
+        )
 
 
 def _label(block: Block, unit: str) -> str:

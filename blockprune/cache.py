@@ -14,11 +14,13 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blockprune.decode import Object, Positive, checked, parse_json, read_json, regular_file
 from blockprune.errors import UserError
 from blockprune.families import Condition, join
 from blockprune.pairs import Reader
@@ -266,11 +268,19 @@ def _skipped(folder: Path, n: int, shard_size: int) -> dict[int, str]:
 def _whole(path: Path, n_rows: int) -> dict[str, str] | None:
     """The broken samples that a shard names; None when it is missing, cut short, not a shard, or of another length."""
     try:
-        with safe_open(path, framework="pt") as file:
-            lengths = {file.get_slice(name).get_shape()[0] for name in ("mean", "logvar", "caption")}
-            return json.loads(file.metadata()["skipped"]) if lengths == {n_rows} else None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        with safe_open(regular_file(path, AGAIN), framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            skipped = parse_json(file.metadata()["skipped"], dict[str, str], "the shard", AGAIN)
+            caption = file.get_tensor("caption")
+    except (UserError, OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+    rows = [shape for name, shape in shapes.items() if not name.startswith("condition/") and name != "caption"]
+    texts = {shape[0] for name, shape in shapes.items() if name.startswith("condition/") and shape}
+    sound = len({*rows}) == 1 and len(rows[0]) == 4 and rows[0][0] == n_rows and {"mean", "logvar"} <= shapes.keys()
+    sound = sound and caption.shape == (n_rows,) and not caption.is_floating_point() and len(texts) == 1
+    if not sound or not all(key.isdecimal() for key in skipped) or not (0 <= int(caption.min()) <= int(caption.max()) < min(texts)):
+        return None
+    return skipped
 
 
 def _write(path: Path, live: Live, rows: range, flip: bool, tick: Callable[[str, int], None]) -> None:
@@ -361,16 +371,32 @@ def _check_terms(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]
         raise UserError(f"{str(folder)!r} is a cache of other terms ({'; '.join(changes)}): choose another folder or ask the same")
 
 
+class CacheAsked(msgspec.Struct):
+    """What makes a cache the right one."""
+
+    data: str
+    n: Positive
+    resolution: Positive
+    flip: bool
+    shard_size: Positive
+    teacher: str
+    dtype: str
+
+
+class CacheRecord(msgspec.Struct):
+    """cache.json."""
+
+    asked: CacheAsked
+
+
 def read_cache(folder: Path) -> dict[str, Any]:
     """What the cache.json of a cache says; UserError when there is none or it cannot be read."""
-    try:
-        said = json.loads((folder / INDEX).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no cache in {str(folder)!r}: make one with `blockprune cache --out {folder}`") from None
-    except (OSError, ValueError) as err:
-        raise UserError(f"{str(folder / INDEX)!r} is damaged ({err}): delete the folder and run `blockprune cache` again") from None
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
+    remedy = "delete the folder and run `blockprune cache` again"
+    missing = f"no cache in {str(folder)!r}: make one with `blockprune cache --out {folder}`"
+    said = read_json(folder / INDEX, Object, remedy, missing)
+    if said.get("format") != FORMAT:
         raise UserError(f"{str(folder / INDEX)!r} is no cache of format {FORMAT}, which this version reads: make a new one")
+    checked(said, CacheRecord, repr(str(folder / INDEX)), remedy)
     return said
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from blockprune import decode
 from blockprune.errors import UserError
+from blockprune.model_schema import SCHEMAS
 
 Config = Mapping[str, Any]
 PACKAGE = Path(__file__).parent
 BUILT_IN = {"tiny-digits": PACKAGE / "models" / "tiny-digits"}
 PIPELINES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+CLASSES = {"model_index.json": tuple(PIPELINES), "unet/config.json": ("UNet2DConditionModel",)}
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 TEXT = ("text_encoder", "text_encoder_2")
 ARCHITECTURE = "architecture.json"
@@ -87,12 +90,8 @@ def configs(model: str) -> Configs:
     """
     folders, known = _config_folders(model)
     index = _component(folders, "model_index.json", known)
-    if str(index.get("_class_name")) not in PIPELINES:
-        raise UserError(f"{known} holds a {index.get('_class_name')}: give a {' or '.join(PIPELINES)}")
     text = {name: _component(folders, f"{name}/config.json", known) for name in TEXT if index.get(name, [None])[0]}
     unet = _component(folders, "unet/config.json", known)
-    if unet.get("_class_name") != "UNet2DConditionModel":
-        raise UserError(f"the U-Net of {known} is a {unet.get('_class_name')}: give a model with a UNet2DConditionModel")
     return Configs(
         model=model,
         unet=unet,
@@ -121,21 +120,20 @@ def _config_folders(model: str) -> tuple[list[Path], str]:
 
 
 def _component(folders: list[Path], name: str, known: str) -> dict[str, Any]:
+    """A component's configuration, checked as far as it is used here."""
     for folder in folders:
-        if (path := folder / name).is_file():
-            return read_json(path)
+        if (path := folder / name).exists():
+            return read_config(path, name)
     raise UserError(f"{known} has no {name}: give a whole pipeline in diffusers layout")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError when it cannot be read as one."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
-        raise UserError(f"cannot read {str(path)!r}: {err}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"cannot read {str(path)!r}: it is no JSON object")
-    return data
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """The configuration in a file, which in diffusers layout is called `name`; UserError unless it is a sound one."""
+    config = decode.read_json(path, decode.Object, decode.FETCH, infinite=True)  # diffusers writes infinities of schedulers
+    if (known := CLASSES.get(name)) and config.get("_class_name") not in known:
+        raise UserError(f"{str(path)!r} holds a {config.get('_class_name')}: give a model with a {' or '.join(known)}")
+    decode.checked(config, SCHEMAS[name], repr(str(path)), decode.FETCH)
+    return config
 
 
 def _unpruned(folder: Path) -> Path:
@@ -208,10 +206,9 @@ def header(path: Path) -> dict[str, tuple[int, ...]]:
     if path.exists() and not path.is_file():
         raise UserError(f"the weights file {str(path)!r} is no regular file: give a .safetensors file")
     try:
-        with safe_open(path, framework="pt") as file:
+        missing = f"no weights file {str(path)!r}: give the folder or file where they are"
+        with safe_open(decode.regular_file(path, decode.FETCH, missing), framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"no weights file {str(path)!r}: give the folder or file where they are") from None
     except (SafetensorError, OSError) as err:
         raise UserError(f"the weights file {str(path)!r} is damaged or not safetensors ({err}): fetch it again") from None
 
@@ -275,7 +272,7 @@ def _parts(folder: Path) -> Iterator[str]:
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     configs(str(folder))
-    index = read_json(folder / "model_index.json")
+    index = _component([folder], "model_index.json", str(folder))
     loaded = {part: _load_part(folder, part, index[part], dtype) for part in _parts(folder)}
     optional = (
         {} if "text_encoder_2" in loaded else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -284,8 +281,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         return PIPELINES[index["_class_name"]].from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **loaded, **optional
         )
-    except (OSError, ValueError, TypeError) as err:
-        raise UserError(f"cannot load the pipeline in {str(folder)!r}: {_first_line(err)}") from None
+    except Exception as err:  # the libraries raise anything over a damaged file, tokenizers a bare Exception
+        raise unloadable(f"the pipeline in {str(folder)!r}", err) from None
 
 
 def _load_part(folder: Path, part: str, source: list[str], dtype: torch.dtype) -> torch.nn.Module:
@@ -303,8 +300,8 @@ def _load_part(folder: Path, part: str, source: list[str], dtype: torch.dtype) -
             output_loading_info=True,
             dtype=dtype,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as err:
-        raise UserError(f"cannot load {part!r} from {str(folder)!r}: {_first_line(err)}") from None
+    except Exception as err:
+        raise unloadable(f"{part!r} from {str(folder)!r}", err) from None
     wrong = sorted(info["missing_keys"]) or sorted(info["unexpected_keys"] if part == "unet" else [])
     if wrong:
         fault = "lack" if info["missing_keys"] else "have, beyond its configuration,"
@@ -313,16 +310,18 @@ def _load_part(folder: Path, part: str, source: list[str], dtype: torch.dtype) -
     return module
 
 
-def _class_of(folder: Path, part: str, source: Any) -> Any:
-    """The model class of diffusers or transformers that model_index.json names; UserError for any other, which would be code."""
-    match source:
-        case ["diffusers" | "transformers" as library, str(name)]:
-            cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], name, None)
-            if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
-                return cls
-    raise UserError(
-        f"model_index.json of {str(folder)!r} has {part!r} of {source!r}: give a model class of diffusers or transformers"
-    )
+def _class_of(folder: Path, part: str, source: Sequence[str]) -> Any:
+    """The network's class that model_index.json names for a component."""
+    try:
+        cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(source[0]), source[1])
+    except (AttributeError, ImportError, RuntimeError):
+        cls = None
+    if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
+        named = ".".join(source)
+        raise UserError(
+            f"{str(folder / 'model_index.json')!r} says that {part!r} is a {named!r}: give a network of diffusers or transformers"
+        )
+    return cls
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -336,8 +335,15 @@ def _from_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
         return cls.from_single_file(str(path), config=config, dtype=dtype, local_files_only=True)
     except NotImplementedError:  # torch: no data to copy out of the meta tensors that nothing filled
         raise UserError(f"the checkpoint {str(path)!r} lacks tensors of its configuration, {config}: give a whole one") from None
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as err:
-        raise UserError(f"cannot load the checkpoint {str(path)!r}: {_first_line(err)}") from None
+    except Exception as err:
+        raise unloadable(f"the checkpoint {str(path)!r}", err) from None
+
+
+def unloadable(what: str, err: Exception) -> Exception:
+    """The error of a file that a library could not load; one that is no fault of the file stays as it is."""
+    if isinstance(err, UserError | MemoryError):
+        return err
+    return UserError(f"cannot load {what}: {_first_line(err)}; {decode.FETCH}")
 
 
 def _first_line(err: Exception) -> str:
@@ -392,8 +398,8 @@ def _digest_file(digest: hashlib._Hash, path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         text = file.read(size)
         digest.update(text)
-        for entry in json.loads(text).values():
-            if "data_offsets" in entry:
+        for name, entry in json.loads(text).items():
+            if name != "__metadata__":
                 start, end = entry["data_offsets"]
                 file.seek(8 + size + start)
                 digest.update(file.read(min(4096, end - start)))

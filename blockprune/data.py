@@ -190,7 +190,8 @@ def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -
         )
     numbers = [mu, sigma] if features is None else [mu, sigma, features]
     sound = sigma.shape == mu.shape * 2 and (features is None or features.shape[1:] == mu.shape)
-    if not sound or not all(np.issubdtype(a.dtype, np.number) and np.isfinite(a).all() for a in numbers):
+    real = (np.floating, np.integer)
+    if not sound or not all(any(np.issubdtype(a.dtype, k) for k in real) and np.isfinite(a).all() for a in numbers):
         raise UserError(f"{str(path)!r} holds no usable mu (D,) and sigma (D, D): make it again with `blockprune stats`")
     kept = None if features is None else features.astype(np.float64)
     n = int(arrays["n"]) if "n" in arrays and np.issubdtype(arrays["n"].dtype, np.integer) and arrays["n"].shape == () else 0
@@ -203,7 +204,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             raise zipfile.BadZipFile
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        if not all(isinstance(a, np.ndarray) for a in arrays.values()):
+            raise ValueError
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError) as error:
         raise UserError(f"{str(path)!r} is not a readable .npz: make it again with `blockprune stats`") from error
     if not {"mu", "sigma"} <= set(arrays):
         raise UserError(f"a reference .npz holds mu and sigma: {str(path)!r} has {', '.join(arrays) or 'neither'}")

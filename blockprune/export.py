@@ -10,18 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blockprune import checkpoints, surgery
+from blockprune import checkpoints, decode, surgery
 from blockprune.arch import Architecture
 from blockprune.card import model_card
 from blockprune.compare import difference
 from blockprune.errors import UserError
 from blockprune.families import family_of
+from blockprune.model_schema import UNetConfig
 from blockprune.stock import BlockMap, Stock, expressible, slots
 
 # not the name that stock loaders look for: they would fill the removed blocks of the full configuration at random
@@ -33,6 +35,7 @@ ARCHITECTURE = "architecture.json"
 PRUNING = "pruning"  # of an exported folder; nothing there is read by diffusers
 BLOCK_MAP = "block_map.json"
 TEACHER = "teacher.json"
+SAVE = "save it again"
 
 
 def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -> None:
@@ -50,7 +53,7 @@ def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -
 
 def read_architecture(folder: Path) -> Architecture:
     """What the student in `folder` lacks; UserError when its architecture.json is missing or damaged."""
-    return Architecture.from_json(_json(folder / ARCHITECTURE))
+    return Architecture.from_json(_json(folder / ARCHITECTURE), repr(str(folder / ARCHITECTURE)))
 
 
 def load_student(folder: Path, device: str | torch.device = "cpu") -> UNet2DConditionModel:
@@ -58,14 +61,13 @@ def load_student(folder: Path, device: str | torch.device = "cpu") -> UNet2DCond
 
     Raises UserError when a file is missing or damaged, or the weights are not exactly those of the architecture.
     """
-    unet = surgery.skeleton(_json(folder / "config.json"), read_architecture(folder))
+    unet = surgery.skeleton(_unet_config(folder), read_architecture(folder))
     path = folder / WEIGHTS
+    missing = f"no pruned weights {str(path)!r}: give a folder that this package saved"
     try:
-        tensors = load_file(path, device=str(device))
-    except FileNotFoundError:
-        raise UserError(f"no pruned weights {str(path)!r}: give a folder that this package saved") from None
+        tensors = load_file(decode.regular_file(path, SAVE, missing), device=str(device))
     except (SafetensorError, OSError) as err:
-        raise UserError(f"the weights file {str(path)!r} is damaged or not safetensors ({err}): save it again") from None
+        raise UserError(f"the weights file {str(path)!r} is damaged or not safetensors ({err}): {SAVE}") from None
     expected = unet.state_dict()
     _same_keys(tensors, expected, str(path))
     if reshaped := [n for n, t in tensors.items() if t.shape != expected[n].shape]:
@@ -89,9 +91,7 @@ def load_pipeline(folder: str | Path, device: str | torch.device = "cpu", dtype:
 
 
 def _load_slots(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    name = _json(folder / "model_index.json").get("_class_name")
-    if name not in checkpoints.PIPELINES:
-        raise UserError(f"{str(folder)!r} holds a {name}: give a {' or '.join(checkpoints.PIPELINES)}")
+    name = checkpoints.read_config(folder / "model_index.json", "model_index.json")["_class_name"]
     unet = load_student(folder / "unet")
     try:
         with checkpoints.silence():
@@ -99,8 +99,8 @@ def _load_slots(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
             return checkpoints.PIPELINES[name].from_pretrained(
                 folder, unet=unet, dtype=dtype, local_files_only=True, use_safetensors=True
             )
-    except (OSError, ValueError, TypeError, SafetensorError) as err:
-        raise UserError(f"cannot load the pipeline in {str(folder)!r}: {(str(err).splitlines() or [''])[0][:300]}") from None
+    except Exception as err:
+        raise checkpoints.unloadable(f"the pipeline in {str(folder)!r}", err) from None
 
 
 def export_pipeline(
@@ -214,7 +214,7 @@ def read_block_map(folder: Path) -> BlockMap:
     """Where an exported folder keeps its teacher's blocks; UserError when it does not say."""
     if not (folder / PRUNING / BLOCK_MAP).is_file():
         raise UserError(f"no {PRUNING}/{BLOCK_MAP} in {str(folder)!r}: give a folder that `blockprune export` wrote")
-    return BlockMap.from_json(_json(folder / PRUNING / BLOCK_MAP))
+    return BlockMap.from_json(_json(folder / PRUNING / BLOCK_MAP), repr(str(folder / PRUNING / BLOCK_MAP)))
 
 
 def is_exported(folder: Path) -> bool:
@@ -222,18 +222,25 @@ def is_exported(folder: Path) -> bool:
     return (folder / PRUNING / ARCHITECTURE).is_file()
 
 
+class TeacherRecord(msgspec.Struct):
+    """What an exported folder says of its teacher."""
+
+    model: str
+    identity: str
+    unet: UNetConfig
+
+
 def read_teacher(folder: Path) -> dict[str, Any] | None:
     """What an exported folder says of its teacher: model, identity, and the configuration of its U-Net.
 
     None for a stock folder that does not say; one that `load_pipeline` alone loads has its teacher's configuration at the least.
     """
-    if (folder / PRUNING / TEACHER).is_file():
+    if (folder / PRUNING / TEACHER).exists():
         found = _json(folder / PRUNING / TEACHER)
-        if not isinstance(found, dict) or not all(key in found for key in ("model", "identity", "unet")):
-            raise UserError(f"{str(folder / PRUNING / TEACHER)!r} lacks model, identity or unet: export the student again")
+        decode.checked(found, TeacherRecord, repr(str(folder / PRUNING / TEACHER)), "export the student again")
         return found
     if (folder / "unet" / ARCHITECTURE).is_file():
-        return {"model": "", "identity": "", "unet": _json(folder / "unet" / "config.json")}
+        return {"model": "", "identity": "", "unet": _unet_config(folder / "unet")}
     return None
 
 
@@ -247,18 +254,20 @@ def exported_skeleton(folder: Path) -> UNet2DConditionModel:
     """The U-Net of an exported folder on the meta device, without weights."""
     unet = folder / "unet"
     arch = read_architecture(unet) if (unet / ARCHITECTURE).is_file() else Architecture()
-    return surgery.skeleton(_json(unet / "config.json"), arch)
+    return surgery.skeleton(_unet_config(unet), arch)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"no {path.name} in {str(path.parent)!r}: give the folder of a pruned U-Net that this package saved"
-        ) from None
-    except (OSError, ValueError) as err:
-        raise UserError(f"cannot read {str(path)!r}: {err}") from None
+def _unet_config(folder: Path) -> dict[str, Any]:
+    decode.regular_file(folder / "config.json", SAVE, _missing(folder / "config.json"))
+    return checkpoints.read_config(folder / "config.json", "unet/config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return decode.read_json(path, decode.Object, SAVE, _missing(path))
+
+
+def _missing(path: Path) -> str:
+    return f"no {path.name} in {str(path.parent)!r}: give the folder of a pruned U-Net that this package saved"
 
 
 def _same_keys(have: Iterable[str], want: Iterable[str], what: str) -> None:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import optuna
+from msgspec import Meta
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
@@ -25,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from blockprune.arch import Architecture
+from blockprune.decode import Natural, Object, checked, json_lines
 from blockprune.errors import UserError
 from blockprune.records import MEASURES, Candidate, Evaluation, Score
 from blockprune.store import differences
@@ -32,6 +35,7 @@ from blockprune.store import differences
 UNIT = CategoricalDistribution([False, True])
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_ATTEMPTS = 3
+MEND = "put back a sound copy, or search in another --out"
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -42,7 +46,7 @@ def open_storage(url: str | None, path: Path | None) -> BaseStorage:
     Raises UserError for a database that cannot be reached or a driver that is not installed.
     """
     if url is None:
-        return InMemoryStorage() if path is None else JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
+        return InMemoryStorage() if path is None else _journal(path)
     try:
         return _connected(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
     except ImportError as err:
@@ -50,6 +54,42 @@ def open_storage(url: str | None, path: Path | None) -> BaseStorage:
     except Exception as err:
         why = " ".join(str(err).split())[:160]
         raise UserError(f"cannot open the storage {_hidden(url)!r} ({why}): give a URL like postgresql://user@host/name") from None
+
+
+class Operation(msgspec.Struct):
+    """A line of Optuna's journal."""
+
+    op_code: Annotated[int, Meta(ge=0, le=10)]
+    worker_id: str
+
+
+class StudyAttributes(msgspec.Struct):
+    """What a study of this package says of itself: the terms of its scores."""
+
+    asked: Object
+
+
+class TrialAttributes(msgspec.Struct):
+    """What a trial scores, and its scores where it has been scored."""
+
+    arch: str
+    label: str
+    source: str
+    removed: list[str]
+    costs: dict[str, float]
+    tiers: Annotated[list[Score], Meta(min_length=1)] | None = None
+    worker: str = "::"
+    beat: float | None = None
+
+
+def _journal(path: Path) -> JournalStorage:
+    """The storage of a journal file; UserError for a line that is not one of a journal."""
+    for what, line in json_lines(path, MEND) if path.exists() else ():
+        checked(line, Operation, what, MEND)
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OptunaError) as err:
+        raise UserError(f"cannot read {str(path)!r}: its lines do not fit together ({type(err).__name__}: {err}); {MEND}") from None
 
 
 def _connected(url: str) -> RDBStorage:
@@ -116,8 +156,20 @@ class Ledger:
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
         if "asked" not in self.study.user_attrs:
             self.study.set_user_attr("asked", dict(asked))
+        self._check(name)
         if changes := list(differences(self.study.user_attrs["asked"], asked)):
             raise UserError(f"the study {name!r} is of another protocol ({'; '.join(changes)}): choose another --out")
+
+    def _check(self, name: str) -> None:
+        """Raises UserError for a study, or a trial of it, that this package has not written."""
+        attrs = self.study.user_attrs
+        checked(attrs, StudyAttributes, f"the study {name!r}", MEND)
+        counts = {k: n for k, n in attrs.items() if k.startswith("cached ")}
+        checked(counts, dict[str, Natural], f"the study {name!r}", MEND)
+        for trial in self.trials():
+            what = f"trial {trial.number} of the study {name!r}"
+            checked(trial.user_attrs, TrialAttributes, what, MEND)
+            checked(trial.params, dict[str, bool], what, MEND)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -11,6 +10,7 @@ from math import prod
 from pathlib import Path
 
 from blockprune.arch import Architecture, BlockGraph
+from blockprune.decode import Object, read_json
 from blockprune.errors import UserError
 
 MAX_NAMES = 1_000_000
@@ -117,12 +117,9 @@ def parse(text: str, graph: BlockGraph) -> Architecture:
 
 
 def _read(path: Path) -> Architecture:
-    try:
-        return Architecture.from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"no architecture file {str(path)!r}: give a JSON file, a preset or block names") from None
-    except (OSError, ValueError) as err:
-        raise UserError(f"cannot read {str(path)!r} as an architecture: {err}") from None
+    remedy = "give a JSON file of an architecture, a preset or block names"
+    missing = f"no architecture file {str(path)!r}: give a JSON file, a preset or block names"
+    return Architecture.from_json(read_json(path, Object, remedy, missing), repr(str(path)))
 
 
 def _apply(arch: Architecture, term: str, graph: BlockGraph) -> Architecture:

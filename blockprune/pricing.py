@@ -37,7 +37,8 @@ class Part:
 
     def count(self) -> dict[str, Cost]:
         """The cost of one call by module path; the module is on the meta device."""
-        return count(self.module, self.run)
+        with surgery.built(type(self.module).__name__):
+            return count(self.module, self.run)
 
 
 def unet_inputs(
@@ -67,7 +68,7 @@ def other_parts(
 
     On the meta device for counting; elsewhere with the libraries' random weights, for timing.
     """
-    with torch.device(device):
+    with surgery.built("text encoders and VAE"), torch.device(device):
         parts = {name: _text_part(name, config) for name, config in configs.text.items()}
         decoder = AutoencoderKL.from_config(configs.vae).decoder
         sample = torch.zeros(1, configs.vae["latent_channels"], *latent, dtype=dtype)

@@ -6,18 +6,26 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from blockprune.errors import UserError
 from blockprune.named import read_named
-from blockprune.records import measure
+from blockprune.records import MEASURES, measure
 
 PROTOCOLS = Path(__file__).parent / "protocols"
 IMAGES = ("png", "jpeg")
 FIDS = {"clean": "inception", "legacy_pytorch": "pytorch-fid"}  # the kind of FID => the detector that computes it
+BOUNDS: Mapping[str, tuple[int, int]] = {
+    "resize": (0, 2**14),
+    "n_reference": (0, 10**8),
+    "is_splits": (1, 10**6),
+    "n_images": (1, 10**7),
+    "steps": (1, 10_000),
+    "cfg_scale": (0, 10_000),
+}
 # what a setting says for itself, and what two runs may differ in all the same
 FREE = ("name", "hash", "steps", "cfg_scale", "scheduler", "quantize", "checkpoint")
 
@@ -51,11 +59,15 @@ class Rules:
         for name, known in {"image": IMAGES, "fid": tuple(FIDS)}.items():
             if getattr(self, name) not in known:
                 raise UserError(f"protocol: {name} must be {' or '.join(known)}: got {getattr(self, name)!r}")
-        for name, least in {"resize": 0, "n_reference": 0, "is_splits": 1, "n_images": 1, "steps": 1, "cfg_scale": 0}.items():
-            if (value := getattr(self, name)) is not None and value < least:
+        for name, (least, most) in BOUNDS.items():
+            if (value := getattr(self, name)) is not None and not value >= least:
                 raise UserError(f"protocol: {name} must be at least {least}: got {value}")
+            if value is not None and not value <= most:
+                raise UserError(f"protocol: {name} must be at most {most:,}: got {value}")
         if not 1 <= self.jpeg_quality <= 100:
             raise UserError(f"protocol: jpeg_quality is between 1 and 100: got {self.jpeg_quality}")
+        if not self.measures:
+            raise UserError(f"protocol: measures is empty: name at least one of {', '.join(MEASURES)}")
         for name in self.measures:
             measure(name)
 
@@ -75,24 +87,7 @@ class Rules:
 
 def read_protocol(text: str) -> Rules:
     """The protocol of that name, or of a TOML file; UserError for a file that is not one, and for keys it may not have."""
-    path, data = read_named("protocol", PROTOCOLS, text)
-    types = {f.name: str(f.type) for f in fields(Rules)}
-    if unknown := sorted(data.keys() - types.keys()):
-        raise UserError(f"protocol {str(path)!r}: unknown key {unknown[0]!r}: it may have {', '.join(types)}")
-    for name, value in data.items():
-        if not _is_of(value, types[name]):
-            raise UserError(f"protocol {str(path)!r}: {name} has the wrong type: got {value!r}")
-    if "measures" in data:
-        data["measures"] = tuple(data["measures"])
-    return Rules(**data)
-
-
-def _is_of(value: object, annotation: str) -> bool:
-    if annotation.startswith("tuple"):
-        return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
-    kinds = {"str": str, "bool": bool, "int": int, "float": int | float}
-    kind = kinds[annotation.partition(" ")[0]]
-    return isinstance(value, kind) and (annotation == "bool" or not isinstance(value, bool))
+    return read_named("protocol", PROTOCOLS, text, Rules)
 
 
 def protocol_hash(terms: Mapping[str, Any]) -> str:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from blockprune.arch import Architecture
+from blockprune.decode import Natural, Whole, checked
 from blockprune.errors import UserError
 
 TEACHER = "full"  # the label of the model that lacks nothing
+AGAIN = "leave the run out, or run it again"
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Score:
     label: str
     measure: str
     value: float | None
-    n: int
-    seed: int
+    n: Natural
+    seed: Whole
     low: float | None = None
     high: float | None = None
     delta: float | None = None
@@ -105,9 +110,9 @@ class Score:
         return asdict(self) | {"unit": kind.unit, "direction": kind.direction}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Score:
-        names = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in data.items() if k in names})
+    def from_json(cls, data: object) -> Score:
+        """The score of `to_json`, or of a row that holds more; UserError on any other shape."""
+        return checked(data, cls, "a score", AGAIN)
 
 
 @dataclass(frozen=True)
@@ -163,21 +168,74 @@ class Evaluation:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
-        arch = Architecture(frozenset(data["removed"]))
-        tiers = tuple(Score.from_json(row) for row in data["tiers"])
-        candidate = Candidate(arch, tiers[-1].label, data["source"], data["params"], data["over"], data["costs"])
-        return cls(data["trial"], candidate, tiers, data["ended"], data["seconds"])
+    def from_json(cls, data: object) -> Evaluation:
+        """The evaluation of `to_json`; UserError on any other shape."""
+        record = checked(data, EvaluationRecord, "an evaluation", AGAIN)
+        costs = record.params, record.over, record.costs
+        candidate = Candidate(Architecture(frozenset(record.removed)), record.tiers[-1].label, record.source, *costs)
+        return cls(record.trial, candidate, record.tiers, record.ended, record.seconds)
+
+
+class EvaluationRecord(msgspec.Struct):
+    """An Evaluation in JSON."""
+
+    trial: Natural
+    source: str
+    removed: list[str]
+    params: dict[str, bool]
+    over: dict[str, float]
+    costs: dict[str, float]
+    ended: float
+    seconds: float
+    tiers: Annotated[tuple[Score, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
 class TrainState:
     """One optimiser step: every term of the loss, how many images went in over all processes, and the seconds it took."""
 
-    step: int
+    step: Natural
     losses: Mapping[str, float]
-    n_images: int
+    n_images: Natural
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"losses": dict(self.losses)}
+
+
+class TrainRecord(msgspec.Struct):
+    """What is read of a TrainState in JSON."""
+
+    step: Natural
+    losses: dict[str, float]
+
+
+class ValidationRecord(msgspec.Struct):
+    """A score of a student in training."""
+
+    step: Natural
+    score: Score
+
+
+class SettingScore(msgspec.Struct):
+    """The setting that a score of an evaluated model holds under; the row holds the score itself beside it."""
+
+    setting: str
+
+
+class ComponentRecord(msgspec.Struct):
+    """What one part of a pipeline costs."""
+
+    name: str
+    who: str
+    params: Natural
+    macs: dict[str, Natural]
+    latency_s: float | None = None
+
+
+class SeenRecord(msgspec.Struct):
+    """What was seen in the images of one model of a search: its scores, or why there are none."""
+
+    label: str
+    scores: list[Score]
+    error: str = ""

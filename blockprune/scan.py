@@ -17,7 +17,7 @@ from blockprune.imaging import STATISTICS, check_judges, failed, judge, stack
 from blockprune.pricing import unet_inputs
 from blockprune.records import Score
 from blockprune.sampling import NotFinite
-from blockprune.scoring import DENOISING, FULL, Arrays, Examiner, Plan, error_score
+from blockprune.scoring import DENOISING, FULL, Arrays, Examiner, Plan, check_kept, error_score
 
 
 def cost_scores(graph: BlockGraph, arch: Architecture, label: str, itemsize: int, seed: int) -> Iterator[Score]:
@@ -116,7 +116,10 @@ class Scan:
     def _part(self, name: str) -> Arrays | None:
         """A part of this scan or of an earlier attempt at it; None when it is still to be made."""
         if name not in self.parts and (kept := self.recall(name)) is not None:
-            self.parts[name] = kept
+            if name == "teacher":
+                self.parts[name] = check_kept(name, kept, self.plan.observed, self.plan.protocol.n_images)
+            else:
+                self.parts[name] = check_kept(name, kept, dict.fromkeys((label for label in self.archs if label != FULL), ()))
         return self.parts.get(name)
 
     def _made(self, name: str, arrays: Arrays) -> Part:

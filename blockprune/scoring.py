@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,13 @@ class Plan:
         return [m for m in self.measures if m in DENOISING]
 
     @property
+    def observed(self) -> dict[str, tuple[int, ...] | None]:
+        """The arrays that `Examiner.observe` gives for each image, and their shapes where these are known beforehand."""
+        detector, names = self.judges.detector, ("image", "text") if self.judges.scorer else ()
+        seen: dict[str, tuple[int, ...] | None] = dict.fromkeys(("latents", *names))
+        return seen | ({"features": (detector.n_features,)} if detector else {})
+
+    @property
     def image_measures(self) -> list[str]:
         return [m for m in self.measures if m in STATISTICS]
 
@@ -116,6 +123,23 @@ class Examiner:
         schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
         protocol, blank = self.plan.protocol, self.conditions[1] if measure == "guided_mse" else None
         return NoisySamples(clean, condition, schedule, self.plan.n_noisy, protocol.seed, blank, protocol.cfg_scale)
+
+
+def check_kept(name: str, arrays: Arrays, wanted: Mapping[str, tuple[int, ...] | None], n: int | None = None) -> Arrays:
+    """The arrays of a part of an earlier attempt, or UserError.
+
+    It has those that are wanted, a row for each sample, of `n` samples (None: any number) and of that shape (None: any).
+    """
+    lengths = sorted({len(a) for a in arrays.values()})
+    if missing := sorted(wanted.keys() - arrays.keys()):
+        why = f"it lacks {missing[0]!r}"
+    elif len(lengths) != 1 or lengths[0] != (lengths[0] if n is None else n):
+        why = f"it has {' and '.join(map(str, lengths)) or 'no'} rows{'' if n is None else f' in place of {n}'}"
+    elif odd := [k for k, shape in wanted.items() if shape is not None and arrays[k].shape[1:] != shape]:
+        why = f"{odd[0]!r} is of shape {arrays[odd[0]].shape}"
+    else:
+        return arrays
+    raise UserError(f"the part parts/{name}.safetensors is damaged ({why}): delete it and run the same command again")
 
 
 def error_score(measure: str, arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:

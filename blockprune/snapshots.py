@@ -6,13 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from blockprune.decode import Natural, read_json, regular_file
+from blockprune.errors import UserError
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 MANIFEST = "checkpoint.json"
@@ -58,13 +62,10 @@ def read_snapshot(folder: Path) -> tuple[Snapshot | None, list[str]]:
     wrong: list[str] = []
     for path in sorted(_folders(folder), reverse=True):
         try:
-            said = json.loads((path / MANIFEST).read_text())
-            for name, digest in said["sha256"].items():
-                if file_digest(path / name) != digest:
-                    raise ValueError(f"{name} is damaged")
-            parts = {Path(name).stem: load_file(path / name) for name in said["sha256"]}
-            return Snapshot(said["step"], parts, path), wrong
-        except (OSError, ValueError, KeyError, SafetensorError) as err:
+            manifest = _sound_manifest(path)
+            parts = {Path(name).stem: load_file(path / name) for name in manifest.sha256}
+            return Snapshot(manifest.step, parts, path), wrong
+        except (UserError, OSError, ValueError, SafetensorError) as err:
             wrong.append(f"the checkpoint {str(path)!r} cannot be used ({err}): going back to the one before")
     return None, wrong
 
@@ -77,19 +78,37 @@ def snapshot_folders(folder: Path) -> dict[int, Path]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The student's weights of one checkpoint, their moving averages where it has them; ValueError when it is not sound."""
     try:
-        digests = json.loads((path / MANIFEST).read_text())["sha256"]
-        parts = [name for name in ("student.safetensors", "ema.safetensors") if name in digests]
-        for name in parts:
-            if file_digest(path / name) != digests[name]:
-                raise ValueError(f"{name} is damaged")
-        student, *ema = (load_file(path / name) for name in parts)
-    except (OSError, KeyError, SafetensorError) as err:
+        names = ("student.safetensors", "ema.safetensors")
+        manifest = _sound_manifest(path, names)
+        student, *ema = (load_file(path / name) for name in names if name in manifest.sha256)
+    except (UserError, OSError, SafetensorError) as err:
         raise ValueError(str(err)) from None
     return student | {name: t for shadow in ema for name, t in shadow.items() if name in student}
 
 
+class Manifest(msgspec.Struct):
+    """checkpoint.json: how many optimiser steps were done, and the digest of each file of weights, the student's among them."""
+
+    step: Natural
+    sha256: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if "student.safetensors" not in self.sha256 or any(Path(name).name != name for name in self.sha256):
+            raise ValueError("Expected files of the checkpoint itself, student.safetensors among them")
+
+
+def _sound_manifest(path: Path, names: Sequence[str] | None = None) -> Manifest:
+    """What the checkpoint says of itself; ValueError and its like where a file, of those names or any, is not what it says."""
+    manifest = read_json(path / MANIFEST, Manifest, "remove it")
+    for name, digest in manifest.sha256.items():
+        if (names is None or name in names) and file_digest(regular_file(path / name, "remove it")) != digest:
+            raise ValueError(f"{name} is damaged")
+    return manifest
+
+
 def _folders(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else iter(())
+    named = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return (path for path in named if path.is_dir()) if folder.is_dir() else iter(())
 
 
 def file_digest(path: Path) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 from diffusers import UNet2DConditionModel
 
 from blockprune import surgery
 from blockprune.arch import Architecture
 from blockprune.compare import other_settings
-from blockprune.errors import UserError
+from blockprune.decode import checked
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 STAGES = {*WITHOUT_ATTENTION, *WITHOUT_ATTENTION.values()}
@@ -43,11 +44,18 @@ class BlockMap:
         return {"format": 1, "moved": dict(self.moved), "removed": sorted(self.removed)}
 
     @classmethod
-    def from_json(cls, data: object) -> BlockMap:
-        """The map of `to_json`; UserError on any other shape."""
-        if not isinstance(data, Mapping) or data.get("format") != 1 or not isinstance(data.get("moved"), Mapping):
-            raise UserError('a block map is JSON like {"format": 1, "moved": {}, "removed": []}: got something else')
-        return cls(dict(data["moved"]), frozenset(data.get("removed", ())))
+    def from_json(cls, data: object, what: str = "the block map") -> BlockMap:
+        """The map of `to_json`; UserError, which calls it `what`, on any other shape."""
+        record = checked(data, BlockMapRecord, what, 'it is JSON like {"format": 1, "moved": {}, "removed": []}')
+        return cls(record.moved, frozenset(record.removed))
+
+
+class BlockMapRecord(msgspec.Struct):
+    """A BlockMap in JSON."""
+
+    format: Literal[1]
+    moved: dict[str, str]
+    removed: list[str]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from blockprune import decode
 from blockprune.errors import UserError
+from blockprune.run_records import AnyRun, check_row
 
 FORMAT = 1
+MAX_ROWS_BYTES = 2**31
+SOUND = "put back a sound copy, or run into another --out"
+DELETE = "delete that line and run the same command again"
 _OURS = (".lock", ".turn", ".run.part.json")  # of a run that is just beginning
 
 
@@ -24,7 +29,7 @@ class Run:
     """
 
     def __init__(self, path: Path, command: str, asked: Mapping[str, Any], note: Mapping[str, Any], shared: bool = False) -> None:
-        self.path = path
+        self.path, self.command = path, command
         if path.exists() and not path.is_dir():
             raise UserError(f"--out must be a directory: {str(path)!r} is a file")
         if path.is_dir() and not (path / "run.json").exists() and any(p.name not in _OURS for p in path.iterdir()):
@@ -85,11 +90,11 @@ class Run:
     def _trim(self) -> None:
         """Cuts a last row that was torn when a process was killed, so that the next row starts on its own line."""
         rows = self.path / "rows.jsonl"
-        if rows.exists() and not (text := rows.read_bytes()).endswith(b"\n"):
+        if rows.exists() and not (text := decode.read_bytes(rows, DELETE, limit=MAX_ROWS_BYTES)).endswith(b"\n"):
             os.truncate(rows, text.rfind(b"\n") + 1)
 
     def rows(self) -> list[dict[str, Any]]:
-        return read_rows(self.path)
+        return read_rows(self.path, self.command)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row; it is on the disk when this returns. A row that did not fit on the disk leaves no part of itself."""
@@ -175,46 +180,28 @@ class Claims:
         return []
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """What `run.json` of a run directory says; UserError when there is none or it cannot be read."""
-    try:
-        data = json.loads((path / "run.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{str(path)!r} is not a run directory: it has no run.json") from None
-    except ValueError as err:
-        raise UserError(
-            f"{str(path / 'run.json')!r} is damaged ({err}): put back a sound copy, or run into another --out"
-        ) from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{str(path / 'run.json')!r} is damaged (it holds no object): put back a sound copy, or run into another --out"
-        )
+def read_run(path: Path, form: type = AnyRun) -> dict[str, Any]:
+    """What `run.json` of a run directory says; UserError when there is none, or it is not of that form."""
+    file = path / "run.json"
+    missing = f"{str(path)!r} is not a run directory: it has no run.json"
+    data = decode.read_json(file, decode.Object, SOUND, missing)
     if data.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} is a run of format {data.get('format')!r}: this version reads format {FORMAT}")
+    decode.checked(data, form, repr(str(file)), SOUND)
     return data
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run directory in the order of writing; a last row torn by a kill is left out. UserError for a damaged one."""
-    rows = path / "rows.jsonl"
-    if not rows.exists():
-        return []
-    complete, _, _ = rows.read_text(errors="replace").rpartition("\n")
-    return [_row(rows, number, line) for number, line in enumerate(complete.splitlines(), 1)]
+def read_rows(path: Path, command: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a run directory in the order of writing; a last row torn by a kill is left out.
 
-
-def _row(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as err:
-        raise UserError(
-            f"line {number} of {str(file)!r} is damaged ({err}): delete that line and run the same command again"
-        ) from None
-    if not isinstance(row, dict):
-        raise UserError(
-            f"line {number} of {str(file)!r} is damaged (it is no object): delete that line and run the same command again"
-        )
-    return row
+    UserError for a line that is no object or, where the command that wrote the run is given, no row of that command.
+    """
+    file, found = path / "rows.jsonl", []
+    for what, row in decode.json_lines(file, DELETE, limit=MAX_ROWS_BYTES) if file.exists() else ():
+        if command is not None:
+            check_row(command, row, what, DELETE)
+        found.append(row)
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -192,9 +192,22 @@ def prune(unet: UNet2DConditionModel, arch: Architecture) -> UNet2DConditionMode
         return copy.deepcopy(masked)
 
 
+@contextmanager
+def built(what: str) -> Iterator[None]:
+    """Within this context a library builds or runs a network that a configuration describes: what it raises is a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as err:
+        why = (str(err).strip().splitlines() or [""])[0][:200] or type(err).__name__
+        remedy = "mend its config.json, or choose another resolution"
+        raise UserError(f"the configuration of {what} describes no network that can be built ({why}): {remedy}") from None
+
+
 def skeleton(config: Mapping[str, Any], arch: Architecture) -> UNet2DConditionModel:
     """The student's modules on the meta device, without weights."""
-    with torch.device("meta"):
+    with built("the U-Net"), torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     for name, module in {name: stand_in(unet, name) for name in arch}.items():
         unet.set_submodule(name, module)

@@ -47,7 +47,7 @@ def trace(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None,
         unet(sample, torch.ones((), device="meta"), **family.blank(config, 1, n_tokens, sample))
 
     names = _block_names(unet)
-    with _record(unet, names) as seen:
+    with surgery.built("the U-Net"), _record(unet, names) as seen:
         costs = count(unet, run)
     inner = surgery.innermost(unet)
     blocks = [_block(unet, name, kind, seen, costs, inner) for name, kind in names.items() if name in seen.shapes]

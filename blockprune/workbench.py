@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from blockprune import captions, checkpoints, data, export, features, presets, surgery
 from blockprune.arch import Architecture, BlockGraph
 from blockprune.checkpoints import Configs
+from blockprune.decode import Object, checked, read_json
 from blockprune.digits import DigitScenes
 from blockprune.errors import UserError
 from blockprune.imagefiles import MAX_ASPECT, as_stored
@@ -44,19 +46,30 @@ class Bench:
     defaults: Mapping[str, Any]
 
 
+class Defaults(msgspec.Struct, forbid_unknown_fields=True):
+    """The `blockprune.json` of a model folder."""
+
+    n_images: Annotated[int, Meta(ge=1, le=10**7)] = 1
+    steps: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    cfg_scale: Annotated[float, Meta(ge=0, le=10_000)] = 1.0
+    batch_size: Annotated[int, Meta(ge=1, le=10**6)] = 1
+    eps_samples: Annotated[int, Meta(ge=1, le=10**7)] = 1
+    detector: str = ""
+    clip: str = ""
+    reference: str = ""
+    prompts: str = ""
+    data: str = ""
+
+
 def defaults_of(model: str) -> dict[str, Any]:
     """What a model folder's own `blockprune.json` says about scoring it, over the general defaults; its paths made absolute."""
     folder = checkpoints.BUILT_IN.get(model, Path(model))
     file = folder / OWN
-    if not file.is_file():
+    if not file.exists():
         return dict(DEFAULTS)
-    try:
-        own = json.loads(file.read_text())
-    except ValueError as err:
-        raise UserError(f"cannot read {str(file)!r}: {err}; mend it or delete it") from None
-    known = [*DEFAULTS, *PATHS, "data"]
-    if unknown := own.keys() - set(known):
-        raise UserError(f"{str(file)!r} has unknown keys {', '.join(sorted(unknown))}: it may have {', '.join(known)}")
+    remedy = "mend it or delete it"
+    own = read_json(file, Object, remedy)
+    checked(own, Defaults, repr(str(file)), f"it may have {', '.join(Defaults.__struct_fields__)}; {remedy}")
     inside = {key: str(folder / own[key]) for key in (*PATHS, "data") if key in own and (folder / own[key]).exists()}
     return {**DEFAULTS, **own, **inside}
 
@@ -114,7 +127,7 @@ def load_subject(model: str, arch: str, resolution: str | None, device: torch.de
 def _exported(folder: Path, resolution: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
     said = export.read_teacher(folder)
     pipe = export.load_pipeline(folder, device, dtype)
-    arch = Architecture.from_json(checkpoints.read_json(folder / export.PRUNING / export.ARCHITECTURE))
+    arch = export.read_architecture(folder / export.PRUNING)
     text = {
         name: encoder.config.to_dict() | {"architectures": [type(encoder).__name__]}
         for name in checkpoints.TEXT

@@ -184,7 +184,7 @@ def test_keys_that_are_no_lora_of_this_u_net() -> None:
         map_lora({"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(1)}, blocks)
     key = "unet.conv_in.lora_A.weight"
     for bad in ("{", "[]"):
-        with pytest.raises(UserError, match="metadata is damaged"):
+        with pytest.raises(UserError, match="cannot read the LoRA's metadata"):
             map_lora({key: torch.ones(1)}, blocks, {METADATA: bad})
     unet = tiny.unet("sd1")
     check_fits(map_lora({key: torch.ones(2, 4, 3, 3)}, blocks), unet)
@@ -279,10 +279,10 @@ def test_what_peft_needs_is_asked_for(
         return one_line("map-adapter", folder / ADAPTER, "--model", model, "--out", out)
 
     assert "of peft's kind 'IA3': only LORA" in said(peft_type="IA3")
-    assert "is no regular expression" in said(alpha_pattern={"(": 3})
-    assert "alpha_pattern of the adapter's configuration is an object" in said(alpha_pattern=[3])
+    assert "expected regular expressions, got (" in said(alpha_pattern={"(": 3})
+    assert "$.alpha_pattern: expected object" in said(alpha_pattern=[3])
     (folder / "adapter_config.json").write_text("[]")
-    assert "it is no JSON object" in one_line("map-adapter", folder, "--model", model, "--out", out)
+    assert "expected object" in one_line("map-adapter", folder, "--model", model, "--out", out)
     (folder / "adapter_config.json").unlink()
     asked = one_line("map-adapter", folder, "--model", model, "--out", out)
     assert "peft's style, and their scaling is in adapter_config.json: put that file beside them" in asked

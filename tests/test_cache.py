@@ -428,7 +428,7 @@ def test_what_is_wrong_takes_one_line(one_line: Callable[..., str], tiny_folder:
         (data / f"{i}.png").write_bytes(b"")
     assert "11 of the 30 samples" in said("--data", data, "--out", out)
     (out / "cache.json").write_text("{")
-    assert "is damaged" in said("--data", data, "--out", out)
+    assert "cannot read" in said("--data", data, "--out", out)
     (out / "cache.json").write_text('{"format": 9}')
     assert "no cache of format 1" in said("--data", data, "--out", out)
     with pytest.raises(UserError, match="no cache in"):

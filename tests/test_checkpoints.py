@@ -270,10 +270,10 @@ def test_a_pruned_folder_with_the_full_configuration_is_refused(copy_of: Folder)
     [
         (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
         (lambda f: (f / "model_index.json").write_text("{"), "cannot read"),
-        (lambda f: (f / "model_index.json").write_text("[]"), "no JSON object"),
+        (lambda f: (f / "model_index.json").write_text("[]"), "expected object, got array"),
         (lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'), "holds a FluxPipeline"),
         (lambda f: (f / "unet/config.json").unlink(), "no unet/config.json"),
-        (lambda f: (f / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}'), "is a UNet2DModel"),
+        (lambda f: (f / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}'), "holds a UNet2DModel"),
         (lambda f: (f / "scheduler/scheduler_config.json").unlink(), "no scheduler"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_run_is_not_given_twice(made: Path, one_line: OneLine) -> None:
 def test_damaged_run_json(scan: Path, text: str, one_line: OneLine) -> None:
     (scan / "run.json").write_text(text)
     line = one_line("report", scan)
-    assert "damaged" in line
+    assert "cannot read" in line
     assert "run.json" in line
 
 

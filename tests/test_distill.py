@@ -340,11 +340,11 @@ def test_the_recipes_that_come_along() -> None:
     ("text", "says"),
     [
         ("outputs = 1.0", "unknown key 'outputs'"),
-        ("output = 'much'", "output has the wrong type"),
+        ("output = 'much'", "output: expected float, got str"),
         ("output = -1", "output must not be negative"),
         ("taps = 'blocks'", "taps must be stages, layers or a list"),
         ("task = 0\noutput = 0\nfeature = 0", "all losses have weight 0"),
-        ("[[phases]]\nsteps = 0", "steps has the wrong type"),
+        ("[[phases]]\nsteps = 0", "steps: expected int >= 1"),
         ("[[phases]]\nepochs = 3", "unknown key 'epochs'"),
         ("task = ", "cannot read the recipe"),
         ("initialise = 'zero'", "initialise must be teacher or random"),

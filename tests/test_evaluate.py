@@ -26,6 +26,7 @@ from blockprune.imagefiles import as_stored, file_bytes, pixels
 from blockprune.imaging import Judges
 from blockprune.latency import weight_bytes
 from blockprune.protocol import FREE, PROTOCOLS, Rules, Setting, grid, protocol_hash, read_protocol
+from blockprune.records import Score
 from blockprune.sampling import Protocol, draw, encode
 from blockprune.store import Claims, Run
 
@@ -51,10 +52,10 @@ def test_protocols_of_the_package() -> None:
         ("image = 'gif'", "image must be png or jpeg: got 'gif'"),
         ("fid = 'tensorflow'", "fid must be clean or legacy_pytorch"),
         ("n_images = 0", "n_images must be at least 1"),
-        ("n_images = 2.5", "n_images has the wrong type"),
-        ("cycle_prompts = 1", "cycle_prompts has the wrong type"),
-        ("steps = true", "steps has the wrong type"),
-        ("measures = 'fid'", "measures has the wrong type"),
+        ("n_images = 2.5", "n_images: expected int"),
+        ("cycle_prompts = 1", "cycle_prompts: expected bool, got int"),
+        ("steps = true", "steps: expected int"),
+        ("measures = 'fid'", "measures: expected array, got str"),
         ("measures = ['fidd']", "unknown measure 'fidd'"),
         ("jpeg_quality = 0", "jpeg_quality is between"),
         ("image = ", "cannot read the protocol"),
@@ -249,10 +250,11 @@ def test_claims_are_exclusive_and_die_with_their_holder(tmp_path: Path) -> None:
 def test_a_shared_run_has_many_writers_and_no_other_kind(tmp_path: Path) -> None:
     with Run(tmp_path / "r", "evaluate", {"n": 1}, {}, shared=True) as first:
         with Run(tmp_path / "r", "evaluate", {"n": 1}, {}, shared=True) as second:
-            first.append({"a": 1})
+            rows = [{"kind": "score", "setting": s, **Score("0" * 12, "x", "fid", 1.0, 2, 0).to_json()} for s in ("a", "b")]
+            first.append(rows[0])
             with second.alone():
-                second.append({"a": 2})
-            assert first.rows() == [{"a": 1}, {"a": 2}]
+                second.append(rows[1])
+            assert first.rows() == rows
         with pytest.raises(UserError, match="another process"):
             Run(tmp_path / "r", "evaluate", {"n": 1}, {})
         with pytest.raises(UserError, match="n is 1 there, 2 asked"):

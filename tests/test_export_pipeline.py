@@ -314,7 +314,7 @@ def test_command_says_what_is_wrong(saved: Path, tmp_path: Path, tiny_folder: Fo
     assert "another teacher" in one_line("export", saved, "--out", out, "--teacher", tiny_folder("sd2"))
     assert "cannot write to" in one_line("export", saved, "--out", saved / "run.json" / "x")
     (saved / "card.json").write_text("[]")
-    assert "card.json': it is no JSON object" in one_line("export", saved, "--out", out)
+    assert "card.json': $: expected object, got array" in one_line("export", saved, "--out", out)
     (saved / "card.json").write_text("{")
     assert "cannot read" in one_line("export", saved, "--out", out)
     (saved / "card.json").write_text('{"scores": 1}')

@@ -221,7 +221,7 @@ def test_block_map_on_the_wire() -> None:
         "up_blocks.0.resnets.20",
         "up_blocks.10",
     ]
-    with pytest.raises(UserError, match="a block map is JSON like"):
+    with pytest.raises(UserError, match="it is JSON like"):
         BlockMap.from_json({"format": 2})
 
 

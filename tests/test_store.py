@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 from blockprune.errors import UserError
+from blockprune.records import Score
 from blockprune.store import Run, read_rows, read_run
 
+ROW = Score("0" * 12, "full", "eps_mse", 1.5, 4, 0).to_json()
 ASKED = {"model": "tiny-digits", "n_images": 64}
 
 
 def test_same_request_resumes(tmp_path: Path) -> None:
     with Run(tmp_path / "r", "scan", ASKED, {"machine": "a"}) as run:
-        run.append({"label": "full", "value": 1.5})
+        run.append(ROW)
     with Run(tmp_path / "r", "scan", ASKED, {"machine": "b"}) as run:
-        assert run.rows() == [{"label": "full", "value": 1.5}]
+        assert run.rows() == [ROW]
         run.append({"label": "mid_block", "value": None})
     assert [r["label"] for r in read_rows(tmp_path / "r")] == ["full", "mid_block"]
     assert read_run(tmp_path / "r")["asked"] == ASKED
@@ -57,7 +59,7 @@ def test_places_that_are_no_run(tmp_path: Path) -> None:
         read_run(tmp_path)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="cannot read"):
         Run(tmp_path / "damaged", "scan", ASKED, {})
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from blockprune.arch import Architecture, BlockGraph
 from blockprune.cli import outputs
 from blockprune.errors import UserError
-from blockprune.records import MEASURES, Evaluation, Score
+from blockprune.records import MEASURES, Score
 from blockprune.report.dossier import Component, Dossier, ModelView, Setting, TrainingView, View
 from blockprune.report.search_view import SearchView
 from blockprune.report.view import ScanView
+from blockprune.run_records import RUNS, check_row
 from blockprune.store import read_rows, read_run
-
-COMMANDS = ("scan", "search", "distill", "evaluate")
-T = TypeVar("T")
 
 
 def dossier_of(folders: Sequence[Path], allow_mismatch: bool = False) -> Dossier:
@@ -55,45 +54,20 @@ def _name(folder: Path, view: View, taken: Mapping[str, object]) -> str:
 def _view(folder: Path, unread: list[str]) -> View:
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a run directory: there is no such folder")
-    said = read_run(folder)
-    command = said.get("command")
-    if command not in COMMANDS:
-        raise UserError(f"{str(folder)!r} holds a {command!r} run: a report is made of {', '.join(COMMANDS)} runs")
-    read: dict[str, Callable[[Path, list[str]], View]] = {
-        "scan": _scan,
-        "search": _search,
+    command = read_run(folder)["command"]
+    if command not in RUNS:
+        raise UserError(f"{str(folder)!r} holds a {command!r} run: a report is made of {', '.join(RUNS)} runs")
+    said = read_run(folder, RUNS[command])
+    read: dict[str, Callable[[Path, Mapping[str, Any], list[str]], View]] = {
+        "scan": lambda folder, said, unread: outputs.view_of(folder, _sound(folder, said, unread), unread),
+        "search": lambda folder, said, unread: outputs.search_view_of(folder, _sound(folder, said, unread), unread),
         "distill": _training,
         "evaluate": _model,
     }
-    try:
-        return read[command](folder, unread)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OSError) as err:
-        why = f"it lacks {err}" if isinstance(err, KeyError) else str(err) or type(err).__name__
-        raise UserError(
-            f"the {command} run in {str(folder)!r} cannot be read ({why[:200]}): leave it out, or run it again"
-        ) from None
+    return read[command](folder, said, unread)
 
 
-def _scan(folder: Path, unread: list[str]) -> View:
-    return outputs.view_of(folder, _sound(folder, read_rows(folder), lambda row: (Score.from_json(row), row)[1], unread), unread)
-
-
-def _search(folder: Path, unread: list[str]) -> View:
-    rows = _sound(folder, read_rows(folder), lambda row: (_searched(row), row)[1], unread)
-    return outputs.search_view_of(folder, rows, unread)
-
-
-def _searched(row: Mapping[str, Any]) -> object:
-    if row["kind"] == "seen":
-        return [Score.from_json(score) for score in row["scores"]]
-    return Score.from_json(row) if row["kind"] == "timing" else Evaluation.from_json(row)
-
-
-def _training(folder: Path, unread: list[str]) -> View:
-    said = read_run(folder)
-    kinds: Mapping[str, Callable[[Mapping[str, Any]], object]] = {"train": _trained, "validation": _validated}
-    rows = [row for row in read_rows(folder) if row.get("kind") in kinds]
-    sound = _sound(folder, rows, lambda row: (kinds[row["kind"]](row), row)[1], unread)
+def _training(folder: Path, said: Mapping[str, Any], unread: list[str]) -> View:
     prompts = said.get("pictured_prompts") or []
     steps = {int(found[1]): file for file in folder.glob("images/step-*.png") if (found := re.search(r"-(\d+)\.png$", file.name))}
     shown = sorted({*sorted(steps)[:1], *sorted(steps)[-2:]})
@@ -102,36 +76,28 @@ def _training(folder: Path, unread: list[str]) -> View:
         arch=Architecture(frozenset(said["arch"])),
         graph=_graph(said),
         outside_params=said.get("outside_params"),
-        rows=sound,
+        rows=_sound(folder, said, unread),
         images={step: images for step in shown if (images := outputs.strip_images(steps[step], len(prompts), unread)) is not None},
         prompts=prompts,
     )
 
 
-def _trained(row: Mapping[str, Any]) -> object:
-    return row["step"] + 0, [value + 0 for value in row["losses"].values()]
-
-
-def _validated(row: Mapping[str, Any]) -> object:
-    return row["step"] + 0, Score.from_json(row["score"])
-
-
-def _model(folder: Path, unread: list[str]) -> View:
-    said, rows = read_run(folder), read_rows(folder)
-    scored = [row for row in rows if row.get("kind") == "score" and row.get("measure") in MEASURES]
+def _model(folder: Path, said: Mapping[str, Any], unread: list[str]) -> View:
+    rows = _sound(folder, said, unread)
     scores: dict[str, dict[str, Score]] = {}
-    for setting, score in _sound(folder, scored, lambda row: (row["setting"], Score.from_json(row)), unread):
-        scores.setdefault(setting, {})[score.measure] = score
-    components = _sound(folder, [row for row in rows if row.get("kind") == "component"], _component, unread)
+    for row in rows:
+        if row["kind"] == "score" and row["measure"] in MEASURES:
+            scores.setdefault(row["setting"], {})[row["measure"]] = Score.from_json(row)
+    components = [_component(row) for row in rows if row["kind"] == "component"]
     settings = [Setting(**{k: s[k] for k in Setting.__dataclass_fields__ if k in s}) for s in said["settings"]]
     prompts = said.get("pictured_prompts") or []
     strips = {s.label: file for s in settings if (file := _strip_file(folder, s.label)) is not None}
     return ModelView(
-        label=str(said["label"]),
+        label=said["label"],
         protocol=said["protocol"],
         made_with=said.get("made_with", {}),
-        teacher=str(said.get("teacher") or ("" if said["arch"] else said.get("model")) or ""),
-        teacher_id=str(said.get("teacher_id") or ""),
+        teacher=said.get("teacher") or ("" if said["arch"] else said.get("model")) or "",
+        teacher_id=said.get("teacher_id") or "",
         arch=Architecture(frozenset(said["arch"])),
         graph=_graph(said),
         outside_params=said.get("outside_params"),
@@ -148,7 +114,7 @@ def _model(folder: Path, unread: list[str]) -> View:
 
 
 def _component(row: Mapping[str, Any]) -> Component:
-    return Component(str(row["name"]), str(row["who"]), int(row["params"]), dict(row["macs"]), row.get("latency_s"))
+    return Component(row["name"], row["who"], row["params"], row["macs"], row.get("latency_s"))
 
 
 def _graph(said: Mapping[str, Any]) -> BlockGraph | None:
@@ -162,14 +128,13 @@ def _strip_file(folder: Path, setting: str) -> Path | None:
     return files.get(tuple(words))
 
 
-def _sound(folder: Path, rows: Sequence[Mapping[str, Any]], read: Callable[[Mapping[str, Any]], T], unread: list[str]) -> list[T]:
-    """What `read` makes of each row; rows that lack something are counted in `unread`."""
-    found, lacking = [], 0
+def _sound(folder: Path, said: Mapping[str, Any], unread: list[str]) -> list[dict[str, Any]]:
+    """The rows that are what this version reads; others are counted in `unread`. UserError for a line that is no row at all."""
+    rows, found = read_rows(folder), []
     for row in rows:
-        try:
-            found.append(read(row))
-        except (KeyError, TypeError, AttributeError, ValueError):
-            lacking += 1
-    if lacking:
+        with suppress(UserError):
+            check_row(said["command"], row, "a row", "run it again")
+            found.append(row)
+    if lacking := len(rows) - len(found):
         unread.append(f"{lacking} of {len(rows)} rows of {folder.name!r} lack what this version reads, and are left out.")
     return found

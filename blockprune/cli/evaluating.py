@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from blockprune.cli import console, measuring, outputs, timing
 from blockprune.cli.job import Job
 from blockprune.evaluate import Drawn, Evaluator, in_order
@@ -135,7 +133,7 @@ class SeenParts:
     """Which images of a setting have been looked at, by the files that say so; each file is read once."""
 
     def __init__(self, folder: Path, n_images: int) -> None:
-        self.folder, self.left = folder, set(range(n_images))
+        self.folder, self.n_images, self.left = folder, n_images, set(range(n_images))
         self.known: set[Path] = set()
 
     def paths(self) -> list[Path]:
@@ -144,7 +142,6 @@ class SeenParts:
     def missing(self) -> set[int]:
         for path in self.paths():
             if path not in self.known:
-                with safe_open(path, framework="np") as file:
-                    self.left -= set(file.get_tensor("index").tolist())
+                self.left -= set(outputs.read_index(path, self.n_images))
                 self.known.add(path)
         return self.left

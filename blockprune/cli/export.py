@@ -68,10 +68,10 @@ def _teacher_of(run: Path) -> str:
 
 def _card_of(run: Path) -> dict[str, Any]:
     """The entries of the run's card.json; none when it has no such file."""
-    from blockprune.checkpoints import read_json
+    from blockprune.decode import Object, read_json
 
     path = run / "card.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, Object, "mend it or delete it") if path.exists() else {}
 
 
 def _named(model: str) -> dict[str, str]:

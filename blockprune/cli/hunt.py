@@ -23,7 +23,7 @@ from blockprune.pricing import unet_inputs
 from blockprune.recipe import read_recipe
 from blockprune.records import Candidate, Evaluation, Score
 from blockprune.sampling import NotFinite
-from blockprune.scoring import DENOISING, Arrays, Examiner, Objective, Plan
+from blockprune.scoring import DENOISING, Arrays, Examiner, Objective, Plan, check_kept
 from blockprune.search import Chance, Listed, Tiers, finalists, search
 from blockprune.workbench import Bench
 
@@ -116,7 +116,7 @@ class Hunt:
         if (kept := outputs.recall_arrays(self.folder, part)) is None:
             kept, _ = Examiner(self.bench.pipe, self.bench.graph, plan).teacher()
             self.keep(part, kept)
-        return kept
+        return check_kept(part, kept, plan.observed, plan.protocol.n_images)
 
     def work(self) -> Iterator[tuple[str, Evaluation]]:
         """Scores until the search and its finals are done; yields what this process scored, with the kind of its ledger."""

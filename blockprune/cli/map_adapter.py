@@ -31,7 +31,8 @@ def map_adapter(
     """Rename a teacher's LoRA or IP-Adapter for its student: what adapts a removed block goes, the rest follows its block."""
     from safetensors import safe_open
 
-    from blockprune.checkpoints import header, read_json
+    from blockprune.checkpoints import header
+    from blockprune.decode import Object, read_json
 
     source = adapter / WEIGHTS if adapter.is_dir() else adapter
     if out.suffix != ".safetensors" or out.is_dir():
@@ -45,7 +46,7 @@ def map_adapter(
     header(source)
     with safe_open(source, framework="pt") as file:
         metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    mapped = _map(tensors, model, metadata, read_json(config) if config else None)
+    mapped = _map(tensors, model, metadata, read_json(config, Object, "save it again") if config else None)
     _write(mapped, out)
     n = len(mapped.tensors), len(mapped.renamed), len(mapped.dropped)
     print(f"{out}: {n[0]} tensors, {n[1]} of them renamed; {n[2]} of removed blocks dropped")

@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 
 from blockprune.arch import CONVENTIONS, Architecture, BlockGraph, Cost
 from blockprune.budgets import parse_budget
+from blockprune.decode import read_bytes, regular_file
 from blockprune.errors import UserError
 from blockprune.records import Evaluation, Score, timed_in_turn
 from blockprune.report import ScanView, to_csv, to_json, to_markdown
 from blockprune.report.search_view import SearchView
+from blockprune.run_records import EvaluateRun, ScanRun, SearchRun
 from blockprune.store import Run, read_rows, read_run
 
 Arrays = dict[str, NDArray[Any]]
+MAX_PART_BYTES = 2**36
+MAKE_AGAIN = "delete it and run the same command again"
 
 
 def keep_arrays(run: Run, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -37,9 +41,31 @@ def recall_arrays(folder: Path, name: str) -> Arrays | None:
 
 def read_arrays(file: Path) -> Arrays:
     """What `keep_arrays` wrote into that file."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    return load(file.read_bytes())
+    try:
+        arrays = load(read_bytes(file, MAKE_AGAIN, limit=MAX_PART_BYTES))
+    except (SafetensorError, ValueError, KeyError, TypeError) as err:
+        raise UserError(f"the part {str(file)!r} is damaged ({err}): {MAKE_AGAIN}") from None
+    lengths = {a.shape[:1] for a in arrays.values()}
+    if len(lengths) != 1 or lengths == {()} or not all(np.issubdtype(a.dtype, np.number) for a in arrays.values()):
+        raise UserError(f"the part {str(file)!r} is damaged (its arrays are not numbers, a row for each sample): {MAKE_AGAIN}")
+    return arrays
+
+
+def read_index(file: Path, n_images: int) -> list[int]:
+    """The numbers of the images, of `n_images`, that a part of an evaluation is about."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(regular_file(file, MAKE_AGAIN), framework="np") as part:
+            index = part.get_tensor("index")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as err:
+        raise UserError(f"the part {str(file)!r} is damaged ({err}): {MAKE_AGAIN}") from None
+    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer) or not ((index >= 0) & (index < n_images)).all():
+        raise UserError(f"the part {str(file)!r} is damaged (its index is not of images 0 to {n_images - 1}): {MAKE_AGAIN}")
+    return [int(i) for i in index]
 
 
 def strip_of_files(files: Sequence[Path]) -> bytes:
@@ -85,9 +111,7 @@ def search_view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None
 
     Raises UserError when it is none.
     """
-    said, rows = read_run(folder), read_rows(folder) if rows is None else rows
-    if said["command"] != "search":
-        raise UserError(f"{str(folder)!r} holds a {said['command']} run, not a search")
+    said, rows = read_run(folder, SearchRun), read_rows(folder, "search") if rows is None else rows
     graph, asked = BlockGraph.from_json(said["graph"]), said["asked"]
     kinds = ("search", "random", "final", "recovered")
     evaluations = {kind: [Evaluation.from_json(row) for row in rows if row["kind"] == kind] for kind in kinds}
@@ -145,7 +169,7 @@ def component_row(name: str, who: str, cost: Cost, latency_s: float | None) -> d
 
 def write_evaluation(run: Run) -> dict[str, Any]:
     """Writes evaluate.json and evaluate.csv; returns what the first of them says: each setting with its scores by measure."""
-    said, rows = read_run(run.path), read_rows(run.path)
+    said, rows = read_run(run.path, EvaluateRun), run.rows()
     named = ("label", "model", "teacher", "arch", "protocol")
     settings = []
     for setting in said["settings"]:
@@ -195,14 +219,14 @@ def view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, unrea
 
     Raises UserError when it is none.
     """
-    said = read_run(folder)
+    said = read_run(folder, ScanRun)
     archs = {label: Architecture(frozenset(names)) for label, names in said["archs"].items()}
     prompts = said.get("pictured_prompts", [])
     return ScanView(
         protocol={**said["asked"], **said.get("made_with", {})},
         graph=BlockGraph.from_json(said["graph"]),
         archs=archs,
-        scores=timed_in_turn(Score.from_json(row) for row in (read_rows(folder) if rows is None else rows)),
+        scores=timed_in_turn(Score.from_json(row) for row in (read_rows(folder, "scan") if rows is None else rows)),
         images=_pictures(folder, archs, len(prompts), [] if unread is None else unread),
         prompts=prompts,
     )

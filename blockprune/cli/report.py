@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from blockprune.cli import options
+from blockprune.decode import Object, read_json
 from blockprune.errors import UserError
 
 
@@ -50,10 +52,9 @@ def _free(out: Path) -> list[Path]:
         raise UserError(f"--out must end with .html: got {str(out)!r}")
     others = [out.with_suffix(suffix) for suffix in (".csv", ".json", ".tex")]
     there = [path for path in others if path.exists()]
-    try:
-        ours = json.loads(others[1].read_text()).get("made_by") == MADE_BY
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if there and not ours:
+    with suppress(UserError):
+        if there and read_json(others[1], Object, "").get("made_by") == MADE_BY:
+            return others
+    if there:
         raise UserError(f"{str(there[0])!r} is no result of an earlier report and would be replaced: choose another --out")
     return others

@@ -24,6 +24,7 @@ from blockprune.errors import UserError
 from blockprune.imaging import STATISTICS, failed, judge
 from blockprune.ledger import Ledger
 from blockprune.records import Candidate, Evaluation, Score
+from blockprune.run_records import RUNS
 from blockprune.sampling import NotFinite
 from blockprune.scan import Scan
 from blockprune.scoring import FULL, Examiner
@@ -89,10 +90,11 @@ def _known(ready: Hunt) -> list[tuple[str, Architecture, Score]]:
 
 def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture, Score]]:
     """(label, architecture, score) of everything that a scan or search directory has scored in full by one measure."""
-    said = read_run(folder)
-    archs = {label: Architecture(frozenset(names)) for label, names in said.get("archs", {}).items()}
-    rows = read_rows(folder)
-    for row in rows:
+    command = read_run(folder)["command"]
+    if command not in ("scan", "search"):
+        raise UserError(f"{str(folder)!r} holds a {command} run: scores of architectures are in those of scan and search")
+    archs = {label: Architecture(frozenset(names)) for label, names in read_run(folder, RUNS[command]).get("archs", {}).items()}
+    for row in read_rows(folder, command):
         if row.get("kind") == "search":
             e = Evaluation.from_json(row)
             yield e.score.label, e.candidate.arch, e.score
@@ -226,7 +228,7 @@ def solve_only(opts: Mapping[str, Any]) -> None:
     config = checkpoints.configs(opts["model"])
     graph = trace(config.unet, config.latent(opts["resolution"]), config.n_tokens)
     said = read_run(source)
-    if said["asked"]["teacher"] != checkpoints.identity(opts["model"]):
+    if said["asked"].get("teacher") != checkpoints.identity(opts["model"]):
         raise UserError(f"the scores in {str(source)!r} are of another teacher: give the --model that they were made with")
     problem = Problem(graph, opts)
     if problem.timed:

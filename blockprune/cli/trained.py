@@ -12,6 +12,7 @@ import torch
 from blockprune import export, surgery
 from blockprune.arch import Architecture
 from blockprune.errors import UserError
+from blockprune.run_records import TrainedRun
 from blockprune.snapshots import MANIFEST, file_digest, read_weights, snapshot_folders
 from blockprune.store import read_run
 
@@ -29,12 +30,12 @@ class Trained:
     @classmethod
     def of(cls, folder: Path) -> Trained:
         """UserError when `folder` is no distillation, or has nothing to look at yet."""
-        said = read_run(folder)
-        if said["command"] != "distill":
+        if (said := read_run(folder))["command"] != "distill":
             raise UserError(
                 f"--checkpoints takes the run directory of a distillation: {str(folder)!r} holds a run of {said['command']!r}"
             )
-        phases, asked = said["asked"]["phases"], said["asked"]
+        asked = read_run(folder, TrainedRun)["asked"]
+        phases = asked["phases"]
         places = snapshot_folders(folder / "checkpoints")
         if (folder / "student" / export.ARCHITECTURE).is_file():
             places[phases[-1]["last"]] = folder / "student"
@@ -56,7 +57,7 @@ class Trained:
             weights = read_weights(place)
             unet = surgery.skeleton(config, self.archs[step])
             unet.load_state_dict(weights, assign=True)
-        except (ValueError, RuntimeError) as err:
+        except (UserError, ValueError, RuntimeError) as err:
             raise UserError(f"the checkpoint {str(place)!r} cannot be used ({str(err).splitlines()[0]}): remove it") from None
         return unet.to(device, dtype).requires_grad_(False)
 
