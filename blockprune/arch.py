@@ -98,7 +98,9 @@ class Architecture:
     def __post_init__(self) -> None:
         names = frozenset(self.removed)
         for name in names:
-            if not isinstance(name, str) or not all(part.isidentifier() or part.isdigit() for part in name.split(".")):
+            if not isinstance(name, str) or not all(
+                part.isidentifier() or (part.isascii() and part.isdigit()) for part in name.split(".")
+            ):
                 raise UserError(f"a removed block is a module path such as 'mid_block': got {name!r}")
         object.__setattr__(self, "removed", frozenset(n for n in names if not any(outer in names for outer in _around(n))))
 

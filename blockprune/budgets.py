@@ -11,7 +11,8 @@ from blockprune.errors import UserError
 
 QUANTITIES = ("params", "macs", "latency")
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-_FORM = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<scale>[KMGBT]?)(?P<unit>ms|s|MACs|%(params|macs|latency))?")
+_FORM = re.compile(r"(?P<number>[0-9]+(\.[0-9]*)?|\.[0-9]+)\s*(?P<scale>[KMGBT]?)(?P<unit>ms|s|MACs|%(params|macs|latency))?")
+LARGEST = 1e15
 _EXAMPLES = "0.66B or 480M (parameters), 220GMACs, 70ms, 65%params, 65%macs, 65%latency"
 
 
@@ -46,6 +47,20 @@ class Budget:
         return f"{(value + self.outside) / 1e6:.4g}M parameters {where}"
 
 
+def amount(text: str) -> tuple[float, str, str]:
+    """(number, scale, unit) of a budget such as 220GMACs; UserError for anything else."""
+    found = _FORM.fullmatch(text.strip())
+    if not found:
+        raise UserError(f"cannot read the budget {text!r}: write {_EXAMPLES}")
+    number, scale, unit = float(found["number"]), found["scale"], found["unit"] or ""
+    scaled = {"": scale != "", "MACs": scale not in ("", "B")}
+    if not scaled.get(unit, scale == ""):
+        raise UserError(f"cannot read the budget {text!r}: write {_EXAMPLES}")
+    if not 0 < number <= LARGEST:
+        raise UserError(f"a budget is above 0 and at most {LARGEST:.0e} of its unit: got {text!r}; write {_EXAMPLES}")
+    return number, scale, unit
+
+
 def parse_budget(
     text: str, graph: BlockGraph, outside_params: int, latency_s: float | None, convention: str = "thop", scope: str = "pipeline"
 ) -> Budget:
@@ -57,10 +72,7 @@ def parse_budget(
     """
     if scope not in ("pipeline", "unet"):
         raise UserError(f"unknown scope {scope!r}: choose pipeline or unet")
-    found = _FORM.fullmatch(text.strip())
-    if not found:
-        raise UserError(f"cannot read the budget {text!r}: write {_EXAMPLES}")
-    number, scale, unit = float(found["number"]), found["scale"], found["unit"] or ""
+    number, scale, unit = amount(text)
     outside = outside_params if scope == "pipeline" else 0
     whole: Mapping[str, float | None] = {
         "params": graph.total.params + outside,
@@ -69,15 +81,13 @@ def parse_budget(
     }
     if unit in ("ms", "s"):
         quantity, value = "latency", number / (1000 if unit == "ms" else 1)
-    elif unit.startswith("%") and not scale:
+    elif unit.startswith("%"):
         quantity = unit[1:]
         teacher = whole[quantity]
         if teacher is None:
             raise UserError(f"the budget {text!r} needs the teacher's latency: scan with the measure 'latency' first")
         value = number / 100 * teacher
-    elif (unit == "MACs" or (not unit and scale)) and not (unit and scale in ("", "B")):
-        quantity, value = ("macs" if unit else "params"), number * _SCALE[scale]
     else:
-        raise UserError(f"cannot read the budget {text!r}: write {_EXAMPLES}")
+        quantity, value = ("macs" if unit else "params"), number * _SCALE[scale]
     outside = outside if quantity == "params" else 0
     return Budget(text, quantity, value - outside, outside)

@@ -243,7 +243,7 @@ def write_cache(
     reader.skip(skipped := _skipped(folder, len(reader), shard_size))
     done = begun | {"n_skipped": len(skipped), "skipped": {str(i): why for i, why in sorted(skipped.items())}}
     with _claimed(folder / INDEX, wait=True):
-        _replace(folder / INDEX, lambda part: part.write_text(json.dumps(done, indent=2) + "\n"))
+        _replace(folder / INDEX, lambda part: part.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8"))
     return done
 
 
@@ -363,7 +363,7 @@ def _begin(folder: Path, wanted: Mapping[str, Any]) -> None:
             return
         if any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty and holds no cache: choose another --out")
-        _replace(folder / INDEX, lambda part: part.write_text(json.dumps(wanted, indent=2) + "\n"))
+        _replace(folder / INDEX, lambda part: part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8"))
 
 
 def _check_terms(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", 
 TEXT = ("text_encoder", "text_encoder_2")
 ARCHITECTURE = "architecture.json"
 WHOLE_BYTES = 64 * 2**20
+MAX_SIDE = 16_384
+_DIGITS = re.compile("[0-9]{1,12}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ class Configs:
             side = self.unet["sample_size"]
             return (side, side) if isinstance(side, int) else (side[0], side[1])
         sides = resolution.lower().split("x")
-        if len(sides) > 2 or not all(s.isdigit() and int(s) > 0 and int(s) % self.vae_factor == 0 for s in sides):
+        if len(sides) > 2 or not all(_DIGITS.fullmatch(s) and int(s) > 0 and int(s) % self.vae_factor == 0 for s in sides):
             raise UserError(f"a resolution is pixels, a multiple of {self.vae_factor}, as 512 or HEIGHTxWIDTH: got {resolution!r}")
+        if max(map(int, sides)) > MAX_SIDE:
+            raise UserError(f"a resolution is at most {MAX_SIDE} pixels a side: got {resolution!r}; give a smaller one")
         return int(sides[0]) // self.vae_factor, int(sides[-1]) // self.vae_factor
 
 
@@ -106,9 +112,9 @@ def _config_folders(model: str) -> tuple[list[Path], str]:
     if alias := ALIASES.get(model):
         return [PACKAGE / "configs" / name for name in alias.folders], model
     path = BUILT_IN.get(model, Path(model))
-    if path.is_dir():
+    if os.path.isdir(path):
         return [_unpruned(path)], str(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return _of_single_file(path), str(path)
     if repo := _hub_id(model):
         return [_snapshot(repo, ["*.json"], "model_index.json")], repo
@@ -241,7 +247,7 @@ def _check_finite(module: torch.nn.Module, part: str, model: str) -> None:
 def _weights_source(model: str) -> Path:
     """The local folder or single file with the weights; UserError says how to get them."""
     path = BUILT_IN.get(model, Path(model))
-    if model not in ALIASES and path.exists():
+    if model not in ALIASES and os.path.exists(path):
         return path if path.is_file() else _unpruned(path)
     if repo := _hub_id(model):
         weights = [f"{part}/{stem}{tail}.safetensors" for part, stem in WEIGHTS.items() for tail in ("", "-*-of-*")]

@@ -161,7 +161,7 @@ def cached_stats(folder: ImageFolder, detector: Detector, prepared: str, prepare
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockprune" / "references"
     cache.mkdir(parents=True, exist_ok=True)
     kept = cache / f"{key}.npz"
-    with (cache / f"{key}.lock").open("w") as lock:
+    with (cache / f"{key}.lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.is_file():
             write_stats(kept, stats_of_folder(folder, detector, prepare=prepare), detector.name)

@@ -47,8 +47,9 @@ def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -
     save_file(tensors, part, metadata={"format": "pt", "architecture": arch.key})
     part.replace(folder / WEIGHTS)
     unet.save_config(folder)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": HOW_TO_LOAD}}, indent=2) + "\n")
-    (folder / ARCHITECTURE).write_text(arch.dumps())
+    named = {"metadata": {}, "weight_map": {"conv_in.weight": HOW_TO_LOAD}}
+    (folder / INDEX).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    (folder / ARCHITECTURE).write_text(arch.dumps(), encoding="utf-8")
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -135,9 +136,9 @@ def export_pipeline(
         else:
             save_student(unet, arch, part / "unet")
         (part / PRUNING).mkdir()
-        (part / PRUNING / ARCHITECTURE).write_text(arch.dumps())
-        (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n")
-        (part / PRUNING / TEACHER).write_text(json.dumps(_teacher(pipe.unet.config, *teacher), indent=2) + "\n")
+        (part / PRUNING / ARCHITECTURE).write_text(arch.dumps(), encoding="utf-8")
+        (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n", encoding="utf-8")
+        (part / PRUNING / TEACHER).write_text(json.dumps(_teacher(pipe.unet.config, *teacher), indent=2) + "\n", encoding="utf-8")
         readme = model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card)
         (part / "README.md").write_text(readme, encoding="utf-8", errors="backslashreplace")
         for weights in part.rglob("*.safetensors"):  # safetensors writes files that only their owner may read
@@ -159,7 +160,7 @@ def _write_teacher(pipe: DiffusionPipeline, folder: Path) -> None:
             component.save_pretrained(folder / name)
     pipe.save_config(folder)
     index = {k: v for k, v in _json(folder / "model_index.json").items() if k != "_name_or_path"}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def check_free(folder: Path) -> None:
@@ -219,7 +220,7 @@ def read_block_map(folder: Path) -> BlockMap:
 
 def is_exported(folder: Path) -> bool:
     """True for a folder that `export_pipeline` wrote."""
-    return (folder / PRUNING / ARCHITECTURE).is_file()
+    return os.path.isfile(folder / PRUNING / ARCHITECTURE)
 
 
 class TeacherRecord(msgspec.Struct):

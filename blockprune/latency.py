@@ -154,7 +154,7 @@ def _cpu_peak(step: Callable[[], Any]) -> int:
             step()
         path = Path(folder, "trace.json")
         log.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     return _running_peak([e for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == 0])
 
 

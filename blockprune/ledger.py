@@ -37,6 +37,29 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_ATTEMPTS = 3
 MEND = "put back a sound copy, or search in another --out"
 
+_URL = re.compile(
+    r"(?P<kind>postgres(ql)?|mysql|sqlite)(\+\w+)?://([^@/?#]*@)?"
+    r"(?P<host>[A-Za-z0-9.-]*(:[0-9]+)?)/(?P<database>[\w./ -]*)(\?[^@]*)?"
+)
+# what a driver may say of a failure, all of it without a word of the URL
+REASONS = (
+    "connection refused",
+    "password authentication failed",
+    "no password supplied",
+    "timeout expired",
+    "could not translate host name",
+    "failed to resolve host",
+    "name or service not known",
+    "server closed the connection",
+    "unable to open database file",
+    "file is not a database",
+    "database is locked",
+    "permission denied",
+    "does not exist",
+    "could not parse",
+    "can't load plugin",
+)
+
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
@@ -49,11 +72,12 @@ def open_storage(url: str | None, path: Path | None) -> BaseStorage:
         return InMemoryStorage() if path is None else _journal(path)
     try:
         return _connected(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
-    except ImportError as err:
-        raise UserError(f"the storage {_hidden(url)!r} needs a driver ({err}): pip install 'blockprune[postgresql]'") from None
-    except Exception as err:
-        why = " ".join(str(err).split())[:160]
-        raise UserError(f"cannot open the storage {_hidden(url)!r} ({why}): give a URL like postgresql://user@host/name") from None
+    except ImportError:
+        raise UserError(f"{storage_name(url)} needs its driver: pip install 'blockprune[postgresql]'") from None
+    except Exception as err:  # drivers raise whatever they like, and may repeat the URL in it
+        text = str(err).lower()
+        why = next((reason for reason in REASONS if reason in text), type(err).__name__)
+        raise UserError(f"cannot open {storage_name(url)} ({why}): give a URL like postgresql://user@host/name") from None
 
 
 class Operation(msgspec.Struct):
@@ -102,9 +126,12 @@ def _connected(url: str) -> RDBStorage:
     return RDBStorage(url)
 
 
-def _hidden(url: str) -> str:
-    """The URL without a password."""
-    return re.sub(r"(://[^:@/]*):[^@]*@", r"\1@", url)
+def storage_name(url: str) -> str:
+    """What messages call a storage: its kind, host and database where the URL says them in the usual form; no other part of it."""
+    found = _URL.fullmatch(url)
+    if not found:
+        return "the storage"
+    return f"the storage {found['kind']}://{found['host'] or ''}/{found['database']}"
 
 
 class _FileLock(JournalFileOpenLock):
@@ -328,7 +355,7 @@ class Ledger:
 def _started(pid: int) -> str:
     """When a process of this host began, in the system's ticks; "" when it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
         return ""
 

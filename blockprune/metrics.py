@@ -128,7 +128,7 @@ def kid(x: ArrayLike, y: ArrayLike, seed: int = 0, n_subsets: int = 0, subset_si
     if subset_size > min(len(a), len(b)):
         raise UserError(f"a KID subset of {subset_size} needs as many images on both sides: got {len(a)} and {len(b)}")
     # torch-fidelity's generator and order of draws, so that numbers can be compared
-    draw = np.random.RandomState(seed)
+    draw = np.random.RandomState(seed % 2**32)
     values = []
     for _ in range(n_subsets):
         first = draw.choice(len(a), subset_size, replace=False)

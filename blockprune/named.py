@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ def read_named(kind: str, folder: Path, text: str, form: type[T]) -> T:
     UserError for a file that is not one, and for keys that the dataclass has not.
     """
     path = folder / f"{text}.toml" if not text.endswith(".toml") else Path(text)
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
         raise UserError(f"no {kind} {text!r}: choose from {known}, or give a .toml file (copy one of {str(folder)!r})")
     what, remedy = f"the {kind} {str(path)!r}", f"mend it, or copy one of {str(folder)!r}"

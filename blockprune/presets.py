@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -106,8 +107,17 @@ def parse(text: str, graph: BlockGraph) -> Architecture:
 
     Raises UserError for unknown, fixed or unmatched blocks, and for a removal that removes nothing though it says something.
     """
-    if text.endswith(".json") or Path(text).is_file():
+    if text.endswith(".json"):
         return graph.check(_read(Path(text)))
+    try:
+        return _of_terms(text, graph)
+    except UserError:
+        if not os.path.isfile(text):
+            raise
+        return graph.check(_read(Path(text)))
+
+
+def _of_terms(text: str, graph: BlockGraph) -> Architecture:
     arch = Architecture()
     for term in re.split(r",(?![^{}]*\})", text):
         arch = _apply(arch, term.strip(), graph)

@@ -30,7 +30,7 @@ def sampler_of(name: str, seed: int) -> BaseSampler:
     """The sampler of that name; UserError lists those there are."""
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}: choose from {', '.join(SAMPLERS)}")
-    return SAMPLERS[name](seed)
+    return SAMPLERS[name](seed % 2**32)  # NumPy's older generator, which Optuna draws from, takes no larger ones
 
 
 class Proposer:

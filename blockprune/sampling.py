@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from blockprune.errors import UserError
 from blockprune.families import Condition, family_of, join, take
 
+MAX_SEED = 2**62  # what is added to a seed (an image's number, a worker's, 2**32 …) stays below 2**63
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -43,9 +45,11 @@ class Protocol:
     scheduler: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in {"n_images": 1, "n_steps": 1, "cfg_scale": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name.replace('_', '-')} must be at least {least}: got {getattr(self, name)}")
+        for name, least in {"n_images": 1, "n_steps": 1, "cfg_scale": 0, "seed": 0}.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f"{name.replace('_', '-')} must be at least {least} and finite: got {getattr(self, name)}")
+        if self.seed > MAX_SEED:
+            raise UserError(f"seed must be at most {MAX_SEED}: got {self.seed}")
         if self.scheduler and self.scheduler not in SCHEDULERS:
             raise UserError(
                 f"unknown scheduler {self.scheduler!r}: choose from {', '.join(SCHEDULERS)}, or leave it out for the model's own"
@@ -64,6 +68,23 @@ def scheduler_name(pipe: Any, name: str = "") -> str:
     short = {kind: short for short, kind in SCHEDULERS.items()}
     kind = SCHEDULERS[name] if name else type(pipe.scheduler).__name__
     return short.get(kind, kind)
+
+
+def check_schedule(pipe: Any, protocol: Protocol) -> None:
+    """Raises UserError where the protocol's scheduler cannot draw in so many steps, by letting it step over zeros."""
+    scheduler, zeros = scheduler_of(pipe, protocol.scheduler), torch.zeros(1, 1, 2, 2)
+    try:
+        scheduler.set_timesteps(protocol.n_steps)
+        if len({*scheduler.timesteps.tolist()}) < protocol.n_steps:
+            raise ValueError("it has not so many timesteps")
+        for t in scheduler.timesteps:
+            scheduler.step(scheduler.scale_model_input(zeros, t), t, zeros, return_dict=False)
+    except (ValueError, IndexError, RuntimeError, TypeError, AttributeError, ZeroDivisionError) as err:
+        why = (str(err).splitlines() or [type(err).__name__])[0][:150]
+        name = scheduler_name(pipe, protocol.scheduler)
+        raise UserError(
+            f"the scheduler {name} cannot draw in {protocol.n_steps} steps ({why}): give another --steps or --scheduler"
+        ) from None
 
 
 def encode(pipe: Any, prompts: Sequence[str], latent: tuple[int, int], chunk: int = 32) -> tuple[Condition, Condition]:

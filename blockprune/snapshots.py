@@ -44,7 +44,7 @@ def write_snapshot(folder: Path, step: int, parts: Parts, limit: int | None = No
         for name, tensors in parts.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part / f"{name}.safetensors")
         digests = {file.name: file_digest(file) for file in sorted(part.iterdir())}
-        (part / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1))
+        (part / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
         for file in part.iterdir():
             _sync(file)
         shutil.rmtree(target, ignore_errors=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ FORMAT = 1
 MAX_ROWS_BYTES = 2**31
 SOUND = "put back a sound copy, or run into another --out"
 DELETE = "delete that line and run the same command again"
+LONGEST_PATH = 4096 - 512  # leaves room for what lies in a folder
+TEMPORARY = 16  # characters that a file's name has more while it is being written
 _OURS = (".lock", ".turn", ".run.part.json")  # of a run that is just beginning
 
 
@@ -30,10 +34,7 @@ class Run:
 
     def __init__(self, path: Path, command: str, asked: Mapping[str, Any], note: Mapping[str, Any], shared: bool = False) -> None:
         self.path, self.command = path, command
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out must be a directory: {str(path)!r} is a file")
-        if path.is_dir() and not (path / "run.json").exists() and any(p.name not in _OURS for p in path.iterdir()):
-            raise UserError(f"{str(path)!r} is not empty and holds no run: choose another --out")
+        check_run_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         self._depth = 0
         self._lock = self._locked(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -105,7 +106,7 @@ class Run:
                 size = os.fstat(fd).st_size
                 try:
                     if os.write(fd, line) != len(line):
-                        raise OSError(28, "No space left on device", str(self.path / "rows.jsonl"))
+                        raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "rows.jsonl"))
                     os.fsync(fd)
                 except OSError:
                     os.ftruncate(fd, size)
@@ -131,6 +132,52 @@ class Run:
         """A temporary path that becomes `name` when the context ends well, and disappears when it does not."""
         with writing(self.path / name) as temporary:
             yield temporary
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError where `path` is a file, OSError where no folder of that name can be made or written to."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"--out must be a directory: {str(path)!r} is a file; choose another")
+    _check_place(path)
+
+
+def check_run_folder(path: Path) -> None:
+    """`check_folder`, and UserError for a folder that holds anything else than a run."""
+    check_folder(path)
+    if not path.is_dir() or (path / "run.json").is_file():
+        return
+    if (path / "run.json").exists():
+        raise UserError(f"{str(path / 'run.json')!r} must be a file, not a folder: choose another --out")
+    if any(p.name not in _OURS for p in path.iterdir()):
+        raise UserError(f"{str(path)!r} is not empty and holds no run: choose another --out")
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError where `path` is a folder, OSError where no file of that name can be written."""
+    if os.path.isdir(path):
+        raise UserError(f"--out must be a file: {str(path)!r} is a directory; choose another")
+    _check_place(path)
+
+
+def _check_place(path: Path) -> None:
+    """Raises OSError where nothing can be written at `path`, its folders made; leaves nothing behind."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder) or os.path.lexists(folder))
+    longest = max(len(os.fsencode(part)) for part in (path.name, *path.absolute().parts))
+    try:
+        if (
+            len(os.fsencode(path.absolute())) > LONGEST_PATH
+            or longest > os.pathconf(there if there.is_dir() else "/", "PC_NAME_MAX") - TEMPORARY
+        ):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if not there.is_dir() and there != path:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if os.path.lexists(path):
+            if not os.access(path, os.W_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            tempfile.TemporaryDirectory(prefix=".probe-", dir=there).cleanup()
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, str(path)) from None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def load_subject(model: str, arch: str, resolution: str | None, device: torch.de
     An exported folder says itself what is removed; a training run stands for its pipeline/. UserError when there is no such model.
     """
     folder = Path(model)
-    if (folder / "run.json").is_file() and (folder / "pipeline").is_dir():
+    if os.path.isfile(folder / "run.json") and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
     if export.is_exported(folder):
         if arch not in ("", "full"):
@@ -272,6 +273,6 @@ def made_with(device: torch.device) -> dict[str, str]:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

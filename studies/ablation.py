@@ -43,7 +43,9 @@ def command(name: str, seed: int, runs: Path) -> list[str]:
     stem = name.replace(", ", "-").replace(" ", "-")
     recipe = runs / f"{stem}.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in {"learning_rate": 5e-4, **changes}.items()))
+    recipe.write_text(
+        "".join(f"{key} = {json.dumps(value)}\n" for key, value in {"learning_rate": 5e-4, **changes}.items()), encoding="utf-8"
+    )
     sizes = ["--train-batch-size", str(BATCH_SIZE), "--max-train-steps", str(N_STEPS), "--checkpointing-steps", str(EVERY)]
     checks = ["--validation-steps", str(EVERY), "--n-images", str(N_IMAGES), "--seed", str(seed)]
     place = ["--recipe", str(recipe), "--out", str(runs / f"{stem}-{seed}")]
@@ -113,10 +115,10 @@ def main() -> None:
             subprocess.run(call, check=True)
             rows.setdefault(name, []).append(scores(Path(call[-1])))
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "ablation.md").write_text(report(rows))
+    (args.out / "ablation.md").write_text(report(rows), encoding="utf-8")
     (args.out / "ablation.png").write_bytes(png(figure(rows)))
     kept = {n: [{m: {s: v.to_json() for s, v in by.items()} for m, by in run.items()} for run in runs] for n, runs in rows.items()}
-    (args.out / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (args.out / "ablation.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def main() -> None:
         "peak_bytes": {name: peak_bytes(step, device) for name, step in ways.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "bench-distill.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / "bench-distill.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

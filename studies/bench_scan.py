@@ -251,12 +251,12 @@ def main() -> None:
         print(f"{', '.join(parts)}: {args.rounds} rounds, {args.n_images} images")
         return
     file = args.out / "bench-scan.json"
-    result = json.loads(file.read_text()) if file.exists() else {}
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in parts:
         result[name] = PARTS[name](args) | {"machine": workbench.made_with(torch.device("cpu"))}
         print(name, json.dumps(result[name], indent=2))
         args.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n")
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -147,15 +147,15 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self.path, self.known, self.judge = path, dict[str, float](), denoiser(64)
         if path.exists():
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
             self.known = {key: float(value) for key, value in csv.reader(lines[1:])}
         else:
-            path.write_text("arch,eps_mse\n")
+            path.write_text("arch,eps_mse\n", encoding="utf-8")
 
     def __call__(self, arch: Architecture) -> float:
         if arch.key not in self.known:
             self.known[arch.key] = float(self.judge.errors(arch).mean())
-            with self.path.open("a") as out:
+            with self.path.open("a", encoding="utf-8") as out:
                 out.write(f"{arch.key},{self.known[arch.key]:.9g}\n")
         return self.known[arch.key]
 
@@ -239,9 +239,9 @@ def main() -> None:
     shown = [row for row in rows if row["budget"] == " and ".join(SHOWN if on_truth else BLOCK_BUDGETS[-1])]
     stem = f"bench-search-{args.what}"
     (args.out / f"{stem}.png").write_bytes(png(figure(shown, shown[0].get("optimum"))))
-    (args.out / f"{stem}.md").write_text((table_text if on_truth else blocks_text)(rows) + "\n")
+    (args.out / f"{stem}.md").write_text((table_text if on_truth else blocks_text)(rows) + "\n", encoding="utf-8")
     (args.out / f"{stem}.json").write_text(
-        json.dumps([{k: v for k, v in row.items() if k != "curves"} for row in rows], indent=1) + "\n"
+        json.dumps([{k: v for k, v in row.items() if k != "curves"} for row in rows], indent=1) + "\n", encoding="utf-8"
     )
 
 

@@ -72,7 +72,7 @@ def table(path: Path) -> dict[Choice, float]:
     """The scores of a stored table, by removal set; a last line torn by a kill is left out."""
     if not path.exists():
         return {}
-    lines, _, _ = path.read_text().rpartition("\n")
+    lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     return {frozenset(row["removed"].split()): float(row["eps_mse"]) for row in csv.DictReader(lines.splitlines())}
 
 
@@ -101,7 +101,7 @@ def main() -> None:
         text = path.read_bytes()
         os.truncate(path, text.rfind(b"\n") + 1)
     judge, start = denoiser(N_SAMPLES), time.monotonic()
-    with path.open("a", buffering=1) as out:
+    with path.open("a", buffering=1, encoding="utf-8") as out:
         if out.tell() == 0:
             out.write("removed,eps_mse\n")
         for i, choice in enumerate(todo):

@@ -62,7 +62,7 @@ class Loop:
                 if self.step % save_every == 0 or self.step == self.n_steps:
                     self.save()
                     row |= watch()
-                with open(self.directory / "log.jsonl", "a") as log:
+                with open(self.directory / "log.jsonl", "a", encoding="utf-8") as log:
                     log.write(json.dumps(row) + "\n")
         return self.ema
 

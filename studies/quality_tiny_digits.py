@@ -169,8 +169,8 @@ def main() -> None:
     print(text)
     asked = {"n": args.n, "steps": args.steps, "guidance_scale": args.guidance_scale}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "tiny-digits-quality.md").write_text(text)
-    (args.out / "tiny-digits-quality.json").write_text(json.dumps(asked | {"rows": rows}, indent=2) + "\n")
+    (args.out / "tiny-digits-quality.md").write_text(text, encoding="utf-8")
+    (args.out / "tiny-digits-quality.json").write_text(json.dumps(asked | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
     sheet(images[:N_SHOWN], captions[:N_SHOWN]).save(args.out / "tiny-digits-samples.png")
 
 

@@ -100,8 +100,8 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"rows": rows, "machine": workbench.made_with(torch.device("cpu"))}
-    (args.out / "tiny-digits-removals.json").write_text(json.dumps(record, indent=2) + "\n")
-    (args.out / "tiny-digits-removals.md").write_text(report(rows))
+    (args.out / "tiny-digits-removals.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (args.out / "tiny-digits-removals.md").write_text(report(rows), encoding="utf-8")
     print(report(rows))
 
 

@@ -198,7 +198,7 @@ def assemble(out: Path, model: Path) -> None:
         features=features.astype(np.float16),
     )
     captions = [text for _, text, _ in DigitScenes("held-out", PROMPT_SEED, 512)]
-    (model / "prompts.txt").write_text("\n".join(captions) + "\n")
+    (model / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
 def main() -> None:

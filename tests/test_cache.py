@@ -423,7 +423,7 @@ def test_what_is_wrong_takes_one_line(one_line: Callable[..., str], tiny_folder:
     assert "is not empty and holds no cache" in said("--data", data, "--out", data)
     assert not list(data.glob(".*"))
     assert "is a file" in said("--data", data, "--out", data / "0.png")
-    assert "cannot make the folder" in said("--data", data, "--out", data / "0.png" / "cache")
+    assert "a file stands where a folder should be" in said("--data", data, "--out", data / "0.png" / "cache")
     for i in range(12):
         (data / f"{i}.png").write_bytes(b"")
     assert "11 of the 30 samples" in said("--data", data, "--out", out)

@@ -407,7 +407,7 @@ def test_the_coco_protocol_in_miniature(tmp_path: Path, cli: Cli, monkeypatch: p
         (["--protocol", "nope"], "no protocol 'nope': choose from bksdm-coco30k, clean"),
         (["--n-images", "0"], "n-images must be at least 1"),
         (["--n-images", "1"], "need at least 2 images: got --n-images 1"),
-        (["--steps", "0"], "n-steps must be at least 1"),
+        (["--steps", "0"], "--steps must be at least 1"),
         (["--steps", "two"], "--steps takes whole numbers"),
         (["--cfg-scale", "3,x"], "--cfg-scale takes numbers"),
         (["--cfg-scale", "-1"], "cfg-scale must be at least 0"),

@@ -109,7 +109,7 @@ def test_where_the_page_cannot_go(made: Path, tmp_path: Path, one_line: OneLine,
     assert "is a directory" in one_line("report", scan, "--out", tmp_path)
     assert "must end with .html" in one_line("report", scan, "--out", tmp_path / "report.csv")
     (tmp_path / "file").write_text("")
-    assert "cannot write" in one_line("report", scan, "--out", tmp_path / "file" / "report.html")
+    assert "a file stands where a folder should be" in one_line("report", scan, "--out", tmp_path / "file" / "report.html")
     before = (made / "scan" / "run.json").read_bytes()
     assert "would be replaced" in one_line("report", scan, "--out", made / "scan" / "run.html")
     assert (made / "scan" / "run.json").read_bytes() == before

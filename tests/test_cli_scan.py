@@ -22,9 +22,11 @@ import tiny
 from conftest import Cli
 from PIL import Image
 
-from blockprune import store
+from blockprune import metrics, store
 from blockprune.cli.outputs import view_of
+from blockprune.proposals import SAMPLERS, sampler_of
 from blockprune.report.figures import tradeoff
+from blockprune.sampling import MAX_SEED
 
 QUICK = ["--unit", "stage", "--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4"]
 IMAGES = "eps_mse,fid,clip_score,params"
@@ -279,3 +281,26 @@ def test_seconds_of_students_in_runs_of_earlier_versions_are_not_shown(
     view = view_of(tmp_path / "run")
     assert view.value("mid_block", "latency") is None
     assert view.value("mid_block", "latency_ratio") == pytest.approx(row["value"])
+
+
+def test_the_largest_seed_is_one_for_every_generator(cli: Cli, tmp_path: Path) -> None:
+    args = [
+        "--arch",
+        "mid_block",
+        "--n-images",
+        "3",
+        "--steps",
+        "2",
+        "--scheduler",
+        "ddpm",
+        "--eps-samples",
+        "2",
+        "--batch-size",
+        "2",
+    ]
+    code, _, err = cli("scan", *args, "--seed", MAX_SEED, "--out", tmp_path / "run")
+    assert code == 0, err
+    for name in SAMPLERS:
+        sampler_of(name, MAX_SEED + 10**9)
+    features = np.random.default_rng(0).normal(size=(8, 3))
+    metrics.kid(features, features, n_subsets=2, subset_size=4, seed=MAX_SEED)

@@ -330,7 +330,7 @@ def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
         (["--budget", "65%params", "--solve-only", "--from-scan", "/nowhere"], "is not a run directory"),
         (["--budget", "65%params", "--workers", "2", "--storage", "sqlite:///x.db"], "SQLite lets two workers take one trial"),
         (["--budget", "65%params", "--storage", "postgresql://u:secret@127.0.0.1:1/db"], "cannot open the storage"),
-        (["--budget", "65%params", "--storage", "nonsense"], "cannot open the storage 'nonsense'"),
+        (["--budget", "65%params", "--storage", "nonsense"], "cannot open the storage (could not parse)"),
         (["--budget", "65%params", "--model", "sd-v1-4"], "download"),
         (["--budget", "65%params", "--objective", "fid", "--reference", "/nowhere"], "no reference at '/nowhere'"),
     ],

@@ -312,7 +312,7 @@ def test_command_says_what_is_wrong(saved: Path, tmp_path: Path, tiny_folder: Fo
     assert "is there already" in one_line("export", saved, "--out", saved)
     assert "no model 'nothing'" in one_line("export", saved, "--out", out, "--teacher", "nothing")
     assert "another teacher" in one_line("export", saved, "--out", out, "--teacher", tiny_folder("sd2"))
-    assert "cannot write to" in one_line("export", saved, "--out", saved / "run.json" / "x")
+    assert "a file stands where a folder should be" in one_line("export", saved, "--out", saved / "run.json" / "x")
     (saved / "card.json").write_text("[]")
     assert "card.json': $: expected object, got array" in one_line("export", saved, "--out", out)
     (saved / "card.json").write_text("{")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import logging
 import os
 import sys
@@ -12,8 +10,8 @@ from collections.abc import Sequence
 
 import typer
 
-from blockprune.cli import cache, cost, distill, evaluate, export, graph, map_adapter, report, scan, search, stats
-from blockprune.errors import UserError
+from blockprune.cli import cache, cost, distill, edge, evaluate, export, graph, map_adapter, report, scan, search, stats
+from blockprune.cli.arguments import Command
 
 app = typer.Typer(
     name="blockprune",
@@ -24,40 +22,29 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("graph")(graph.graph)
-app.command("cost")(cost.cost)
-app.command("cache")(cache.cache)
-app.command("scan")(scan.scan)
-app.command("search")(search.search)
-app.command("distill")(distill.distill)
-app.command("evaluate")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("map-adapter")(map_adapter.map_adapter)
-app.command("report")(report.report)
-app.command("stats")(stats.stats)
+app.command("graph", cls=Command)(graph.graph)
+app.command("cost", cls=Command)(cost.cost)
+app.command("cache", cls=Command)(cache.cache)
+app.command("scan", cls=Command)(scan.scan)
+app.command("search", cls=Command)(search.search)
+app.command("distill", cls=Command)(distill.distill)
+app.command("evaluate", cls=Command)(evaluate.evaluate)
+app.command("export", cls=Command)(export.export)
+app.command("map-adapter", cls=Command)(map_adapter.map_adapter)
+app.command("report", cls=Command)(report.report)
+app.command("stats", cls=Command)(stats.stats)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command and leaves with its exit code: 2 and one line for what the user can mend, 130 on Ctrl-C."""
     _quieten()
+    edge.make_printable()
     try:
-        app(args=argv, prog_name="blockprune")
-    except UserError as err:
-        _fail(str(err))
-    except Exception as err:
-        if not _disk_full(err):
-            raise
-        _fail("the disk is full: free some space and run the same command again")
-
-
-def _fail(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def _disk_full(err: Exception) -> bool:
-    """True also for errors of compiled writers, which have a message only."""
-    return getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(err)
+        with edge.one_line_errors():
+            code = app(args=argv, prog_name="blockprune", standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    sys.exit(code or 0)
 
 
 def _quieten() -> None:
@@ -71,10 +58,6 @@ def _quieten() -> None:
     }
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers what torch knows by now
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, which diffusers imports, names its types
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than a name or prompt has
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

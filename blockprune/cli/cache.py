@@ -26,8 +26,6 @@ def cache(
     dtype: options.Dtype = "float32",
 ) -> None:
     """Encode the images and captions of training data, for `distill`; several processes may share the work."""
-    for name, value in {"--shard-size": shard_size, "--batch-size": batch_size}.items():
-        options.at_least(name, value, 1)
     from blockprune import cache as caches
     from blockprune import checkpoints, pairs, workbench
     from blockprune.cli import console
@@ -39,7 +37,7 @@ def cache(
         raise UserError(f"a cache needs a square resolution: got {height}x{width}")
     reader = pairs.Reader(pairs.source_of(data, height, n_images))
     pipe = checkpoints.load(model, options.device_of(device), options.dtype_of(dtype))
-    folder = out or Path("runs") / f"cache-{Path(model).name}"
+    folder = out or options.default_out("cache", Path(model).name)
     left = caches.unfinished(folder, len(reader), shard_size)
     teacher = checkpoints.identity(model)
     with console.WorkProgress(console.make_console(stderr=True), left) as progress:

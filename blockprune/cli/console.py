@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +26,16 @@ from blockprune.report.view import QUALITY
 NOT_A_TERMINAL_WIDTH = 160
 
 
+class PlainConsole(Console):
+    """Rich's console, where a reader that stops early is an error like any other instead of a silent end."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def make_console(stderr: bool = False) -> Console:
     """A console that guesses no markup or colours in what it prints, keeps NO_COLOR, and does not fold tables in a pipe."""
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = NOT_A_TERMINAL_WIDTH
     return console

@@ -48,14 +48,12 @@ def cost(
     from blockprune.trace import trace
 
     convention, archs = options.convention(macs), arch or ["full"]
-    options.at_least("--steps", steps, 1)
     if len(archs) > 1 and not components:
         raise UserError("several --arch are compared part by part: add --components, or give one")
     if components and (verify or batch_size != 1):
         raise UserError("--components goes without --verify and --batch-size: leave them out")
     if latency:
         options.at_least("--rounds", rounds, 5)
-        options.at_least("--batch-size", batch_size, 1)
         where, precision = options.device_of(device), options.dtype_of(dtype)
     parts = configs(model)
     latent = parts.latent(resolution)

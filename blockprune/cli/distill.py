@@ -50,26 +50,13 @@ def distill(
     opts = _checked(dict(locals()))
     from blockprune.cli import training
 
-    training.run(opts, Path(out or Path("runs") / f"distill-{Path(arch).stem}"))
+    training.run(opts, out or options.default_out("distill", Path(arch).stem if arch.endswith(".json") else arch))
 
 
 def _checked(opts: dict[str, Any]) -> dict[str, Any]:
     """The options, where nothing in them is wrong by itself."""
     opts["teacher"] = opts["teacher"] or ["tiny-digits"]
-    counts = (
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-    )
-    for name in counts:
-        options.at_least(f"--{name.replace('_', '-')}", opts[name], 1)
-    if opts["validation_steps"] is not None:
-        options.at_least("--validation-steps", opts["validation_steps"], 1)
     for name, known in {"mixed_precision": PRECISIONS, "report_to": TRACKERS}.items():
         if opts[name] is not None and opts[name] not in known:
             raise UserError(f"unknown --{name.replace('_', '-')} {opts[name]!r}: choose from {', '.join(known)}")
-    if opts["learning_rate"] is not None and opts["learning_rate"] <= 0:
-        raise UserError(f"--learning-rate must be above 0: got {opts['learning_rate']}")
     return opts

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from blockprune.cli import options
-from blockprune.errors import UserError
 
 
 def evaluate(
@@ -49,22 +48,11 @@ def evaluate(
 ) -> None:
     """Score generated images under a protocol, for one setting or for every combination of several."""
     opts: dict[str, Any] = dict(locals())
-    for name in ("steps", "cfg_scale", "scheduler", "quantize"):
-        opts[name] = [text.strip() for given in opts[name] or () for text in given.split(",") if text.strip()]
-    opts["steps"] = [_number("--steps", text, int) for text in opts["steps"]]
-    opts["cfg_scale"] = [_number("--cfg-scale", text, float) for text in opts["cfg_scale"]]
+    for name, kind in {"steps": int, "cfg_scale": float, "scheduler": str, "quantize": str}.items():
+        opts[name] = [kind(text.strip()) for given in opts[name] or () for text in given.split(",")]
     opts["quantize"] = ["" if name == "none" else name for name in opts["quantize"]] or [""]
     if latency or components:
         options.at_least("--rounds", rounds, 3)
     from blockprune.cli import evaluating
 
     evaluating.run(opts)
-
-
-def _number(name: str, text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise UserError(
-            f"{name} takes {'whole numbers' if kind is int else 'numbers'}, with commas between: got {text!r}"
-        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,7 +81,7 @@ def _named(model: str) -> dict[str, str]:
 
     if model in ALIASES:
         return {"teacher": model, "base_model": ALIASES[model].repo}
-    if Path(model).exists():
+    if os.path.exists(model):
         return {"teacher": Path(model).resolve().name}
     return {"teacher": model} | ({"base_model": model} if "/" in model else {})
 

@@ -17,6 +17,7 @@ from blockprune.cli.measuring import plan_of, terms
 from blockprune.cli.problem import Problem
 from blockprune.cli.samples import provider_of, samples_of
 from blockprune.distill import Distiller, Sampler, Settings, student_of
+from blockprune.errors import UserError
 from blockprune.imaging import Judges
 from blockprune.ledger import Ledger, open_storage
 from blockprune.pricing import unet_inputs
@@ -28,6 +29,7 @@ from blockprune.search import Chance, Listed, Tiers, finalists, search
 from blockprune.workbench import Bench
 
 FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck does not win again
+MAX_FINAL = 10**6  # samples of a finalist
 RECOVERY_RATE = 5e-4  # higher than the papers': a recovery is short
 PICTURE_TERMS = ("prompts", "n_images", "steps", "cfg_scale", "scheduler")
 JUDGE_TERMS = ("detector", "clip", "reference", "n_reference")
@@ -189,4 +191,9 @@ def hunt(opts: Mapping[str, Any], folder: Path) -> Hunt:
         opts = {**opts, "train_data": workbench.training_data(opts["model"], opts["train_data"], "--train-data")}
     bench = workbench.load_bench(opts["model"], opts["resolution"], device, dtype)
     filled = dict(opts) | {name: value for name, value in bench.defaults.items() if opts.get(name) is None}
+    largest = max(filled["n_images"], filled["eps_samples"]) * filled["final_factor"]
+    if largest > MAX_FINAL:
+        raise UserError(
+            f"finalists would get {largest} samples, at most {MAX_FINAL}: lower --final-factor, --n-images or --eps-samples"
+        )
     return Hunt(bench, filled, folder)

@@ -20,7 +20,7 @@ from blockprune.imaging import NEEDS, STATISTICS, Judges, check_judges
 from blockprune.pricing import pipeline_costs
 from blockprune.protocol import FIDS, Rules, Setting, grid, protocol_hash
 from blockprune.quantize import check_quantizer, quantized
-from blockprune.sampling import Protocol, scheduler_name
+from blockprune.sampling import Protocol, check_schedule, scheduler_name
 from blockprune.workbench import Subject
 
 UNJUDGED = ("feature_distance",)  # needs the teacher's own images
@@ -48,19 +48,20 @@ class Job:
             raise UserError(
                 f"the protocol's Inception Score is over {rules.is_splits} splits, which need as many images: got {self.n_images}"
             )
+        for setting in self.settings:
+            drawn = Protocol(self.n_images, setting.steps, setting.cfg_scale, opts["seed"], self.subject.latent, setting.scheduler)
+            check_schedule(self.subject.pipe, drawn)
         self.batch_size = options.at_least("--batch-size", _first(opts["batch_size"], self.subject.defaults["batch_size"]), 1)
         self.prompts = self._prompts()
         self.judges = self._judges()
 
     def _measures(self) -> list[str]:
         asked = self.opts["measures"]
-        names: list[str] = [*self.rules.measures] if asked is None else [n.strip() for n in asked.split(",") if n.strip()]
+        names: list[str] = [*self.rules.measures] if asked is None else [n.strip() for n in asked.split(",")]
         known = [name for name in STATISTICS if name not in UNJUDGED]
         for name in names:
             if name not in known:
                 raise UserError(f"evaluate does not measure {name!r}: choose from {', '.join(known)}")
-        if not names:
-            raise UserError(f"--measures is empty: choose from {', '.join(known)}")
         return names
 
     def _check_detector(self) -> None:
@@ -184,7 +185,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(self.opts["out"] or Path("runs") / f"evaluate-{self.label.replace(' ', '-').replace('/', '-')}")
+        return Path(self.opts["out"] or options.default_out("evaluate", self.label))
 
     @property
     def warnings(self) -> Iterator[str]:

@@ -20,12 +20,13 @@ def plan_of(bench: Bench, opts: Mapping[str, Any], measures: Sequence[str] | Non
     """The plan that the options say: of `measures`, or of all that have what they need."""
     from blockprune import workbench
     from blockprune.imaging import check_judges
-    from blockprune.sampling import Protocol
+    from blockprune.sampling import Protocol, check_schedule
     from blockprune.scoring import DENOISING, Plan
 
     batch_size = options.at_least("--batch-size", opts["batch_size"], 1)
     n_noisy = options.at_least("--eps-samples", opts["eps_samples"], 1)
     protocol = Protocol(opts["n_images"], opts["steps"], opts["cfg_scale"], opts["seed"], bench.latent, opts["scheduler"])
+    check_schedule(bench.pipe, protocol)
     prompts = workbench.prompts_of(opts["prompts"], bench)
     judges = workbench.judges_of(bench, *(opts[name] for name in ("detector", "inception_weights", "clip", "reference")))
     measures = measures or [m for m in possible(judges) if m != "guided_mse" or opts["cfg_scale"] > 1]

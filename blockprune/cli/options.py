@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blockprune.arch import CONVENTIONS
 from blockprune.errors import UserError
+from blockprune.store import check_run_folder
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+LONGEST = 80
 DTYPES = ("float32", "float16", "bfloat16")
 
 Model = Annotated[
@@ -77,6 +83,16 @@ def convention(text: str) -> str:
     return text
 
 
+def default_out(command: str, name: str) -> Path:
+    """The run directory of a command without --out: named after what it is about. Errors as for --out."""
+    plain = re.sub(r"[^\w.+=-]+", "-", name)
+    if len(os.fsencode(plain)) > LONGEST:
+        plain = f"{plain[: LONGEST // 4]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:12]}"
+    folder = Path("runs") / f"{command}-{plain}"
+    check_run_folder(folder)
+    return folder
+
+
 def at_least(name: str, value: int, least: int) -> int:
     if value < least:
         raise UserError(f"{name} must be at least {least}: got {value}")
@@ -85,9 +101,9 @@ def at_least(name: str, value: int, least: int) -> int:
 
 def console() -> Console:
     """Standard output; wide enough for a table when it is not a terminal."""
-    from rich.console import Console
+    from blockprune.cli.console import PlainConsole
 
-    return Console(width=None if sys.stdout.isatty() else 220, highlight=False, markup=False, emoji=False)
+    return PlainConsole(width=None if sys.stdout.isatty() else 220, highlight=False, markup=False, emoji=False)
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from blockprune.space import Space
 
 N_EXACT = 8
 SWEEP = (90, 80, 70, 60, 50, 40, 30)
-_LATENCY = re.compile(r"(\d\s*m?s|%latency)$")
+_LATENCY = re.compile(r"([0-9]\s*m?s|%latency)$")
 
 
 def units_of(graph: BlockGraph, text: str, kept: Architecture) -> dict[str, Architecture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from blockprune.workbench import Bench
 
 def provider_of(bench: Bench, data: str) -> Provider:
     """The training pairs, encoded: from a cache folder, or encoded once as they come and remembered."""
-    if (Path(data) / "cache.json").is_file():
+    if os.path.isfile(Path(data) / "cache.json"):
         return Remembered(Cached(data, {"teacher": bench.identity, "resolution": bench.latent[0] * bench.pipe.vae_scale_factor}))
     height, width = (side * bench.pipe.vae_scale_factor for side in bench.latent)
     if height != width:

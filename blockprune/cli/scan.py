@@ -47,7 +47,7 @@ def scan(
     out: Annotated[Path | None, typer.Option(help="run directory; the same command again resumes it")] = None,
 ) -> None:
     """Score the teacher and every single removal, without retraining."""
-    opts = dict(locals())
+    opts = dict(locals()) | {"out": out or options.default_out("scan", Path(model).name)}
     from blockprune import workbench
 
     if opts["measures"]:
@@ -88,7 +88,7 @@ def _open(bench: Bench, opts: Mapping[str, Any], plan: Plan, archs: Mapping[str,
         "graph": bench.graph.to_json(),
         "pictured_prompts": [plan.prompts[i % len(plan.prompts)] for i in range(plan.n_pictures)],
     }
-    return Run(opts["out"] or Path("runs") / f"scan-{Path(opts['model']).name}", "scan", asked, note)
+    return Run(opts["out"], "scan", asked, note)
 
 
 def _run(run: Run, bench: Bench, archs: Mapping[str, Architecture], plan: Plan) -> None:

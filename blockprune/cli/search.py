@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from blockprune.budgets import amount
 from blockprune.cli import options
 from blockprune.errors import UserError
+from blockprune.store import read_run
 
 OBJECTIVES = ("eps_mse", "guided_mse", "fid", "kid", "feature_distance", "clip_score")
 SAMPLERS = ("tpe", "gp", "nsga2", "random")
@@ -69,7 +71,7 @@ def search(
     opts = _checked(dict(locals()))
     from blockprune.cli import searching
 
-    folder = Path(opts["out"] or Path("runs") / f"search-{Path(model).name}")
+    folder = out or options.default_out("search", Path(model).name)
     opts["study_name"] = study_name or folder.name
     if solve_only:
         searching.solve_only(opts)
@@ -79,16 +81,15 @@ def search(
 
 def _checked(opts: dict[str, Any]) -> dict[str, Any]:
     """The options, where nothing in them is wrong by itself."""
+    if opts["from_scan"]:
+        read_run(opts["from_scan"])
     opts |= {"budget": opts["budget"] or [], "from_scan": opts["from_scan"] and str(opts["from_scan"])}
     for name, known in {"objective": OBJECTIVES, "sampler": SAMPLERS, "pareto": PARETO, "scope": SCOPES}.items():
         if opts[name] is not None and opts[name] not in known:
             raise UserError(f"unknown {name} {opts[name]!r}: choose from {', '.join(known)}")
-    for name in ("trials", "finalists", "final_factor", "workers"):
-        options.at_least(f"--{name.replace('_', '-')}", opts[name], 1)
-    options.at_least("--random", opts["random"], 0)
-    options.at_least("--recover", opts["recover"], 0)
-    options.at_least("--recover-batch-size", opts["recover_batch_size"], 1)
     options.convention(opts["macs"])
+    for text in opts["budget"]:
+        amount(text)
     if not opts["budget"] and not opts["pareto"]:
         raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")
     if opts["workers"] > 1 and str(opts["storage"] or "").startswith("sqlite"):

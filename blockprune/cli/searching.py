@@ -17,6 +17,7 @@ import torch
 from blockprune import checkpoints, latency, workbench
 from blockprune.arch import Architecture, BlockGraph
 from blockprune.cli import console, outputs
+from blockprune.cli.edge import make_printable, one_line_errors
 from blockprune.cli.hunt import Hunt, hunt, relevant
 from blockprune.cli.measuring import possible
 from blockprune.cli.problem import Problem
@@ -141,8 +142,10 @@ def _work(opts: Mapping[str, Any], folder: Path, i: int, n: int) -> None:
     device = opts["device"]
     if device in (None, "cuda") and (n_gpus := torch.cuda.device_count()):
         device = f"cuda:{i % n_gpus}"
-    for _ in hunt({**opts, "device": device, "worker": i}, folder).work():
-        pass
+    make_printable()
+    with one_line_errors():
+        for _ in hunt({**opts, "device": device, "worker": i}, folder).work():
+            pass
 
 
 def _keep(out: Run, ledgers: Mapping[str, Ledger], progress: console.SearchProgress) -> None:

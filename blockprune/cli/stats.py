@@ -24,7 +24,7 @@ def stats(
 
     images = ImageFolder(folder)
     judge = load_detector(detector, str(options.device_of(device)), inception_weights)
-    found = stats_of_folder(images, judge, options.at_least("--batch-size", batch_size, 1))
+    found = stats_of_folder(images, judge, batch_size)
     write_stats(out, found, judge.name)
     skipped = f", {len(images.skipped)} unreadable images skipped" if images.skipped else ""
     print(f"{out}: {found.n} images{skipped}, {judge.n_features} features by {judge.name}")

@@ -26,7 +26,7 @@ from blockprune.imaging import STATISTICS, judge
 from blockprune.pricing import pipeline_costs
 from blockprune.recipe import Phase, Recipe, read_recipe
 from blockprune.records import TrainState
-from blockprune.sampling import NotFinite
+from blockprune.sampling import NotFinite, Protocol, check_schedule
 from blockprune.scoring import FULL, Examiner
 from blockprune.snapshots import Snapshot, read_snapshot, write_snapshot
 from blockprune.store import Run
@@ -84,13 +84,21 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
         recipe = replace(recipe, learning_rate=opts["learning_rate"])
     plan = stretches(recipe, opts)
     opts = {**opts, "data": workbench.training_data(plan[0].teacher, opts["data"], "--data")}
-    accelerator = Accelerator(
-        cpu=opts["cpu"],
-        mixed_precision=opts["mixed_precision"],
-        gradient_accumulation_steps=opts["gradient_accumulation_steps"],
-        log_with=opts["report_to"],
-        project_dir=str(folder),
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=opts["cpu"],
+            mixed_precision=opts["mixed_precision"],
+            gradient_accumulation_steps=opts["gradient_accumulation_steps"],
+            log_with=opts["report_to"],
+            project_dir=str(folder),
+        )
+    except ValueError as err:
+        why = str(err).splitlines()[0][:100]
+        raise UserError(
+            f"cannot train with --mixed-precision {opts['mixed_precision']} here ({why}): give bf16 or no, or use a GPU"
+        ) from None
+    if opts["mixed_precision"] == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("cannot train with --mixed-precision fp16 on a processor: give bf16 or no, or use a GPU")
     _check_distribution(accelerator)
     training = Training(opts, folder, recipe, plan, accelerator)
     with training.opened() as out:
@@ -119,6 +127,8 @@ class Training:
     ) -> None:
         self.opts, self.folder, self.recipe, self.plan, self.accelerator = opts, folder, recipe, plan, accelerator
         self.bench = self._load(plan[0].teacher)
+        steps, scale = (self.bench.defaults[k] if opts[k] is None else opts[k] for k in ("steps", "cfg_scale"))
+        check_schedule(self.bench.pipe, Protocol(1, steps, scale, opts["seed"], self.bench.latent))
         self.provider = provider_of(self.bench, opts["data"])
         self.err = console.make_console(stderr=True)
 
