@@ -230,6 +230,9 @@ def write_cache(
     _begin(folder, begun)
     ranges, left = shards(len(reader), shard_size), unfinished(folder, len(reader), shard_size)
     reader.skip(_skipped(folder, len(reader), shard_size))
+    for name in ranges.keys() - left.keys():
+        with _claimed(folder / name, wait=False):
+            pass  # and so goes the lock of a process that was killed after it wrote the shard
     for wait in (False, True):
         for name in list(left):
             with _claimed(folder / name, wait) as mine:

@@ -318,4 +318,4 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
     """A whole tensor in memory as another of its shape is: device, shards and layout, by which kernels round."""
     if isinstance(like, DTensor):
         return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
-    return torch.empty_like(like).copy_(t)
+    return torch.empty_like(like, dtype=t.dtype, requires_grad=False).copy_(t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from blockprune.errors import UserError
 from blockprune.families import family_of
 from blockprune.model_schema import UNetConfig
 from blockprune.stock import BlockMap, Stock, expressible, slots
+from blockprune.store import writing
 
 # not the name that stock loaders look for: they would fill the removed blocks of the full configuration at random
 WEIGHTS = "pruned_unet.safetensors"
@@ -39,17 +41,20 @@ SAVE = "save it again"
 
 
 def save_student(unet: UNet2DConditionModel, arch: Architecture, folder: Path) -> None:
-    """Writes a pruned (or masked) U-Net that has exactly the weights of `arch`; UserError when it has others."""
+    """Writes a pruned (or masked) U-Net that has exactly the weights of `arch`; UserError when it has others.
+
+    Its architecture.json comes last: a folder that has one is whole.
+    """
     tensors = {name: t.detach().contiguous() for name, t in unet.state_dict().items()}
     _same_keys(tensors, surgery.skeleton(unet.config, arch).state_dict(), f"the U-Net to save as {arch.key}")
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (WEIGHTS + ".part")
-    save_file(tensors, part, metadata={"format": "pt", "architecture": arch.key})
-    part.replace(folder / WEIGHTS)
+    with writing(folder / WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt", "architecture": arch.key})
     unet.save_config(folder)
     named = {"metadata": {}, "weight_map": {"conv_in.weight": HOW_TO_LOAD}}
     (folder / INDEX).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-    (folder / ARCHITECTURE).write_text(arch.dumps(), encoding="utf-8")
+    with writing(folder / ARCHITECTURE) as part:
+        part.write_text(arch.dumps(), encoding="utf-8")
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -171,18 +176,40 @@ def check_free(folder: Path) -> None:
 
 @contextmanager
 def _folder_in_the_making(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that becomes it when the context ends well, and disappears when it does not."""
+    """A temporary folder beside `folder` that becomes it when the context ends well, and disappears when it does not.
+
+    One that a killed process left is emptied; UserError while another process is at it.
+    """
     folder = Path(os.path.abspath(folder))
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    part = folder.with_name(f".{folder.name}.part")
     try:
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
+        lock = _locked(part)
     except OSError as err:
         raise UserError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another --out") from None
+    if lock is None:
+        raise UserError(f"another process is writing {str(folder)!r}: wait for it, or choose another --out")
     try:
+        for left in part.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield part
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds a lock on a folder, as far as its file system has such locks; None when another process does."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:  # a network file system may lock no folders
+        pass
+    return fd
 
 
 def _changes(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:

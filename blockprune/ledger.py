@@ -59,6 +59,7 @@ REASONS = (
     "could not parse",
     "can't load plugin",
 )
+CLAIM_S = 10.0  # far more than a worker takes from taking a trial to putting its name to it
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -343,13 +344,16 @@ class Ledger:
         return str(self.study.user_attrs["asked"]["objective"])
 
     def _dead(self, trial: FrozenTrial) -> bool:
-        """True when the trial's worker was a process of this host that is gone, or has not been heard of for long."""
+        """True when the trial's worker was a process of this host that is gone, or has not been heard of for long.
+
+        One that was killed before it put its name to the trial is not waited for as long.
+        """
         host, _, process = trial.user_attrs.get("worker", "::").partition(":")
         pid, _, started = process.partition(":")
         if started and host == socket.gethostname():
             return _started(int(pid)) != started
         since = trial.user_attrs.get("beat") or (trial.datetime_start.timestamp() if trial.datetime_start else 0.0)
-        return time.time() - since > self.grace_s
+        return time.time() - since > (self.grace_s if host else min(self.grace_s, CLAIM_S))
 
 
 def _started(pid: int) -> str:

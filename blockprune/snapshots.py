@@ -34,10 +34,11 @@ class Snapshot:
 def write_snapshot(folder: Path, step: int, parts: Parts, limit: int | None = None) -> Path:
     """Writes `folder`/step-NNNNNNN with one safetensors file for each part; then the oldest beyond `limit` go.
 
-    A checkpoint of that step that is there already is replaced. What is half written has another name and is never read.
+    A checkpoint of that step that is there already is replaced. What is half written has another name and is never read; that name
+    is the same in every process, so that the run that goes on replaces what a killed one left.
     """
     target = folder / f"step-{step:07d}"
-    part = folder / f".{target.name}.{os.getpid()}.part"
+    part = folder / f".{target.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -52,9 +53,14 @@ def write_snapshot(folder: Path, step: int, parts: Parts, limit: int | None = No
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if limit is not None:
-        for old in sorted(_folders(folder))[:-limit]:
-            shutil.rmtree(old)
+        drop_oldest(folder, limit)
     return target
+
+
+def drop_oldest(folder: Path, limit: int) -> None:
+    """Removes the oldest checkpoints beyond `limit`, also those that a process was killed at removing."""
+    for old in sorted(_folders(folder))[:-limit]:
+        shutil.rmtree(old)
 
 
 def read_snapshot(folder: Path) -> tuple[Snapshot | None, list[str]]:

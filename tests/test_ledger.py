@@ -123,6 +123,20 @@ def test_a_silent_worker_of_another_host_is_dead_after_a_while(storage: BaseStor
     assert ledger.claim() is not None
 
 
+def test_a_worker_killed_while_it_took_a_trial_is_soon_dead(storage: BaseStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(storage, "s", "eps_mse", ASKED)
+    ledger.add([candidate("a")])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "set_trial_user_attr", lambda *args: None)
+        assert ledger.claim() is not None
+    now = time.time()
+    for later_s, n_failed in ((1, 0), (11, 1)):
+        monkeypatch.setattr(time, "time", lambda later_s=later_s: now + later_s)
+        ledger.recover()
+        assert len(ledger.trials(TrialState.FAIL)) == n_failed
+    assert ledger.claim() is not None
+
+
 def test_another_protocol_is_refused(storage: BaseStorage, ledger: Ledger) -> None:
     with pytest.raises(UserError, match="seed is 0 there, 1 asked"):
         Ledger(storage, "s", "eps_mse", {**ASKED, "seed": 1})

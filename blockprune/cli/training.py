@@ -21,14 +21,14 @@ from blockprune.cli.measuring import N_PICTURES, plan_of, possible
 from blockprune.cli.samples import provider_of, samples_of
 from blockprune.distill import Distiller, Settings, student_of
 from blockprune.errors import UserError
-from blockprune.export import export_pipeline, load_student, save_student
+from blockprune.export import ARCHITECTURE, export_pipeline, load_student, save_student
 from blockprune.imaging import STATISTICS, judge
 from blockprune.pricing import pipeline_costs
 from blockprune.recipe import Phase, Recipe, read_recipe
 from blockprune.records import TrainState
 from blockprune.sampling import NotFinite, Protocol, check_schedule
 from blockprune.scoring import FULL, Examiner
-from blockprune.snapshots import Snapshot, read_snapshot, write_snapshot
+from blockprune.snapshots import Snapshot, drop_oldest, read_snapshot, write_snapshot
 from blockprune.store import Run
 from blockprune.trace import trace
 from blockprune.workbench import Bench
@@ -199,12 +199,14 @@ class Training:
             for line in wrong:
                 self.err.print(line, style="red")
             out.keep(lambda row: row["step"] <= done)
+            if not wrong:
+                drop_oldest(self.folder / "checkpoints", self.opts["checkpoints_total_limit"])
             self.accelerator.init_trackers("blockprune")
         weights: Mapping[str, torch.Tensor] | None = start.parts["student"] if start else None
         total = self.plan[-1].last
         with console.WorkProgress(self.err, {"training": (total - done) * self.n_images}) as progress:
             for stretch in self.plan:
-                if stretch.last <= done and (stretch is not self.plan[-1] or (self.folder / "student").exists()):
+                if stretch.last <= done and (stretch is not self.plan[-1] or (self.folder / "student" / ARCHITECTURE).exists()):
                     continue
                 inside = start if start and start.step > stretch.first else None
                 distiller = self._distiller(stretch, weights, inside)
@@ -235,10 +237,11 @@ class Training:
             for state in distiller.run(stretch.last - stretch.first):
                 self._log(state, out, progress)
                 last = state.step == stretch.last
-                if state.step % every == 0 or last:
-                    self._snapshot(distiller, state.step)
+                # before the checkpoint: a run goes on behind its last one, and would never come back to this validation
                 if validate and state.step % validate == 0 and state.step < self.plan[-1].last:
                     self._validate(distiller.weights(averaged=True), stretch.arch, state.step, out)
+                if state.step % every == 0 or last:
+                    self._snapshot(distiller, state.step)
                 self.accelerator.wait_for_everyone()
         except FloatingPointError as err:
             kept, _ = read_snapshot(self.folder / "checkpoints")
