@@ -200,9 +200,12 @@ def test_command_says_what_is_wrong(
     model, out = exported(preset("bk-sdm-tiny")), tmp_path / "x.safetensors"
     assert "no weights file" in one_line("map-adapter", tmp_path / "no.safetensors", "--model", model, "--out", out)
     assert "no pruning/block_map.json" in one_line("map-adapter", lora, "--model", tiny_folder("sd1"), "--out", out)
-    assert "must be a .safetensors file" in one_line("map-adapter", lora, "--model", model, "--out", tmp_path)
+    assert "--out must be a file" in one_line("map-adapter", lora, "--model", model, "--out", tmp_path)
+    assert "must be a .safetensors file" in one_line("map-adapter", lora, "--model", model, "--out", tmp_path / "x.bin")
     assert "another file than the adapter" in one_line("map-adapter", lora, "--model", model, "--out", lora)
-    assert "cannot write to" in one_line("map-adapter", lora, "--model", model, "--out", lora / "x.safetensors")
+    assert "a file stands where a folder should be" in one_line(
+        "map-adapter", lora, "--model", model, "--out", lora / "x.safetensors"
+    )
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(lora.read_bytes()[:-7])
     assert "is damaged" in one_line("map-adapter", broken, "--model", model, "--out", out)
@@ -212,7 +215,7 @@ def test_command_says_what_is_wrong(
     assert "made for another model" in one_line("map-adapter", broken, "--model", model, "--out", out)
     broken.unlink()
     os.mkfifo(broken)
-    assert "is no regular file" in one_line("map-adapter", broken, "--model", model, "--out", out)
+    assert "is a pipe or a device" in one_line("map-adapter", broken, "--model", model, "--out", out)
     assert not out.exists() and {p.name for p in tmp_path.iterdir()} == {"broken.safetensors"}
 
 
@@ -279,7 +282,7 @@ def test_what_peft_needs_is_asked_for(
         return one_line("map-adapter", folder / ADAPTER, "--model", model, "--out", out)
 
     assert "of peft's kind 'IA3': only LORA" in said(peft_type="IA3")
-    assert "expected regular expressions, got (" in said(alpha_pattern={"(": 3})
+    assert "expected regular expressions, got '('" in said(alpha_pattern={"(": 3})
     assert "$.alpha_pattern: expected object" in said(alpha_pattern=[3])
     (folder / "adapter_config.json").write_text("[]")
     assert "expected object" in one_line("map-adapter", folder, "--model", model, "--out", out)

@@ -16,8 +16,8 @@ from blockprune.cli.outputs import search_view_of, write_search
 from blockprune.report.html.page import report_files
 from blockprune.store import Run, read_run
 
-LOST = {"mine": 1.0, "mid-removed": 0.001}
-HEARD = {"mine": 0.001, "mid-removed": 1.0}
+LOST = {"mine": 1.0, "mid-removed": 0.0015}
+HEARD = {"mine": 0.0015, "mid-removed": 1.0}
 
 
 def printed(folder: Path) -> str:
@@ -75,7 +75,7 @@ def test_failed_images_of_the_best_are_said(tmp_path: Path) -> None:
 
 
 def test_a_front_without_a_budget_has_no_best(tmp_path: Path) -> None:
-    folder = reports.search(tmp_path / "run", drifts={"mine": 1.0, "mid-removed": 0.001}, budget=None, pareto="params")
+    folder = reports.search(tmp_path / "run", drifts={"mine": 1.0, "mid-removed": 0.0015}, budget=None, pareto="params")
     files = written(folder)
     assert "best.json" not in files
     assert [p["label"] for p in json.loads(files["pareto.json"])["front"]] == ["mine", "mid-removed"]

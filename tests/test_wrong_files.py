@@ -112,8 +112,8 @@ READERS = {
         Reader("student/student/config.json", "export {} --out OUT"),
         Reader("exported/pruning/teacher.json", "evaluate --model {} --measures clip_score --out OUT"),
         Reader("exported/pruning/architecture.json", "evaluate --model {} --measures clip_score --out OUT"),
-        Reader("exported/pruning/block_map.json", "map-lora {}/lora.safetensors --model {} --out OUT.safetensors"),
-        Reader("exported/unet/config.json", "map-lora {}/lora.safetensors --model {} --out OUT.safetensors"),
+        Reader("exported/pruning/block_map.json", "map-adapter {}/lora.safetensors --model {} --out OUT.safetensors"),
+        Reader("exported/unet/config.json", "map-adapter {}/lora.safetensors --model {} --out OUT.safetensors"),
         Reader("exported/model_index.json", "evaluate --model {} --measures clip_score --out OUT"),
     )
 }
@@ -236,8 +236,8 @@ SHAPES: list[tuple[str, str, Any, str]] = [  # reader, path, value (... for none
     ("student/student/config.json by export", "sample_size", ..., "lacks 'sample_size'"),
     ("exported/pruning/teacher.json by evaluate", "unet.down_block_types", [], "$.unet.down_block_types"),
     ("exported/pruning/teacher.json by evaluate", "model", 7, "$.model"),
-    ("exported/pruning/block_map.json by map-lora", "moved", {"a": 7}, "$.moved"),
-    ("exported/pruning/block_map.json by map-lora", "removed", ..., "lacks 'removed'"),
+    ("exported/pruning/block_map.json by map-adapter", "moved", {"a": 7}, "$.moved"),
+    ("exported/pruning/block_map.json by map-adapter", "removed", ..., "lacks 'removed'"),
 ]
 
 

@@ -75,7 +75,7 @@ BOUNDS: Mapping[str, Bounds] = {
 LISTS = ("steps", "cfg_scale", "scheduler", "quantize", "measures", "unit")  # take several values with commas between
 NAMES = ("label", "study_name")  # become names of files or of a database's entries
 LONGEST_NAME = 200
-OUT_IS_FILE = ("report", "map-lora", "stats")
+OUT_IS_FILE = ("report", "map-adapter", "stats")
 OUT_IS_RUN = ("scan", "search", "distill", "evaluate")
 
 

@@ -98,7 +98,8 @@ def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture,
     for row in read_rows(folder, command):
         if row.get("kind") == "search":
             e = Evaluation.from_json(row)
-            yield e.score.label, e.candidate.arch, e.score
+            if e.score.measure == objective:
+                yield e.score.label, e.candidate.arch, e.score
         elif row.get("measure") == objective and row["label"] in archs:
             yield row["label"], archs[row["label"]], Score.from_json(row)
 
