@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockprune.export import load_pipeline
+    from blockprune.export.pipeline import load_pipeline
 
 __all__ = ["load_pipeline"]
 
@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
     """`load_pipeline`, imported on first use, so that the package itself loads without torch."""
     if name != "load_pipeline":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from blockprune.export import load_pipeline
+    from blockprune.export.pipeline import load_pipeline
 
     return load_pipeline

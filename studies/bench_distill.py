@@ -27,12 +27,13 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional
 
-from blockprune import presets, workbench
 from blockprune.cli.samples import provider_of, samples_of
-from blockprune.distill import Batch, Distiller, Sampler, Settings, student_of
-from blockprune.latency import peak_bytes
-from blockprune.recipe import read_recipe
-from blockprune.sampling import encode
+from blockprune.cost.latency import peak_bytes
+from blockprune.model import presets
+from blockprune.model.sampling import encode
+from blockprune.stages import inputs
+from blockprune.stages.train.distill import Batch, Distiller, Sampler, Settings, student_of
+from blockprune.stages.train.recipe import read_recipe
 
 Step = Callable[[], None]
 
@@ -55,7 +56,7 @@ class Plain:
                 modules[getattr(tap, who)].register_forward_hook(self._keep(who, getattr(tap, who)))
         side = bench.latent[0] * bench.pipe.vae_scale_factor
         self.images = torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8)
-        prompts = workbench.prompts_of(None, bench)
+        prompts = inputs.prompts_of(None, bench)
         self.captions = [prompts[i % len(prompts)] for i in range(batch_size)]
 
     def _keep(self, who: str, name: str) -> Any:
@@ -140,7 +141,7 @@ def main() -> None:
         print(f"{args.rounds} rounds of {args.steps} updates each of the plain loop, ours and the bare work")
         return
     device = torch.device(args.device)
-    bench = workbench.load_bench(args.model, args.resolution, device, torch.float32)
+    bench = inputs.load_bench(args.model, args.resolution, device, torch.float32)
     ways = ways_of(bench, args)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for step in ways.values():
@@ -154,7 +155,7 @@ def main() -> None:
         "arch": args.arch,
         "batch_size": args.batch_size,
         "mixed_precision": args.mixed_precision,
-        **workbench.made_with(device),
+        **inputs.made_with(device),
         "images_per_s": {name: float(np.median([images / s for s in rows])) for name, rows in seconds.items()},
         "over_plain": {name: [p / s for p, s in zip(seconds["plain"], rows, strict=True)] for name, rows in seconds.items()},
         "peak_bytes": {name: peak_bytes(step, device) for name, step in ways.items()},

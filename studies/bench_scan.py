@@ -38,15 +38,16 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from blockprune import checkpoints, surgery, workbench
-from blockprune.arch import Architecture
-from blockprune.denoising import NoisySamples, denoising_errors
-from blockprune.imaging import Judges
-from blockprune.records import Score
-from blockprune.sampling import Protocol, encode
-from blockprune.scan import Scan
-from blockprune.scoring import Plan
-from blockprune.trace import trace
+from blockprune.measures.denoising import NoisySamples, denoising_errors
+from blockprune.measures.examiner import Plan
+from blockprune.measures.images import Judges
+from blockprune.model import pretrained, surgery
+from blockprune.model.architecture import Architecture
+from blockprune.model.sampling import Protocol, encode
+from blockprune.model.trace import trace
+from blockprune.runs.records import Score
+from blockprune.stages import inputs
+from blockprune.stages.scan.scan import Scan
 
 MASKS = ("down_blocks.0.resnets.0", "down_blocks.2.attentions.1", "mid_block", "up_blocks.1.resnets.1", "up_blocks.3.attentions.2")
 GIB = 2**30
@@ -90,7 +91,7 @@ class Stopwatch:
 
 
 def plain_loop(
-    bench: workbench.Bench,
+    bench: inputs.Bench,
     archs: Mapping[str, Architecture],
     protocol: Protocol,
     prompts: list[str],
@@ -128,7 +129,7 @@ def plain_loop(
 
 
 def ours(
-    bench: workbench.Bench,
+    bench: inputs.Bench,
     archs: Mapping[str, Architecture],
     protocol: Protocol,
     prompts: list[str],
@@ -142,13 +143,13 @@ def ours(
 
 
 def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
-    bench = workbench.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
+    bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
     bench.pipe.set_progress_bar_config(disable=True)
     protocol = Protocol(n_images, bench.defaults["steps"], bench.defaults["cfg_scale"], 0, bench.latent)
-    prompts = workbench.prompts_of(None, bench)
+    prompts = inputs.prompts_of(None, bench)
     prompts = [prompts[i % len(prompts)] for i in range(n_images)]
     archs = {"full": Architecture(), **{name: Architecture(frozenset({name})) for name in MASKS}}
-    judges = workbench.judges_of(bench, None, None, None, None)
+    judges = inputs.judges_of(bench, None, None, None, None)
     ways = {"plain": plain_loop, "scan": ours}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -181,8 +182,8 @@ def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
 
 
 def compare_replay(n: int, rounds: int) -> dict[str, Any]:
-    bench = workbench.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
-    latents, captions = workbench.clean_latents(bench, "digits", n, 64) or (torch.empty(0), [])
+    bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
+    latents, captions = inputs.clean_latents(bench, "digits", n, 64) or (torch.empty(0), [])
     condition, _ = encode(bench.pipe, captions, bench.latent)
     samples = NoisySamples(latents, condition, DDPMScheduler.from_config(bench.pipe.scheduler.config), n, 0)
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -209,7 +210,7 @@ def compare_replay(n: int, rounds: int) -> dict[str, Any]:
 
 def price_architectures(n: int) -> dict[str, Any]:
     """Seconds to trace SD v1 and to price `n` random architectures of it."""
-    config = checkpoints.configs("sd-v1-4").unet
+    config = pretrained.configs("sd-v1-4").unet
     trace(config, (8, 8))  # imports and caches
     start = time.perf_counter()
     graph = trace(config)
@@ -270,7 +271,7 @@ def main() -> None:
     file = args.out / "bench-scan.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in parts:
-        result[name] = PARTS[name](args) | {"machine": workbench.made_with(torch.device("cpu"))}
+        result[name] = PARTS[name](args) | {"machine": inputs.made_with(torch.device("cpu"))}
         print(name, json.dumps(result[name], indent=2))
         args.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -27,14 +27,14 @@ import optuna
 from exhaustive_pairs import denoiser, space, table
 from matplotlib.figure import Figure
 
-from blockprune import presets
-from blockprune.arch import Architecture, BlockGraph
-from blockprune.ledger import Ledger, open_storage
-from blockprune.proposals import sampler_of
-from blockprune.records import Candidate, Score
-from blockprune.report.canvas import axis_title, new_figure, png, tidy, title
-from blockprune.search import Chance, Source, Strategy, search
-from blockprune.space import Space
+from blockprune.model import presets
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.reports.canvas import axis_title, new_figure, png, tidy, title
+from blockprune.runs.records import Candidate, Score
+from blockprune.stages.search.proposals import sampler_of
+from blockprune.stages.search.search import Chance, Source, Strategy, search
+from blockprune.stages.search.space import Space
+from blockprune.stages.search.trials import Ledger, open_storage
 
 BUDGETS = [
     ("71%params",),

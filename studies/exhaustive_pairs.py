@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler
 
-from blockprune import checkpoints, workbench
-from blockprune.arch import Architecture, BlockGraph
-from blockprune.budgets import parse_budget
-from blockprune.denoising import Denoiser, NoisySamples
-from blockprune.pricing import pipeline_costs
-from blockprune.sampling import encode
-from blockprune.space import Choice, Space
-from blockprune.trace import trace
+from blockprune.cost.components import pipeline_costs
+from blockprune.measures.denoising import Denoiser, NoisySamples
+from blockprune.model import pretrained
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.sampling import encode
+from blockprune.model.trace import trace
+from blockprune.stages import inputs
+from blockprune.stages.search.budget import parse_budget
+from blockprune.stages.search.space import Choice, Space
 
 PAIRS = (
     *("down_blocks.0.pair.1", "down_blocks.1.pair.0", "down_blocks.1.pair.1", "down_blocks.2.pair.0", "down_blocks.2.pair.1"),
@@ -42,7 +43,7 @@ BATCH_SIZE = 64
 
 def space(*budgets: str, units: Callable[[BlockGraph], Mapping[str, Architecture]] | None = None) -> Space:
     """The fourteen units, or others, under budgets; those in parameters are of the whole pipeline."""
-    configs = checkpoints.configs("tiny-digits")
+    configs = pretrained.configs("tiny-digits")
     latent = configs.latent(None)
     graph = trace(configs.unet, latent, configs.n_tokens)
     outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
@@ -77,8 +78,8 @@ def table(path: Path) -> dict[Choice, float]:
 
 
 def denoiser(n: int) -> Denoiser:
-    bench = workbench.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
-    clean = workbench.clean_latents(bench, None, n, BATCH_SIZE)
+    bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
+    clean = inputs.clean_latents(bench, None, n, BATCH_SIZE)
     assert clean
     condition = encode(bench.pipe, clean[1], bench.latent)[0]
     samples = NoisySamples(clean[0], condition, DDPMScheduler.from_config(bench.pipe.scheduler.config), n, seed=0)

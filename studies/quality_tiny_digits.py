@@ -26,9 +26,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from sklearn.svm import SVC
 
-from blockprune.digits import CELL_PX, EMPTY, SCENE_PX, DigitScenes
-from blockprune.features import BUILT_IN, HubDetector
-from blockprune.metrics import Stats, fid_statistic, interval, mean_statistic
+from blockprune.data.digits import CELL_PX, EMPTY, SCENE_PX, DigitScenes
+from blockprune.measures.detectors import BUILT_IN, HubDetector
+from blockprune.measures.statistics import Stats, fid_statistic, interval, mean_statistic
 
 N_SHOWN = 24
 Row = dict[str, Any]

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from quality_tiny_digits import cells, real_scenes, train_reader
 
-from blockprune import surgery, workbench
-from blockprune.arch import Architecture
-from blockprune.digits import EMPTY
-from blockprune.metrics import Statistic, fid_statistic, mean_statistic, paired_interval
-from blockprune.sampling import Protocol, draw, encode
+from blockprune.data.digits import EMPTY
+from blockprune.measures.statistics import Statistic, fid_statistic, mean_statistic, paired_interval
+from blockprune.model import surgery
+from blockprune.model.architecture import Architecture
+from blockprune.model.sampling import Protocol, draw, encode
+from blockprune.stages import inputs
 
 Row = dict[str, Any]
 
@@ -32,12 +33,12 @@ class Scenes:
     """The same held-out captions and seeds, drawn by any architecture: statistics of their FID and of the digits read."""
 
     def __init__(self, n: int) -> None:
-        self.bench = workbench.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
+        self.bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
         _, captions, self.digits = real_scenes(23, n)
         values = self.bench.defaults
         self.protocol = Protocol(n, values["steps"], values["cfg_scale"], 5000, self.bench.latent)
         self.conditions = encode(self.bench.pipe, captions, self.bench.latent)
-        self.judges = workbench.judges_of(self.bench, None, None, None, None)
+        self.judges = inputs.judges_of(self.bench, None, None, None, None)
         self.reader = train_reader(4000)
 
     def measure(self, arch: Architecture) -> dict[str, Statistic]:
@@ -99,7 +100,7 @@ def main() -> None:
         rows.append(compare(label, scenes.measure(arch), teacher, args.n))
         print(json.dumps(rows[-1]), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {"rows": rows, "machine": workbench.made_with(torch.device("cpu"))}
+    record = {"rows": rows, "machine": inputs.made_with(torch.device("cpu"))}
     (args.out / "tiny-digits-removals.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (args.out / "tiny-digits-removals.md").write_text(report(rows), encoding="utf-8")
     print(report(rows))

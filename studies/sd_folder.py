@@ -15,10 +15,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from blockprune import checkpoints
-from blockprune.arch import Architecture
-from blockprune.pricing import pipeline_costs, random_unet
-from blockprune.trace import trace
+from blockprune.cost.components import pipeline_costs, random_unet
+from blockprune.model import pretrained
+from blockprune.model.architecture import Architecture
+from blockprune.model.trace import trace
 
 
 def byte_tokenizer(n_tokens: int) -> CLIPTokenizer:
@@ -31,7 +31,7 @@ def byte_tokenizer(n_tokens: int) -> CLIPTokenizer:
 
 def write_random_pipeline(model: str, folder: Path, seed: int = 0) -> int:
     """Writes `model`'s architecture with random weights, float32; returns the bytes of its weights."""
-    configs = checkpoints.configs(model)
+    configs = pretrained.configs(model)
     torch.manual_seed(seed)
     scheduler = getattr(diffusers, configs.scheduler["_class_name"]).from_config(configs.scheduler)
     text = {k: v for k, v in configs.text["text_encoder"].items() if k not in ("architectures", "torch_dtype")}
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
     args = parser.parse_args()
     if args.dry_run:
-        configs = checkpoints.configs(args.model)
+        configs = pretrained.configs(args.model)
         others = pipeline_costs(configs, configs.latent(None)).values()
         print(f"{trace(configs.unet).total.params + sum(c.params for c in others):,} random weights, without the VAE's encoder")
         return

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 
 from steps import Step, chosen, parser_of
 
-from blockprune import checkpoints, presets
-from blockprune.arch import BlockGraph
-from blockprune.trace import trace
+from blockprune.model import presets, pretrained
+from blockprune.model.architecture import BlockGraph
+from blockprune.model.trace import trace
 
 MODEL = "CompVis/stable-diffusion-v1-4"
 BUDGETS = {"bk-sdm-base": "0.76B", "bk-sdm-small": "0.66B", "bk-sdm-tiny": "0.50B"}
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--inception", required=True, help="pytorch-fid's Inception weights")
     parser.add_argument("--tflops", type=float, default=100.0, help="sustained rate that the hours are reckoned with")
     args = parser.parse_args()
-    config = checkpoints.configs("sd-v1-4")
+    config = pretrained.configs("sd-v1-4")
     graph = trace(config.unet, config.latent(None), config.n_tokens)
     steps = chosen(plan(args, graph), args.part)
     for step in steps:

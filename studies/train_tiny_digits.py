@@ -1,9 +1,9 @@
 """Train tiny-digits, the built-in model.
 
 Question: how small a text-to-image latent diffusion pipeline, with the block structure of Stable Diffusion v1, still
-needs all of its blocks? The task is made to need them: see `blockprune.digits`.
+needs all of its blocks? The task is made to need them: see `blockprune.data.digits`.
 
-    python studies/train_tiny_digits.py --out runs/tiny-digits --model blockprune/models/tiny-digits
+    python studies/train_tiny_digits.py --out runs/tiny-digits --model blockprune/assets/models/tiny-digits
 
 About fifty minutes on one CPU core; run again, it goes on where it stopped. The scorer, the detector and the reference
 come from `train_tiny_judges.py`. Expected: `reports/tiny-digits-quality.md`.
@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from blockprune.digits import EMPTY, VOCABULARY, DigitScenes
+from blockprune.data.digits import EMPTY, VOCABULARY, DigitScenes
 
 N_SCENES = 24_000
 MAX_TOKENS = 24

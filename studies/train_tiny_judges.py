@@ -3,7 +3,7 @@
 Question: how well do an image and a caption go together, and how far is a set of images from real ones, when no
 downloaded CLIP or Inception may be had?
 
-    python studies/train_tiny_judges.py --out runs/tiny-digits --model blockprune/models/tiny-digits
+    python studies/train_tiny_judges.py --out runs/tiny-digits --model blockprune/assets/models/tiny-digits
 
 About fifteen minutes on two CPU cores; run again, it goes on where it stopped. Both are trained on scenes of the
 training digits. Expected: nine cells in ten of held-out scenes named right by the detector, and the right one of two
@@ -44,7 +44,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from blockprune.digits import EMPTY, SCENE_PX, DigitScenes, Labels, caption
+from blockprune.data.digits import EMPTY, SCENE_PX, DigitScenes, Labels, caption
 
 DETECTOR_STEPS, SCORER_STEPS = 3000, 2800
 N_REFERENCE = 2000

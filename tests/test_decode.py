@@ -13,25 +13,31 @@ from typing import Any
 
 import msgspec
 import pytest
+import report_rows
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import reports
-from blockprune import adapters, cache, checkpoints, export, ledger, model_schema, recipe, run_records, snapshots, workbench
-from blockprune.arch import Architecture, ArchitectureRecord, BlockGraph, GraphRecord
 from blockprune.cli.dossiers import dossier_of
 from blockprune.cli.trained import Trained
+from blockprune.data import encoded
 from blockprune.decode import DEPTH, Object, checked, json_lines, parse_json, read_bytes, read_json, read_toml
 from blockprune.errors import UserError
-from blockprune.ledger import Ledger, open_storage
-from blockprune.model_schema import SCHEMAS
+from blockprune.export import adapters, pipeline
+from blockprune.export.stock_config import BlockMap, BlockMapRecord
+from blockprune.model import config_schema, pretrained
+from blockprune.model.architecture import Architecture, ArchitectureRecord, BlockGraph, GraphRecord
+from blockprune.model.config_schema import SCHEMAS
+from blockprune.model.trace import trace
 from blockprune.named import check_keys
-from blockprune.protocol import Rules
-from blockprune.recipe import Recipe
-from blockprune.records import Candidate, Evaluation, Score
-from blockprune.stock import BlockMap, BlockMapRecord
-from blockprune.trace import trace
+from blockprune.runs import schema
+from blockprune.runs.records import Candidate, Evaluation, Score
+from blockprune.stages import inputs
+from blockprune.stages.evaluate.protocol import Rules
+from blockprune.stages.search import trials
+from blockprune.stages.search.trials import Ledger, open_storage
+from blockprune.stages.train import checkpoints, recipe
+from blockprune.stages.train.recipe import Recipe
 
 FIX = "mend it"
 
@@ -113,7 +119,7 @@ def test_what_is_no_toml(text: str, tmp_path: Path) -> None:
 
 
 def schemas() -> Iterator[type]:
-    for module in (adapters, cache, export, ledger, model_schema, run_records, recipe, snapshots, workbench):
+    for module in (adapters, encoded, pipeline, trials, config_schema, schema, recipe, checkpoints, inputs):
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, msgspec.Struct):
                 yield value
@@ -135,10 +141,10 @@ def test_no_schema_has_the_union_that_crashes_msgspec() -> None:
     scalars = (msgspec.inspect.IntType, msgspec.inspect.FloatType, msgspec.inspect.StrType)
     bounds = ("ge", "le", "gt", "lt", "min_length", "max_length", "pattern")
     assert len({*schemas()}) > 20
-    for schema in schemas():
-        for types in unions(msgspec.inspect.type_info(schema)):
+    for form in schemas():
+        for types in unions(msgspec.inspect.type_info(form)):
             bounded = [t for t in types if isinstance(t, scalars) and any(getattr(t, b, None) is not None for b in bounds)]
-            assert not (bounded and any(isinstance(t, msgspec.inspect.TupleType) for t in types)), schema
+            assert not (bounded and any(isinstance(t, msgspec.inspect.TupleType) for t in types)), form
 
 
 JUNK = st.one_of(
@@ -202,12 +208,12 @@ def _written(name: str, read: Callable[[Path], object]) -> Callable[[Any, Path],
 
 
 def _traced(folder: Path) -> object:
-    config = checkpoints.read_config(folder / "config.json", "unet/config.json")
+    config = pretrained.read_config(folder / "config.json", "unet/config.json")
     return trace(config, n_tokens=8)
 
 
 def _model(folder: Path) -> object:
-    return trace((found := checkpoints.configs(str(folder))).unet, found.latent(), found.n_tokens)
+    return trace((found := pretrained.configs(str(folder))).unet, found.latent(), found.n_tokens)
 
 
 def _ledger(storage_file: Path) -> object:
@@ -255,25 +261,25 @@ def _kind(form: Any) -> Callable[[Any, Path], object]:
 
 READERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
     "architecture": (lambda: Architecture(frozenset({"mid_block"})).to_json(), lambda d, _: Architecture.from_json(d)),
-    "graph": (lambda: _plain(reports.graph().to_json()), lambda d, _: BlockGraph.from_json(d)),
+    "graph": (lambda: _plain(report_rows.graph().to_json()), lambda d, _: BlockGraph.from_json(d)),
     "score": (lambda: _score().to_json(), lambda d, _: Score.from_json(d)),
     "evaluation": (lambda: _plain(_evaluation().to_json()), lambda d, _: Evaluation.from_json(d)),
     "block map": (lambda: BLOCKS, lambda d, _: BlockMap.from_json(d)),
     "recipe": (lambda: _plain(Recipe().to_json()), _kind(Recipe)),
     "protocol": (lambda: _plain({f.name: getattr(Rules(), f.name) for f in fields(Rules)}), _kind(Rules)),
     "defaults": (
-        lambda: workbench.DEFAULTS | {"detector": "x", "data": "digits"},
-        _written("blockprune.json", lambda f: workbench.defaults_of(str(f))),
+        lambda: inputs.DEFAULTS | {"detector": "x", "data": "digits"},
+        _written("blockprune.json", lambda f: inputs.defaults_of(str(f))),
     ),
     "checkpoint": (
         lambda: {"step": 3, "sha256": {"student.safetensors": "0" * 64}},
-        _written("step-0000003/checkpoint.json", snapshots.read_snapshot),
+        _written("step-0000003/checkpoint.json", checkpoints.read_snapshot),
     ),
-    "cache": (lambda: {"format": 1, "source": "x", "asked": TERMS}, _written("cache.json", cache.Cached)),
+    "cache": (lambda: {"format": 1, "source": "x", "asked": TERMS}, _written("cache.json", encoded.Cached)),
     "trained": (lambda: TRAINED, _written("run.json", Trained.of)),
     "teacher": (
         lambda: {"model": "m", "identity": "i", "unet": _plain(_config("sd1"))},
-        _written("pruning/teacher.json", export.read_teacher),
+        _written("pruning/teacher.json", pipeline.read_teacher),
     ),
     "adapter": (lambda: LORA, _lora),
     "U-Net": (lambda: _plain(_config("sd1")), _written("config.json", _traced)),
@@ -303,7 +309,7 @@ def test_a_changed_document_is_read_or_refused(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["scan", "search", "distill", "evaluate"])
 @pytest.mark.parametrize("file", ["run.json", "rows.jsonl"])
 def test_a_changed_run_is_reported_or_refused(kind: str, file: str, tmp_path: Path) -> None:
-    folder = getattr(reports, kind)(tmp_path / "run", *(("small",) if kind == "evaluate" else ()))
+    folder = getattr(report_rows, kind)(tmp_path / "run", *(("small",) if kind == "evaluate" else ()))
     text = (folder / file).read_text()
     rows = [json.loads(line) for line in text.splitlines()] if file == "rows.jsonl" else json.loads(text)
 

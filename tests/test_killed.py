@@ -24,9 +24,9 @@ from typing import Any
 import optuna
 import pytest
 
-from blockprune import store
-from blockprune.arch import Architecture
-from blockprune.ledger import open_storage
+from blockprune.model.architecture import Architecture
+from blockprune.runs import directory
+from blockprune.stages.search.trials import open_storage
 
 SEED = int(os.environ.get("BLOCKPRUNE_KILL_SEED") or random.SystemRandom().randrange(10**6))
 ROUNDS = int(os.environ.get("BLOCKPRUNE_KILL_ROUNDS") or 1)
@@ -39,7 +39,7 @@ import importlib, json, os, signal, sys
 from blockprune.cli import main
 for name in ("evaluating", "scan", "searching", "training", "outputs", "measuring"):
     importlib.import_module(f"blockprune.cli.{name}")
-for name in ("matplotlib.pyplot", "diffusers", "transformers", "blockprune.cache", "blockprune.report.canvas"):
+for name in ("matplotlib.pyplot", "diffusers", "transformers", "blockprune.data.encoded", "blockprune.reports.canvas"):
     importlib.import_module(name)
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 n_changes = 0
@@ -240,7 +240,7 @@ def _content(file: Path) -> bytes:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows without what a clock says."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "ended")} for row in store.read_rows(folder)]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "ended")} for row in directory.read_rows(folder)]
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -288,7 +288,7 @@ def test_killed_where_it_hurts_most(
 
 def scores(folder: Path, kind: str) -> dict[tuple[str, int], float]:
     """(architecture, tier) => score."""
-    tiers = [(i, tier) for row in store.read_rows(folder) if row["kind"] == kind for i, tier in enumerate(row["tiers"])]
+    tiers = [(i, tier) for row in directory.read_rows(folder) if row["kind"] == kind for i, tier in enumerate(row["tiers"])]
     found = {(tier["arch"], i): tier["value"] for i, tier in tiers}
     assert len(found) == len(tiers), "an architecture was scored twice"
     return found
@@ -304,7 +304,7 @@ def check_search(folder: Path, other: Path, tolerance: float) -> None:
     study = optuna.load_study(study_name="run", storage=open_storage(None, folder / "study.journal"))
     states = Counter(trial.state.name for trial in study.trials if trial.state.name != "FAIL")
     assert states == {"COMPLETE": N_TRIALS}, "a trial was left over"
-    rows = store.read_rows(folder)
+    rows = directory.read_rows(folder)
     for kind in ("timing", "seen"):
         looked_at = [(row["label"], row.get("measure", "")) for row in rows if row["kind"] == kind]
         assert {label for label, _ in looked_at} == {"full", *(row["tiers"][-1]["label"] for row in rows if row["kind"] == "final")}

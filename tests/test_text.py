@@ -11,16 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import report_rows
 from conftest import Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pairs import write_folder
 from transformers import CLIPTokenizer
 
-import reports
-from blockprune import captions
-from blockprune.checkpoints import BUILT_IN
 from blockprune.cli import main
+from blockprune.data import captions
+from blockprune.model.pretrained import BUILT_IN
 
 QUICK = ["--measures", "eps_mse", "--n-images", "2", "--steps", "1", "--eps-samples", "2", "--unit", "stage"]
 
@@ -69,7 +69,7 @@ def test_a_terminal_that_knows_few_characters_is_written_to(encoding: str, monke
 
 
 def test_a_page_is_written_where_the_locale_knows_ascii_only(tmp_path: Path) -> None:
-    run = reports.evaluate(tmp_path / "数字 run", "数字 → \udcff")
+    run = report_rows.evaluate(tmp_path / "数字 run", "数字 → \udcff")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}
     env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "blockprune", "report", str(run), "--out", str(tmp_path / "page.html")]

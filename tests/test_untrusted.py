@@ -19,13 +19,14 @@ import torch
 from test_features import StandInInception, save_clip, save_resnet
 
 import blockprune
-from blockprune import checkpoints, features
-from blockprune.arch import Architecture
-from blockprune.card import model_card
-from blockprune.data import read_reference
+from blockprune.data.image_folder import read_reference
 from blockprune.errors import UserError
-from blockprune.features import HubDetector, InceptionDetector, PytorchFidDetector, Scorer, load_detector
-from blockprune.snapshots import file_digest
+from blockprune.export.model_card import model_card
+from blockprune.measures import detectors
+from blockprune.measures.detectors import HubDetector, InceptionDetector, PytorchFidDetector, Scorer, load_detector
+from blockprune.model import pretrained
+from blockprune.model.architecture import Architecture
+from blockprune.stages.train.checkpoints import file_digest
 
 Folder = Callable[[str], Path]
 
@@ -69,13 +70,13 @@ def test_a_bomb_is_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_pickled_weights_of_a_model_are_not_opened(part: str, model: Path, mark: Path) -> None:
-    stem = checkpoints.WEIGHTS[part]
+    stem = pretrained.WEIGHTS[part]
     pickled = "pytorch_model.bin" if part == "text_encoder" else f"{stem}.bin"
     torch.save({"x": Bomb(mark)}, model / part / pickled)
-    assert checkpoints.load(str(model)) is not None
+    assert pretrained.load(str(model)) is not None
     (model / part / f"{stem}.safetensors").unlink()
     with pytest.raises(UserError, match=r"pickled \.bin files are not read"):
-        checkpoints.load(str(model))
+        pretrained.load(str(model))
 
 
 @pytest.mark.parametrize("part", ["safety_checker", "image_encoder"])
@@ -84,7 +85,7 @@ def test_pickled_weights_of_parts_that_are_not_needed_are_not_opened(part: str, 
     torch.save({"x": Bomb(mark)}, model / part / "pytorch_model.bin")
     (model / part / "config.json").write_text('{"model_type": "clip"}')
     edit(model / "model_index.json", **{part: ["transformers", "CLIPVisionModelWithProjection"]})
-    read_or_refuse(lambda: checkpoints.load(str(model)))
+    read_or_refuse(lambda: pretrained.load(str(model)))
 
 
 def read_or_refuse(read: Callable[[], object]) -> None:
@@ -145,8 +146,8 @@ def test_code_beside_a_model_runs_nowhere(name: str, change: dict[str, object], 
         for module in ("evil", "None", "pipeline", "modeling_evil"):
             write_module(folder, module, mark)
     edit(model / name, **change)
-    read_or_refuse(lambda: checkpoints.configs(str(model)))
-    read_or_refuse(lambda: checkpoints.load(str(model)))
+    read_or_refuse(lambda: pretrained.configs(str(model)))
+    read_or_refuse(lambda: pretrained.load(str(model)))
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -203,7 +204,7 @@ def test_no_other_inception_than_the_published_one_is_run(inception: Path, mark:
 
 
 def test_such_an_inception_would_run(inception: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "INCEPTION_SHA256", file_digest(inception))
+    monkeypatch.setattr(detectors, "INCEPTION_SHA256", file_digest(inception))
     assert InceptionDetector(inception).n_features == 2048
     mark.unlink()
 

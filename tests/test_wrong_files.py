@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import report_rows
 import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from test_cli_scan import main_in_process, pictures
 
-import reports
-from blockprune import checkpoints, surgery
-from blockprune.arch import Architecture
-from blockprune.export import export_pipeline, save_student
+from blockprune.export.pipeline import export_pipeline, save_student
+from blockprune.model import pretrained, surgery
+from blockprune.model.architecture import Architecture
 
 Folder = Callable[[str], Path]
 OneLine = Callable[..., str]
@@ -40,9 +40,9 @@ DEFAULTS = {"n_images": 2, "steps": 1, "cfg_scale": 3.0, "batch_size": 2, "eps_s
 def sources(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one sound example of everything that is read."""
     root = tmp_path_factory.mktemp("sources")
-    for make in (reports.scan, reports.search, reports.distill):
+    for make in (report_rows.scan, report_rows.search, report_rows.distill):
         make(root / make.__name__)
-    reports.evaluate(root / "evaluate", "small", reports.STUDENT)
+    report_rows.evaluate(root / "evaluate", "small", report_rows.STUDENT)
     shutil.copytree(tiny_folder("sd1"), root / "model")
     (root / "model" / "blockprune.json").write_text(json.dumps(DEFAULTS))
     (root / "arch").mkdir()
@@ -50,7 +50,7 @@ def sources(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Pa
     (root / "toml").mkdir()
     (root / "toml" / "recipe.toml").write_text(RECIPE)
     (root / "toml" / "protocol.toml").write_text(PROTOCOL)
-    pipe = checkpoints.load(str(tiny_folder("sd1")))
+    pipe = pretrained.load(str(tiny_folder("sd1")))
     student = surgery.prune(pipe.unet, STUDENT)
     save_student(student, STUDENT, root / "student" / "student")
     (root / "student" / "card.json").write_text('{"steps": 77}')
@@ -386,7 +386,7 @@ def test_a_last_row_that_a_kill_has_torn_is_made_again(
     "change", [{"mu": None}, {"mu": np.array("x")}, {"sigma": np.ones(3)}, {"sigma": np.full((64, 64), 1j)}, {"mu": np.array(1.0)}]
 )
 def test_statistics_of_wrong_arrays(change: dict[str, Any], tmp_path: Path, one_line: OneLine) -> None:
-    arrays = dict(np.load(checkpoints.BUILT_IN["tiny-digits"] / "reference.npz")) | change
+    arrays = dict(np.load(pretrained.BUILT_IN["tiny-digits"] / "reference.npz")) | change
     np.savez(tmp_path / "stats.npz", **{k: v for k, v in arrays.items() if v is not None})
     argv = ("evaluate", "--measures", "fid", *SMALL, "--reference", tmp_path / "stats.npz", "--out", tmp_path / "out")
     assert "stats.npz" in one_line(*argv)

@@ -18,8 +18,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from blockprune import latency, surgery
-from blockprune.checkpoints import silence
+from blockprune.cost import latency
+from blockprune.model import surgery
+from blockprune.model.pretrained import silence
 
 KINDS = ("sd1", "sd2", "sdxl")  # and "sd1-v": SD v1 trained to predict the velocity
 N_TOKENS = 24

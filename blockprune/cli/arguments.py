@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from blockprune.cli.edge import one_line_errors
 from blockprune.errors import UserError
-from blockprune.store import check_file, check_folder, check_run_folder
+from blockprune.runs.directory import check_file, check_folder, check_run_folder
 
 SHOWN = 60
 WHOLE = re.compile(r"[+-]?[0-9]{1,400}")

@@ -26,20 +26,22 @@ def cache(
     dtype: options.Dtype = "float32",
 ) -> None:
     """Encode the images and captions of training data, for `distill`; several processes may share the work."""
-    from blockprune import cache as caches
-    from blockprune import checkpoints, pairs, workbench
     from blockprune.cli import console
+    from blockprune.data import encoded as caches
+    from blockprune.data import training_data
+    from blockprune.model import pretrained
+    from blockprune.stages import inputs
 
-    data = workbench.training_data(model, data, "--data")
-    config = checkpoints.configs(model)
+    data = inputs.training_data(model, data, "--data")
+    config = pretrained.configs(model)
     height, width = (side * config.vae_factor for side in config.latent(resolution))
     if height != width:
         raise UserError(f"a cache needs a square resolution: got {height}x{width}")
-    reader = pairs.Reader(pairs.source_of(data, height, n_images))
-    pipe = checkpoints.load(model, options.device_of(device), options.dtype_of(dtype))
+    reader = training_data.Reader(training_data.source_of(data, height, n_images))
+    pipe = pretrained.load(model, options.device_of(device), options.dtype_of(dtype))
     folder = out or options.default_out("cache", Path(model).name)
     left = caches.unfinished(folder, len(reader), shard_size)
-    teacher = checkpoints.identity(model)
+    teacher = pretrained.identity(model)
     with console.WorkProgress(console.make_console(stderr=True), left) as progress:
         said = caches.write_cache(
             pipe, reader, folder, shard_size, teacher=teacher, flip=flip, chunk=batch_size, tick=progress.tick

@@ -14,14 +14,14 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingCo
 from rich.table import Table
 from rich.text import Text
 
-from blockprune.arch import Cost
-from blockprune.records import MEASURES, Candidate, Evaluation
-from blockprune.report import ScanView, ranking
-from blockprune.report.captions import caption_title, warning
-from blockprune.report.search_text import against, in_answer
-from blockprune.report.search_view import SearchView
-from blockprune.report.text import agreement, correlation_text, count, number, scan_step_time, step_time, with_interval
-from blockprune.report.view import QUALITY
+from blockprune.model.architecture import Cost
+from blockprune.reports import ScanView, ranking
+from blockprune.reports.captions import caption_title, warning
+from blockprune.reports.search_text import against, in_answer
+from blockprune.reports.search_view import SearchView
+from blockprune.reports.text import agreement, correlation_text, count, number, scan_step_time, step_time, with_interval
+from blockprune.reports.view import QUALITY
+from blockprune.runs.records import MEASURES, Candidate, Evaluation
 
 NOT_A_TERMINAL_WIDTH = 160
 

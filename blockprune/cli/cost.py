@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockprune.arch import CONVENTIONS, Architecture, BlockGraph, Cost
 from blockprune.cli import options
 from blockprune.errors import UserError
+from blockprune.model.architecture import CONVENTIONS, Architecture, BlockGraph, Cost
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blockprune.checkpoints import Configs
-    from blockprune.latency import Timing
+    from blockprune.cost.latency import Timing
+    from blockprune.model.pretrained import Configs
 
 
 def cost(
@@ -41,11 +41,11 @@ def cost(
 
     Whole: text encoders once, the U-Net per step, the VAE decoder once; one image, no doubling for guidance.
     """
-    from blockprune.checkpoints import configs
-    from blockprune.presets import parse
-    from blockprune.pricing import component_costs, pipeline_costs, unet_inputs
-    from blockprune.pricing import verify as verified
-    from blockprune.trace import trace
+    from blockprune.cost.components import component_costs, pipeline_costs, unet_inputs
+    from blockprune.cost.components import verify as verified
+    from blockprune.model.presets import parse
+    from blockprune.model.pretrained import configs
+    from blockprune.model.trace import trace
 
     convention, archs = options.convention(macs), arch or ["full"]
     if len(archs) > 1 and not components:
@@ -100,7 +100,7 @@ def _time_components(
     parts: Configs, students: Mapping[str, Architecture], latent: tuple[int, int], steps: int, rounds: int, device: Any, dtype: Any
 ) -> dict[str, dict[str, Timing]]:
     """Each part of the teacher and of every student, in turn; students are masks on one U-Net of random weights."""
-    from blockprune.pricing import random_unet, time_components
+    from blockprune.cost.components import random_unet, time_components
 
     unet = random_unet(parts.unet, Architecture(), device, dtype)
     masked = {"teacher": (unet, Architecture())} | {text: (unet, arch) for text, arch in students.items() if arch}
@@ -117,7 +117,7 @@ def _print_components(
 ) -> None:
     from blockprune.cli.console import print_components
     from blockprune.cli.outputs import component_row
-    from blockprune.pricing import component_title
+    from blockprune.cost.components import component_title
 
     rows = [
         component_row(component_title(name, steps), who, cost, timings[name][who].median_s if timings else None)
@@ -147,9 +147,9 @@ def _reductions(full: Mapping[str, Cost], kept: Mapping[str, Cost]) -> dict[str,
 
 
 def _measure(parts: Configs, student: Architecture, inputs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    from blockprune.latency import measure, ratio
-    from blockprune.pricing import random_unet
-    from blockprune.surgery import removed
+    from blockprune.cost.components import random_unet
+    from blockprune.cost.latency import measure, ratio
+    from blockprune.model.surgery import removed
 
     sample = inputs["sample"]
     unet = random_unet(parts.unet, Architecture(), sample.device, sample.dtype)
@@ -168,7 +168,7 @@ def _print(
 ) -> None:
     from rich.table import Table
 
-    from blockprune.pricing import component_title
+    from blockprune.cost.components import component_title
 
     table = Table(title=f"{data['model']}, student: {data['label']}", title_justify="left")
     for name in ("", "params: teacher", "student", "saved", f"MACs ({convention}): teacher", "student", "saved"):

@@ -8,15 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from blockprune.arch import Architecture, BlockGraph
 from blockprune.cli import outputs
 from blockprune.errors import UserError
-from blockprune.records import MEASURES, Score
-from blockprune.report.dossier import Component, Dossier, ModelView, Setting, TrainingView, View
-from blockprune.report.search_view import SearchView
-from blockprune.report.view import ScanView
-from blockprune.run_records import RUNS, check_row
-from blockprune.store import read_rows, read_run
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.reports.dossier import Component, Dossier, ModelView, Setting, TrainingView, View
+from blockprune.reports.search_view import SearchView
+from blockprune.reports.view import ScanView
+from blockprune.runs.directory import read_rows, read_run
+from blockprune.runs.records import MEASURES, Score
+from blockprune.runs.schema import RUNS, check_row
 
 
 def dossier_of(folders: Sequence[Path], allow_mismatch: bool = False) -> Dossier:

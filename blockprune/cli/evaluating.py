@@ -11,13 +11,13 @@ from typing import Any
 
 from blockprune.cli import console, measuring, outputs, timing
 from blockprune.cli.job import Job
-from blockprune.evaluate import Drawn, Evaluator, in_order
-from blockprune.imaging import STATISTICS, failed, judge
-from blockprune.latency import weight_bytes
-from blockprune.protocol import Setting, read_protocol
-from blockprune.records import Score
-from blockprune.sampling import NotFinite
-from blockprune.store import Claims, Run
+from blockprune.cost.latency import weight_bytes
+from blockprune.measures.images import STATISTICS, failed, judge
+from blockprune.model.sampling import NotFinite
+from blockprune.runs.directory import Claims, Run
+from blockprune.runs.records import Score
+from blockprune.stages.evaluate.evaluator import Drawn, Evaluator, in_order
+from blockprune.stages.evaluate.protocol import Setting, read_protocol
 
 POLL_S = 0.3
 

@@ -12,7 +12,7 @@ import typer
 from blockprune.errors import UserError
 
 if TYPE_CHECKING:
-    from blockprune.arch import Architecture
+    from blockprune.model.architecture import Architecture
 
 
 def export(
@@ -26,9 +26,9 @@ def export(
 
     Where a stock configuration can describe the student, any diffusers loads the folder; else `blockprune.load_pipeline` does.
     """
-    from blockprune.checkpoints import identity, load
-    from blockprune.export import check_free, export_pipeline, load_student, read_architecture
-    from blockprune.stock import Stock
+    from blockprune.export.pipeline import check_free, export_pipeline, load_student, read_architecture
+    from blockprune.export.stock_config import Stock
+    from blockprune.model.pretrained import identity, load
 
     check_free(out)
     folder = _student_folder(student)
@@ -48,7 +48,7 @@ def export(
 
 def _student_folder(given: Path) -> Path:
     """The folder that holds the student itself."""
-    from blockprune.export import ARCHITECTURE
+    from blockprune.export.pipeline import ARCHITECTURE
 
     for folder in (given, given / "student"):
         if (folder / ARCHITECTURE).is_file():
@@ -58,7 +58,7 @@ def _student_folder(given: Path) -> Path:
 
 
 def _teacher_of(run: Path) -> str:
-    from blockprune.store import read_run
+    from blockprune.runs.directory import read_run
 
     asked = read_run(run).get("asked") if (run / "run.json").is_file() else None
     model = asked.get("teacher_model") if isinstance(asked, Mapping) else None
@@ -77,7 +77,7 @@ def _card_of(run: Path) -> dict[str, Any]:
 
 def _named(model: str) -> dict[str, str]:
     """What the card calls the teacher: a hub id also as its base model, a local path by its last part."""
-    from blockprune.checkpoints import ALIASES
+    from blockprune.model.pretrained import ALIASES
 
     if model in ALIASES:
         return {"teacher": model, "base_model": ALIASES[model].repo}
@@ -87,8 +87,8 @@ def _named(model: str) -> dict[str, str]:
 
 
 def _costs(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
-    from blockprune.arch import Architecture
-    from blockprune.trace import trace
+    from blockprune.model.architecture import Architecture
+    from blockprune.model.trace import trace
 
     graph = trace(config)
     return {"teacher": graph.cost(Architecture()).to_json(), "student": graph.cost(graph.check(arch)).to_json()}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockprune.arch import KINDS, Block, BlockGraph
 from blockprune.cli import options
+from blockprune.model.architecture import KINDS, Block, BlockGraph
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +30,8 @@ def graph(
     as_json: options.AsJson = False,
 ) -> None:
     """Show the U-Net block by block: shapes, parameters, multiply-adds, how each can be removed, its skip."""
-    from blockprune.checkpoints import configs
-    from blockprune.trace import trace
+    from blockprune.model.pretrained import configs
+    from blockprune.model.trace import trace
 
     convention = options.convention(macs)
     parts = configs(model)

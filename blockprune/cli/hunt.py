@@ -10,23 +10,25 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from blockprune import latency, surgery, workbench
-from blockprune.arch import Architecture
 from blockprune.cli import options, outputs
 from blockprune.cli.measuring import plan_of, terms
 from blockprune.cli.problem import Problem
 from blockprune.cli.samples import provider_of, samples_of
-from blockprune.distill import Distiller, Sampler, Settings, student_of
+from blockprune.cost import latency
+from blockprune.cost.components import unet_inputs
 from blockprune.errors import UserError
-from blockprune.imaging import Judges
-from blockprune.ledger import Ledger, open_storage
-from blockprune.pricing import unet_inputs
-from blockprune.recipe import read_recipe
-from blockprune.records import Candidate, Evaluation, Score
-from blockprune.sampling import NotFinite
-from blockprune.scoring import DENOISING, Arrays, Examiner, Objective, Plan, check_kept
-from blockprune.search import Chance, Listed, Tiers, finalists, search
-from blockprune.workbench import Bench
+from blockprune.measures.examiner import DENOISING, Arrays, Examiner, Objective, Plan, check_kept
+from blockprune.measures.images import Judges
+from blockprune.model import surgery
+from blockprune.model.architecture import Architecture
+from blockprune.model.sampling import NotFinite
+from blockprune.runs.records import Candidate, Evaluation, Score
+from blockprune.stages import inputs
+from blockprune.stages.inputs import Bench
+from blockprune.stages.search.search import Chance, Listed, Tiers, finalists, search
+from blockprune.stages.search.trials import Ledger, open_storage
+from blockprune.stages.train.distill import Distiller, Sampler, Settings, student_of
+from blockprune.stages.train.recipe import read_recipe
 
 FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck does not win again
 MAX_FINAL = 10**6  # samples of a finalist
@@ -101,7 +103,7 @@ class Hunt:
         n_images = self.plan.protocol.n_images * (factor if self.needs_teacher else 1)
         protocol = replace(self.plan.protocol, seed=seed, n_images=n_images)
         n_noisy = self.plan.n_noisy * factor
-        clean = self.plan.clean and workbench.clean_latents(self.bench, self.opts["data"], n_noisy, self.plan.batch_size)
+        clean = self.plan.clean and inputs.clean_latents(self.bench, self.opts["data"], n_noisy, self.plan.batch_size)
         return replace(self.plan, protocol=protocol, n_noisy=n_noisy, clean=clean)
 
     @property
@@ -188,8 +190,8 @@ def hunt(opts: Mapping[str, Any], folder: Path) -> Hunt:
     """The search that the options say, its model loaded."""
     device, dtype = options.device_of(opts["device"]), options.dtype_of(opts["dtype"])
     if opts["recover"]:
-        opts = {**opts, "train_data": workbench.training_data(opts["model"], opts["train_data"], "--train-data")}
-    bench = workbench.load_bench(opts["model"], opts["resolution"], device, dtype)
+        opts = {**opts, "train_data": inputs.training_data(opts["model"], opts["train_data"], "--train-data")}
+    bench = inputs.load_bench(opts["model"], opts["resolution"], device, dtype)
     filled = dict(opts) | {name: value for name, value in bench.defaults.items() if opts.get(name) is None}
     largest = max(filled["n_images"], filled["eps_samples"]) * filled["final_factor"]
     if largest > MAX_FINAL:

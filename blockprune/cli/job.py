@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from blockprune import checkpoints, workbench
-from blockprune.arch import Architecture
 from blockprune.cli import measuring, options
 from blockprune.cli.trained import Trained
+from blockprune.cost.components import pipeline_costs
 from blockprune.errors import UserError
-from blockprune.imaging import NEEDS, STATISTICS, Judges, check_judges
-from blockprune.pricing import pipeline_costs
-from blockprune.protocol import FIDS, Rules, Setting, grid, protocol_hash
-from blockprune.quantize import check_quantizer, quantized
-from blockprune.sampling import Protocol, check_schedule, scheduler_name
-from blockprune.workbench import Subject
+from blockprune.measures.images import NEEDS, STATISTICS, Judges, check_judges
+from blockprune.model import pretrained
+from blockprune.model.architecture import Architecture
+from blockprune.model.quantize import check_quantizer, quantized
+from blockprune.model.sampling import Protocol, check_schedule, scheduler_name
+from blockprune.stages import inputs
+from blockprune.stages.evaluate.protocol import FIDS, Rules, Setting, grid, protocol_hash
+from blockprune.stages.inputs import Subject
 
 UNJUDGED = ("feature_distance",)  # needs the teacher's own images
 
@@ -36,7 +37,7 @@ class Job:
                 check_quantizer(name)
         self.trained = Trained.of(opts["checkpoints"]) if opts["checkpoints"] else None
         self.measures = self._measures()
-        self.reference, self.prompts_file = workbench.laid_out(rules, opts["reference"], opts["prompts"])
+        self.reference, self.prompts_file = inputs.laid_out(rules, opts["reference"], opts["prompts"])
         self._check_detector()
         for steps, cfg, name in itertools.product(opts["steps"] or [1], opts["cfg_scale"] or [1.0], opts["scheduler"] or [""]):
             Protocol(1 if opts["n_images"] is None else opts["n_images"], steps, cfg, opts["seed"], (1, 1), name)
@@ -77,19 +78,19 @@ class Job:
         place = options.device_of(opts["device"]), options.dtype_of(opts["dtype"])
         resolution = opts["resolution"] or self.rules.resolution or None
         if trained is None:
-            return workbench.load_subject(opts["model"] or "tiny-digits", opts["arch"], resolution, *place)
+            return inputs.load_subject(opts["model"] or "tiny-digits", opts["arch"], resolution, *place)
         if opts["arch"] != "full":
             raise UserError("--checkpoints says what is removed: leave out --arch")
         model = opts["model"] or trained.teacher
-        if checkpoints.identity(model) != trained.teacher_id:
+        if pretrained.identity(model) != trained.teacher_id:
             raise UserError(f"{model!r} is not the teacher of the run in {str(trained.folder)!r}: give that as --model")
-        whole = workbench.load_subject(model, "full", resolution, *place)
+        whole = inputs.load_subject(model, "full", resolution, *place)
         arch = trained.archs[max(trained.places)]
         return replace(whole, arch=arch, teacher=model, teacher_id=whole.identity)
 
     def _prompts(self) -> list[str]:
         """The prompt of each image."""
-        found = workbench.prompts_of(self.prompts_file, self.subject)
+        found = inputs.prompts_of(self.prompts_file, self.subject)
         if not self.rules.cycle_prompts and len(found) < self.n_images:
             raise UserError(
                 f"the protocol takes a prompt of its own for each of {self.n_images:,} images: got {len(found):,} prompts; "
@@ -102,12 +103,12 @@ class Job:
         detector = FIDS["legacy_pytorch"] if self.rules.fid == "legacy_pytorch" else opts["detector"]
         clip = _first(opts["clip"], self.rules.clip or None, self.subject.defaults.get("clip"))
         if not needs & {"detector", "reference"}:
-            judges = Judges(scorer=workbench.judges_of(self.without_defaults, None, None, clip, None).scorer)
+            judges = Judges(scorer=inputs.judges_of(self.without_defaults, None, None, clip, None).scorer)
         else:
             subject = self.subject if "scorer" in needs else replace(self.subject, defaults=_less(self.subject.defaults, "clip"))
-            read = workbench.reference_reader(self.rules)
+            read = inputs.reference_reader(self.rules)
             wanted = self.reference if "reference" in needs else None
-            judges = workbench.judges_of(
+            judges = inputs.judges_of(
                 subject, detector, opts["inception_weights"], clip if "scorer" in needs else None, wanted, read
             )
         judges = replace(judges, is_splits=self.rules.is_splits)
@@ -120,7 +121,7 @@ class Job:
 
     @property
     def without_defaults(self) -> Subject:
-        return replace(self.subject, defaults=_less(self.subject.defaults, *workbench.PATHS))
+        return replace(self.subject, defaults=_less(self.subject.defaults, *inputs.PATHS))
 
     @cached_property
     def settings(self) -> Sequence[Setting]:
@@ -135,7 +136,7 @@ class Job:
         """Everything that must be equal for two runs to be compared, with a hash over it."""
         pipe = self.subject.pipe
         terms: dict[str, Any] = {"n_images": self.n_images, "seed": self.opts["seed"], **self.rules.judged()}
-        terms |= {**workbench.describe(self.judges), "prompts": workbench.fingerprint(self.prompts)}
+        terms |= {**inputs.describe(self.judges), "prompts": inputs.fingerprint(self.prompts)}
         terms |= {"latent": list(self.subject.latent), "device_type": pipe.device.type, "dtype": self.opts["dtype"]}
         name = self.opts["protocol"]
         return {"name": Path(name).stem if name.endswith(".toml") else name, "hash": protocol_hash(terms), **terms}
@@ -159,7 +160,7 @@ class Job:
         n = min(measuring.N_PICTURES, self.n_images)
         resolved = [setting.to_json() | {"scheduler": scheduler_name(pipe, setting.scheduler)} for setting in self.settings]
         return {
-            "made_with": workbench.made_with(pipe.device),
+            "made_with": inputs.made_with(pipe.device),
             "label": self.label,
             "model": self.opts["model"] or s.name,
             "teacher": s.teacher,

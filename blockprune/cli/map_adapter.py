@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from blockprune.adapters import Mapped
+    from blockprune.export.adapters import Mapped
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 
@@ -31,8 +31,8 @@ def map_adapter(
     """Rename a teacher's LoRA or IP-Adapter for its student: what adapts a removed block goes, the rest follows its block."""
     from safetensors import safe_open
 
-    from blockprune.checkpoints import header
     from blockprune.decode import Object, read_json
+    from blockprune.model.pretrained import header
 
     source = adapter / WEIGHTS if adapter.is_dir() else adapter
     if out.suffix != ".safetensors" or out.is_dir():
@@ -53,9 +53,10 @@ def map_adapter(
 
 
 def _map(tensors: Mapping[str, Tensor], model: Path, metadata: Mapping[str, str], config: Mapping[str, object] | None) -> Mapped:
-    from blockprune import adapters, ip_adapter, surgery
-    from blockprune.arch import Architecture
-    from blockprune.export import exported_skeleton, read_block_map, read_teacher
+    from blockprune.export import adapters, ip_adapter
+    from blockprune.export.pipeline import exported_skeleton, read_block_map, read_teacher
+    from blockprune.model import surgery
+    from blockprune.model.architecture import Architecture
 
     blocks = read_block_map(model)
     if not ip_adapter.is_ip_adapter(tensors):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockprune.arch import CONVENTIONS
 from blockprune.errors import UserError
-from blockprune.store import check_run_folder
+from blockprune.model.architecture import CONVENTIONS
+from blockprune.runs.directory import check_run_folder
 
 if TYPE_CHECKING:
     import torch

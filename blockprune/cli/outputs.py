@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blockprune.arch import CONVENTIONS, Architecture, BlockGraph, Cost
-from blockprune.budgets import parse_budget
 from blockprune.decode import read_bytes, regular_file
 from blockprune.errors import UserError
-from blockprune.records import Evaluation, Score, timed_in_turn
-from blockprune.report import ScanView, to_csv, to_json, to_markdown
-from blockprune.report.search_view import SearchView
-from blockprune.run_records import EvaluateRun, ScanRun, SearchRun
-from blockprune.store import Run, read_rows, read_run
+from blockprune.model.architecture import CONVENTIONS, Architecture, BlockGraph, Cost
+from blockprune.reports import ScanView, to_csv, to_json, to_markdown
+from blockprune.reports.search_view import SearchView
+from blockprune.runs.directory import Run, read_rows, read_run
+from blockprune.runs.records import Evaluation, Score, timed_in_turn
+from blockprune.runs.schema import EvaluateRun, ScanRun, SearchRun
+from blockprune.stages.search.budget import parse_budget
 
 Arrays = dict[str, NDArray[Any]]
 MAX_PART_BYTES = 2**36
@@ -143,9 +143,9 @@ def search_view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None
 def write_search(run: Run) -> SearchView:
     """Writes finalists.csv, report.md and the figures, pareto.json for a front, best.json unless there are no budgets to be best
     within; returns what they were made from. A search that found nothing raises UserError and writes nothing."""
-    from blockprune.report import search_text
-    from blockprune.report.canvas import png
-    from blockprune.report.search_figures import search_figures
+    from blockprune.reports import search_text
+    from blockprune.reports.canvas import png
+    from blockprune.reports.search_figures import search_figures
 
     view, names = search_view_of(run.path), []
     quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
@@ -207,8 +207,8 @@ def _evaluation_csv(view: Mapping[str, Any]) -> str:
 
 def write_curves(run: Run) -> None:
     """Writes losses.png and, where there was a validation, validation.png."""
-    from blockprune.report.canvas import png
-    from blockprune.report.curves import curves
+    from blockprune.reports.canvas import png
+    from blockprune.reports.curves import curves
 
     for name, figure in curves(run.rows()):
         run.write(name, png(figure))
@@ -234,8 +234,8 @@ def view_of(folder: Path, rows: Sequence[Mapping[str, Any]] | None = None, unrea
 
 def write_reports(run: Run) -> ScanView:
     """Writes scan.csv, scan.json, report.md and the figures; returns what they were made from."""
-    from blockprune.report.canvas import png
-    from blockprune.report.figures import figures
+    from blockprune.reports.canvas import png
+    from blockprune.reports.figures import figures
 
     view, names = view_of(run.path), []
     for name, figure in figures(view):

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from blockprune import checkpoints, presets
-from blockprune.arch import Architecture, BlockGraph
-from blockprune.budgets import Budget, parse_budget
+from blockprune.cost.components import pipeline_costs
 from blockprune.errors import UserError
-from blockprune.pricing import pipeline_costs
-from blockprune.report.view import PAIRED
-from blockprune.search import Strategy
-from blockprune.space import Space
+from blockprune.model import presets, pretrained
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.reports.view import PAIRED
+from blockprune.stages.search.budget import Budget, parse_budget
+from blockprune.stages.search.search import Strategy
+from blockprune.stages.search.space import Space
 
 N_EXACT = 8
 SWEEP = (90, 80, 70, 60, 50, 40, 30)
@@ -64,7 +64,7 @@ class Problem:
     def outside_params(self) -> int:
         """Parameters of the pipeline outside its U-Net, as the papers count them."""
         latent = (self.graph.latent[1], self.graph.latent[2])
-        return sum(c.params for c in pipeline_costs(checkpoints.configs(self.opts["model"]), latent).values())
+        return sum(c.params for c in pipeline_costs(pretrained.configs(self.opts["model"]), latent).values())
 
     def budget(self, text: str) -> Budget:
         return parse_budget(

@@ -26,8 +26,8 @@ def report(
     convention = options.convention(macs)
     others = _free(out)
     from blockprune.cli.dossiers import dossier_of
-    from blockprune.report.html.page import report_files
-    from blockprune.store import writing
+    from blockprune.reports.html.page import report_files
+    from blockprune.runs.directory import writing
 
     dossier = dossier_of(runs, allow_mismatch)
     files = report_files(dossier, convention)
@@ -44,7 +44,7 @@ def report(
 
 def _free(out: Path) -> list[Path]:
     """The files beside the page. Raises UserError where these would replace what no report has written."""
-    from blockprune.report.results import MADE_BY
+    from blockprune.reports.results import MADE_BY
 
     if out.is_dir():
         raise UserError(f"--out must be a file: {str(out)!r} is a directory; say {str(out / 'report.html')!r}")

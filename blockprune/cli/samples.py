@@ -8,12 +8,12 @@ from typing import Any
 
 from diffusers import DDPMScheduler
 
-from blockprune.cache import Cached, Live, Provider, Remembered
-from blockprune.distill import Sampler
+from blockprune.data.encoded import Cached, Live, Provider, Remembered
+from blockprune.data.training_data import Reader, source_of
 from blockprune.errors import UserError
-from blockprune.families import family_of
-from blockprune.pairs import Reader, source_of
-from blockprune.workbench import Bench
+from blockprune.model.families import family_of
+from blockprune.stages.inputs import Bench
+from blockprune.stages.train.distill import Sampler
 
 
 def provider_of(bench: Bench, data: str) -> Provider:

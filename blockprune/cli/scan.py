@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockprune.arch import Architecture, BlockGraph
 from blockprune.cli import options
 from blockprune.cli.measuring import plan_of, terms
 from blockprune.errors import UserError
-from blockprune.records import Score, measure
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.runs.records import Score, measure
 
 if TYPE_CHECKING:
     from blockprune.cli.console import WorkProgress
-    from blockprune.scoring import Plan
-    from blockprune.store import Run
-    from blockprune.workbench import Bench
+    from blockprune.measures.examiner import Plan
+    from blockprune.runs.directory import Run
+    from blockprune.stages.inputs import Bench
 
 
 def scan(
@@ -48,11 +48,11 @@ def scan(
 ) -> None:
     """Score the teacher and every single removal, without retraining."""
     opts = dict(locals()) | {"out": out or options.default_out("scan", Path(model).name)}
-    from blockprune import workbench
+    from blockprune.stages import inputs
 
     if opts["measures"]:
         opts["measures"] = [measure(name.strip()) and name.strip() for name in opts["measures"].split(",")]
-    bench = workbench.load_bench(model, resolution, options.device_of(device), options.dtype_of(dtype))
+    bench = inputs.load_bench(model, resolution, options.device_of(device), options.dtype_of(dtype))
     opts |= {name: value for name, value in bench.defaults.items() if opts.get(name) is None}
     archs = _archs(bench.graph, unit, arch or [])
     plan = plan_of(bench, opts, opts["measures"])
@@ -62,7 +62,7 @@ def scan(
 
 def _archs(graph: BlockGraph, unit: str | None, texts: list[str]) -> dict[str, Architecture]:
     """The removals of `unit` and the architectures named on the command line; every block where neither is given."""
-    from blockprune.presets import parse
+    from blockprune.model.presets import parse
 
     chosen = graph.units(unit or "block") if unit or not texts else {}
     if (unit or not texts) and not chosen:
@@ -77,13 +77,13 @@ def _archs(graph: BlockGraph, unit: str | None, texts: list[str]) -> dict[str, A
 
 def _open(bench: Bench, opts: Mapping[str, Any], plan: Plan, archs: Mapping[str, Architecture]) -> Run:
     """The run directory. Only what changes the numbers is compared when it is opened again."""
-    from blockprune import workbench
-    from blockprune.store import Run
+    from blockprune.runs.directory import Run
+    from blockprune.stages import inputs
 
     asked = terms(bench, opts, plan) | {"measures": plan.measures}
-    asked |= {"removals": workbench.fingerprint([f"{label}:{arch.key}" for label, arch in archs.items()])}
+    asked |= {"removals": inputs.fingerprint([f"{label}:{arch.key}" for label, arch in archs.items()])}
     note = {
-        "made_with": workbench.made_with(bench.pipe.device),
+        "made_with": inputs.made_with(bench.pipe.device),
         "archs": {label: list(arch) for label, arch in {"full": Architecture(), **archs}.items()},
         "graph": bench.graph.to_json(),
         "pictured_prompts": [plan.prompts[i % len(plan.prompts)] for i in range(plan.n_pictures)],
@@ -96,7 +96,7 @@ def _run(run: Run, bench: Bench, archs: Mapping[str, Architecture], plan: Plan) 
     from dataclasses import replace
 
     from blockprune.cli import console, outputs
-    from blockprune.scan import Part, Picture, Scan
+    from blockprune.stages.scan.scan import Part, Picture, Scan
 
     done = {(row["label"], row["measure"]) for row in run.rows()}
     out, err = console.make_console(), console.make_console(stderr=True)
@@ -118,7 +118,7 @@ def _run(run: Run, bench: Bench, archs: Mapping[str, Architecture], plan: Plan) 
 
 def _steps(plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> dict[str, int]:
     """What is left to do, in images or samples."""
-    from blockprune.scan import speed_measures
+    from blockprune.stages.scan.scan import speed_measures
 
     steps = {measure: plan.n_noisy * len(archs) for measure in plan.denoising_measures}
     if "latency" in plan.measures:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from blockprune.budgets import amount
 from blockprune.cli import options
 from blockprune.errors import UserError
-from blockprune.store import read_run
+from blockprune.runs.directory import read_run
+from blockprune.stages.search.budget import amount
 
 OBJECTIVES = ("eps_mse", "guided_mse", "fid", "kid", "feature_distance", "clip_score")
 SAMPLERS = ("tpe", "gp", "nsga2", "random")

@@ -14,23 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockprune import checkpoints, latency, workbench
-from blockprune.arch import Architecture, BlockGraph
 from blockprune.cli import console, outputs
 from blockprune.cli.edge import make_printable, one_line_errors
 from blockprune.cli.hunt import Hunt, hunt, relevant
 from blockprune.cli.measuring import possible
 from blockprune.cli.problem import Problem
+from blockprune.cost import latency
 from blockprune.errors import UserError
-from blockprune.imaging import STATISTICS, failed, judge
-from blockprune.ledger import Ledger
-from blockprune.records import Candidate, Evaluation, Score
-from blockprune.run_records import RUNS
-from blockprune.sampling import NotFinite
-from blockprune.scan import Scan
-from blockprune.scoring import FULL, Examiner
-from blockprune.store import Run, differences, read_rows, read_run
-from blockprune.trace import trace
+from blockprune.measures.examiner import FULL, Examiner
+from blockprune.measures.images import STATISTICS, failed, judge
+from blockprune.model import pretrained
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.sampling import NotFinite
+from blockprune.model.trace import trace
+from blockprune.runs.directory import Run, differences, read_rows, read_run
+from blockprune.runs.records import Candidate, Evaluation, Score
+from blockprune.runs.schema import RUNS
+from blockprune.stages import inputs
+from blockprune.stages.scan.scan import Scan
+from blockprune.stages.search.trials import Ledger
 
 KINDS = ("search", "random", "final", "recovered")
 POLL_S = 0.5
@@ -71,7 +73,7 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
 def _open(ready: Hunt) -> Run:
     graph, plan = ready.bench.graph, ready.plan
     note = {
-        "made_with": workbench.made_with(ready.bench.pipe.device),
+        "made_with": inputs.made_with(ready.bench.pipe.device),
         "graph": graph.to_json(),
         "outside_params": ready.problem.outside_params,
         "pictured_prompts": [plan.prompts[i % len(plan.prompts)] for i in range(plan.n_pictures)],
@@ -229,10 +231,10 @@ def solve_only(opts: Mapping[str, Any]) -> None:
     if not opts["from_scan"]:
         raise UserError("--solve-only solves on the scores of an earlier run: give --from-scan, a scan or search directory")
     source, objective = Path(opts["from_scan"]), opts["objective"]
-    config = checkpoints.configs(opts["model"])
+    config = pretrained.configs(opts["model"])
     graph = trace(config.unet, config.latent(opts["resolution"]), config.n_tokens)
     said = read_run(source)
-    if said["asked"].get("teacher") != checkpoints.identity(opts["model"]):
+    if said["asked"].get("teacher") != pretrained.identity(opts["model"]):
         raise UserError(f"the scores in {str(source)!r} are of another teacher: give the --model that they were made with")
     problem = Problem(graph, opts)
     if problem.timed:
@@ -262,7 +264,7 @@ def solve_only(opts: Mapping[str, Any]) -> None:
 def _keep_solutions(opts: Mapping[str, Any], source: Path, graph: BlockGraph, solutions: Sequence[tuple[Candidate, float]]) -> None:
     """A run directory of the solutions; UserError where --out holds something else."""
     same = ("model", "objective", "unit", "keep", "budget", "scope", "macs", "pareto", "trials")
-    asked = {name: opts[name] for name in same} | {"from_scan": str(source), "scores": workbench.fingerprint([repr(solutions)])}
+    asked = {name: opts[name] for name in same} | {"from_scan": str(source), "scores": inputs.fingerprint([repr(solutions)])}
     data = [
         {
             "architecture": candidate.arch.to_json(),

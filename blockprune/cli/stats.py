@@ -19,8 +19,8 @@ def stats(
     device: options.Device = None,
 ) -> None:
     """Write what `--reference` takes: mean, covariance and features of the images of a folder."""
-    from blockprune.data import ImageFolder, stats_of_folder, write_stats
-    from blockprune.features import load_detector
+    from blockprune.data.image_folder import ImageFolder, stats_of_folder, write_stats
+    from blockprune.measures.detectors import load_detector
 
     images = ImageFolder(folder)
     judge = load_detector(detector, str(options.device_of(device)), inception_weights)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from blockprune import latency, surgery
-from blockprune.arch import Architecture
 from blockprune.cli import outputs
-from blockprune.pricing import (
+from blockprune.cost import latency
+from blockprune.cost.components import (
     component_costs,
     component_title,
     pipeline_costs,
@@ -18,9 +17,11 @@ from blockprune.pricing import (
     unet_inputs,
     unet_part,
 )
-from blockprune.protocol import Setting
-from blockprune.records import Score
-from blockprune.store import Run
+from blockprune.model import surgery
+from blockprune.model.architecture import Architecture
+from blockprune.runs.directory import Run
+from blockprune.runs.records import Score
+from blockprune.stages.evaluate.protocol import Setting
 
 if TYPE_CHECKING:
     from blockprune.cli.job import Job

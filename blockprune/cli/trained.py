@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from blockprune import export, surgery
-from blockprune.arch import Architecture
 from blockprune.errors import UserError
-from blockprune.run_records import TrainedRun
-from blockprune.snapshots import MANIFEST, file_digest, read_weights, snapshot_folders
-from blockprune.store import read_run
+from blockprune.export import pipeline
+from blockprune.model import surgery
+from blockprune.model.architecture import Architecture
+from blockprune.runs.directory import read_run
+from blockprune.runs.schema import TrainedRun
+from blockprune.stages.train.checkpoints import MANIFEST, file_digest, read_weights, snapshot_folders
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Trained:
         asked = read_run(folder, TrainedRun)["asked"]
         phases = asked["phases"]
         places = snapshot_folders(folder / "checkpoints")
-        if (folder / "student" / export.ARCHITECTURE).is_file():
+        if (folder / "student" / pipeline.ARCHITECTURE).is_file():
             places[phases[-1]["last"]] = folder / "student"
         if not places:
             raise UserError(f"{str(folder)!r} has no checkpoint yet: wait for its first, or lower its --checkpointing-steps")
@@ -52,7 +53,7 @@ class Trained:
         """The student at that step: its averaged weights where there are any."""
         place = self.places[step]
         if place.name == "student":
-            return export.load_student(place).to(device, dtype).requires_grad_(False)
+            return pipeline.load_student(place).to(device, dtype).requires_grad_(False)
         try:
             weights = read_weights(place)
             unet = surgery.skeleton(config, self.archs[step])
@@ -67,4 +68,4 @@ def _phase(phases: list[dict[str, Any]], step: int) -> dict[str, Any]:
 
 
 def _digest(place: Path) -> str:
-    return file_digest(place / (export.WEIGHTS if place.name == "student" else MANIFEST))[:12]
+    return file_digest(place / (pipeline.WEIGHTS if place.name == "student" else MANIFEST))[:12]

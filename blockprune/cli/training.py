@@ -14,24 +14,25 @@ import torch
 from accelerate import Accelerator, DistributedType
 from diffusers import UNet2DConditionModel
 
-from blockprune import checkpoints, presets, surgery, workbench
-from blockprune.arch import Architecture
 from blockprune.cli import console, outputs
 from blockprune.cli.measuring import N_PICTURES, plan_of, possible
 from blockprune.cli.samples import provider_of, samples_of
-from blockprune.distill import Distiller, Settings, student_of
+from blockprune.cost.components import pipeline_costs
 from blockprune.errors import UserError
-from blockprune.export import ARCHITECTURE, export_pipeline, load_student, save_student
-from blockprune.imaging import STATISTICS, judge
-from blockprune.pricing import pipeline_costs
-from blockprune.recipe import Phase, Recipe, read_recipe
-from blockprune.records import TrainState
-from blockprune.sampling import NotFinite, Protocol, check_schedule
-from blockprune.scoring import FULL, Examiner
-from blockprune.snapshots import Snapshot, drop_oldest, read_snapshot, write_snapshot
-from blockprune.store import Run
-from blockprune.trace import trace
-from blockprune.workbench import Bench
+from blockprune.export.pipeline import ARCHITECTURE, export_pipeline, load_student, save_student
+from blockprune.measures.examiner import FULL, Examiner
+from blockprune.measures.images import STATISTICS, judge
+from blockprune.model import presets, pretrained, surgery
+from blockprune.model.architecture import Architecture
+from blockprune.model.sampling import NotFinite, Protocol, check_schedule
+from blockprune.model.trace import trace
+from blockprune.runs.directory import Run
+from blockprune.runs.records import TrainState
+from blockprune.stages import inputs
+from blockprune.stages.inputs import Bench
+from blockprune.stages.train.checkpoints import Snapshot, drop_oldest, read_snapshot, write_snapshot
+from blockprune.stages.train.distill import Distiller, Settings, student_of
+from blockprune.stages.train.recipe import Phase, Recipe, read_recipe
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def stretches(recipe: Recipe, opts: Mapping[str, Any]) -> list[Stretch]:
             f"--max-train-steps {opts['max_train_steps']} does not match the recipe's phases: {sum(p.steps or 0 for p in phases)} "
             f"steps are given there, {len(open_ended)} phases share the rest"
         )
-    config = checkpoints.configs(opts["teacher"][0])
+    config = pretrained.configs(opts["teacher"][0])
     graph = trace(config.unet, config.latent(opts["resolution"]), config.n_tokens)
     found: list[Stretch] = []
     teacher, arch = opts["teacher"][0], Architecture()
@@ -83,7 +84,7 @@ def run(opts: Mapping[str, Any], folder: Path) -> None:
     if opts["learning_rate"] is not None:
         recipe = replace(recipe, learning_rate=opts["learning_rate"])
     plan = stretches(recipe, opts)
-    opts = {**opts, "data": workbench.training_data(plan[0].teacher, opts["data"], "--data")}
+    opts = {**opts, "data": inputs.training_data(plan[0].teacher, opts["data"], "--data")}
     try:
         accelerator = Accelerator(
             cpu=opts["cpu"],
@@ -133,7 +134,7 @@ class Training:
         self.err = console.make_console(stderr=True)
 
     def _load(self, model: str) -> Bench:
-        return workbench.load_bench(model, self.opts["resolution"], self.accelerator.device, torch.float32)
+        return inputs.load_bench(model, self.opts["resolution"], self.accelerator.device, torch.float32)
 
     @property
     def settings(self) -> Settings:
@@ -167,11 +168,11 @@ class Training:
     @property
     def note(self) -> dict[str, Any]:
         """What a reader of the run needs besides: versions, the student, the teacher's graph and costs, and the images' prompts."""
-        outside = pipeline_costs(checkpoints.configs(self.plan[0].teacher), self.bench.latent).values()
-        prompts = workbench.prompts_of(self.opts["validation_prompts"], self.bench)
+        outside = pipeline_costs(pretrained.configs(self.plan[0].teacher), self.bench.latent).values()
+        prompts = inputs.prompts_of(self.opts["validation_prompts"], self.bench)
         n = min(N_PICTURES, self.opts["n_images"] or self.bench.defaults["n_images"])
         return {
-            "made_with": workbench.made_with(self.accelerator.device),
+            "made_with": inputs.made_with(self.accelerator.device),
             "arch": list(self.plan[-1].arch),
             "graph": self.bench.graph.to_json(),
             "outside_params": sum(c.params for c in outside),

@@ -1,0 +1,1 @@
+"""Every measure of quality: who looks, what is computed, with which interval."""

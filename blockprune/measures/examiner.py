@@ -1,0 +1,198 @@
+"""What is measured of any masked model, and by which protocol: one path for a scan, a search and an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
+from torch import Tensor, from_numpy
+
+from blockprune.errors import UserError
+from blockprune.measures import statistics
+from blockprune.measures.denoising import Denoiser, NoisySamples
+from blockprune.measures.images import STATISTICS, Judges, judge, stack
+from blockprune.model import surgery
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.families import Condition
+from blockprune.model.sampling import NotFinite, Protocol, draw, encode
+from blockprune.runs.records import TEACHER, Score
+
+Arrays = dict[str, NDArray[Any]]
+Images = NDArray[np.uint8]
+FULL = TEACHER
+COSTS = ("params", "macs", "weight_bytes")  # arithmetic on the architecture
+STEP = ("latency", "latency_ratio", "memory")  # of a U-Net step
+DENOISING = ("eps_mse", "guided_mse")  # measured on noisy samples; all others on images or on the architecture itself
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scan measures: `measures` by name, images by `protocol`, `n_noisy` samples for the denoising error.
+
+    `clean` are data latents (M, C, h, w) with their captions; None stands for the teacher's own images of `protocol`.
+    `tick` hears how many images or samples were just done, and of what.
+    """
+
+    measures: Sequence[str]
+    protocol: Protocol
+    prompts: Sequence[str]
+    n_noisy: int = 256
+    clean: tuple[Tensor, Sequence[str]] | None = None
+    judges: Judges = field(default_factory=Judges)
+    batch_size: int = 16
+    n_pictures: int = 6
+    n_timings: int = 10
+    tick: Callable[[str, int], None] = lambda what, n: None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measures", with_ratio(self.measures))
+        if "guided_mse" in self.measures and self.protocol.cfg_scale <= 1:
+            raise UserError(
+                f"measure 'guided_mse' needs guidance: got --cfg-scale {self.protocol.cfg_scale:g}; give one above 1, or eps_mse"
+            )
+        if unknown := [m for m in self.measures if m not in (*DENOISING, *STATISTICS, *COSTS, *STEP)]:
+            raise ValueError(f"nothing computes {', '.join(unknown)}: a measure of images has its statistic in imaging.STATISTICS")
+
+    @property
+    def denoising_measures(self) -> list[str]:
+        return [m for m in self.measures if m in DENOISING]
+
+    @property
+    def observed(self) -> dict[str, tuple[int, ...] | None]:
+        """The arrays that `Examiner.observe` gives for each image, and their shapes where these are known beforehand."""
+        detector, names = self.judges.detector, ("image", "text") if self.judges.scorer else ()
+        seen: dict[str, tuple[int, ...] | None] = dict.fromkeys(("latents", *names))
+        return seen | ({"features": (detector.n_features,)} if detector else {})
+
+    @property
+    def image_measures(self) -> list[str]:
+        return [m for m in self.measures if m in STATISTICS]
+
+
+def with_ratio(measures: Sequence[str]) -> list[str]:
+    """`measures` with "latency_ratio" beside "latency": the one is the teacher's alone, the other that of what lacks blocks."""
+    out = list[str]()
+    for measure in measures:
+        out += ["latency", "latency_ratio"] if measure in ("latency", "latency_ratio") else [measure]
+    return list(dict.fromkeys(out))
+
+
+class Examiner:
+    """One teacher under one plan: looks at its masked models, always at the same prompts, seeds, noise and timesteps."""
+
+    def __init__(self, pipe: Any, graph: BlockGraph, plan: Plan) -> None:
+        self.pipe, self.graph, self.plan = pipe, graph, plan
+        self.prompts = [plan.prompts[i % len(plan.prompts)] for i in range(plan.protocol.n_images)]
+        self._conditions: tuple[Condition, Condition] | None = None
+
+    @property
+    def conditions(self) -> tuple[Condition, Condition]:
+        """The condition rows of the prompts, and the one of no prompt; computed once."""
+        if self._conditions is None:
+            self._conditions = encode(self.pipe, self.prompts, self.plan.protocol.latent)
+        return self._conditions
+
+    def observe(self, arch: Architecture, label: str, n: int | None = None) -> tuple[Arrays, Images]:
+        """What the judges see of the first `n` images (None: all), with their latents; and the first images. Raises NotFinite."""
+        plan, seen = self.plan, list[Arrays]()
+        protocol = replace(plan.protocol, n_images=min(n or plan.protocol.n_images, plan.protocol.n_images))
+        first: list[Images] = []
+        with surgery.removed(self.pipe.unet, arch):
+            batches = draw(self.pipe, protocol, *self.conditions, plan.batch_size, lambda n: plan.tick(label, n))
+            for i, (latents, images) in enumerate(batches):
+                start = i * plan.batch_size
+                look = plan.judges.look(images, self.prompts[start : start + len(images)])
+                seen.append({**look, "latents": latents.float().cpu().numpy()})
+                first += list(images.permute(0, 2, 3, 1).numpy())[: max(0, plan.n_pictures - len(first))]
+        return stack(seen), np.stack(first)
+
+    def teacher(self) -> tuple[Arrays, Images]:
+        """`observe` of the teacher itself; UserError when it gives no finite images."""
+        try:
+            return self.observe(Architecture(), FULL)
+        except NotFinite as err:
+            raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
+
+    def noisy(self, teacher: Arrays, measure: str = "eps_mse") -> NoisySamples:
+        """The samples of a denoising error: of the plan's clean latents, else of what the teacher drew."""
+        clean, prompts = self.plan.clean or (from_numpy(teacher["latents"]), self.prompts)
+        condition = encode(self.pipe, prompts, self.plan.protocol.latent)[0] if self.plan.clean else self.conditions[0]
+        schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        protocol, blank = self.plan.protocol, self.conditions[1] if measure == "guided_mse" else None
+        return NoisySamples(clean, condition, schedule, self.plan.n_noisy, protocol.seed, blank, protocol.cfg_scale)
+
+
+def check_kept(name: str, arrays: Arrays, wanted: Mapping[str, tuple[int, ...] | None], n: int | None = None) -> Arrays:
+    """The arrays of a part of an earlier attempt, or UserError.
+
+    It has those that are wanted, a row for each sample, of `n` samples (None: any number) and of that shape (None: any).
+    """
+    lengths = sorted({len(a) for a in arrays.values()})
+    if missing := sorted(wanted.keys() - arrays.keys()):
+        why = f"it lacks {missing[0]!r}"
+    elif len(lengths) != 1 or lengths[0] != (lengths[0] if n is None else n):
+        why = f"it has {' and '.join(map(str, lengths)) or 'no'} rows{'' if n is None else f' in place of {n}'}"
+    elif odd := [k for k, shape in wanted.items() if shape is not None and arrays[k].shape[1:] != shape]:
+        why = f"{odd[0]!r} is of shape {arrays[odd[0]].shape}"
+    else:
+        return arrays
+    raise UserError(f"the part parts/{name}.safetensors is damaged ({why}): delete it and run the same command again")
+
+
+def error_score(measure: str, arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:
+    """The denoising error of an architecture from its samples' (n,) errors."""
+    n = len(errors)
+    if not np.isfinite(errors).all():
+        return Score(arch.key, label, measure, None, n, seed, error="the U-Net's output is not finite")
+    low, high = statistics.interval(statistics.mean_statistic(errors), n, seed) or (None, None)
+    return Score(arch.key, label, measure, float(errors.mean()), n, seed, low, high)
+
+
+class Objective:
+    """One measure of any architecture on the first n samples of a plan: noisy samples for a denoising error, images for others.
+
+    `teacher` is what `Examiner.teacher` saw; it may be empty for a denoising error on data.
+    """
+
+    def __init__(self, examiner: Examiner, measure: str, teacher: Arrays) -> None:
+        self.examiner, self.measure, self.teacher = examiner, measure, teacher
+        plan = examiner.plan
+        if measure in DENOISING:
+            self.n = plan.n_noisy
+            self._denoiser = Denoiser(examiner.pipe.unet, examiner.graph, examiner.noisy(teacher, measure), plan.batch_size)
+        else:
+            self.n = plan.protocol.n_images
+
+    def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score:
+        """The score of `arch` on the first `n` samples, all when None."""
+        seed = self.examiner.plan.protocol.seed
+        if self.measure in DENOISING:
+            return error_score(self.measure, arch, label, self._denoiser.errors(arch, n), seed)
+        return self._of_images(arch, label, n, masked=arch)
+
+    def of(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> Score:
+        """The score of a U-Net of its own, such as a trained student of that architecture, on all samples."""
+        plan, pipe = self.examiner.plan, self.examiner.pipe
+        if self.measure in DENOISING:
+            return error_score(self.measure, arch, label, self._denoiser.errors_of(student), plan.protocol.seed)
+        teacher, pipe.unet = pipe.unet, student
+        try:
+            return self._of_images(arch, label, None, masked=Architecture())
+        finally:
+            pipe.unet = teacher
+
+    def _of_images(self, arch: Architecture, label: str, n: int | None, masked: Architecture) -> Score:
+        plan = self.examiner.plan
+        seed = plan.protocol.seed
+        try:
+            seen = self.teacher if not arch else self.examiner.observe(masked, label, n)[0]
+        except NotFinite as err:
+            return Score(arch.key, label, self.measure, None, n or self.n, seed, error=str(err))
+        rows = len(seen["latents"])
+        base = {name: values[:rows] for name, values in self.teacher.items()}
+        (score,) = judge(arch.key, label, [self.measure], seen, base, plan.judges, seed)
+        return score

@@ -1,0 +1,182 @@
+"""Images from a text-to-image pipeline in lazy batches: one path for every family, one seed per image."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from blockprune.errors import UserError
+from blockprune.model.families import Condition, family_of, join, take
+
+MAX_SEED = 2**62  # what is added to a seed (an image's number, a worker's, 2**32 …) stays below 2**63
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+class NotFinite(ArithmeticError):
+    """The U-Net or the decoder gave NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images are drawn: image i has prompt i (cycled), seed `seed + i`, and a latent of (height, width)."""
+
+    n_images: int
+    n_steps: int
+    cfg_scale: float
+    seed: int
+    latent: tuple[int, int]
+    scheduler: str = ""
+
+    def __post_init__(self) -> None:
+        for name, least in {"n_images": 1, "n_steps": 1, "cfg_scale": 0, "seed": 0}.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise UserError(f"{name.replace('_', '-')} must be at least {least} and finite: got {getattr(self, name)}")
+        if self.seed > MAX_SEED:
+            raise UserError(f"seed must be at most {MAX_SEED}: got {self.seed}")
+        if self.scheduler and self.scheduler not in SCHEDULERS:
+            raise UserError(
+                f"unknown scheduler {self.scheduler!r}: choose from {', '.join(SCHEDULERS)}, or leave it out for the model's own"
+            )
+
+
+def scheduler_of(pipe: Any, name: str = "") -> Any:
+    """A fresh scheduler: the pipeline's own kind, or the one of that short name with the pipeline's noise schedule."""
+    if not name:
+        return copy.deepcopy(pipe.scheduler)
+    return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+
+
+def scheduler_name(pipe: Any, name: str = "") -> str:
+    """What `scheduler_of` gives, by its short name where it has one, else by its class."""
+    short = {kind: short for short, kind in SCHEDULERS.items()}
+    kind = SCHEDULERS[name] if name else type(pipe.scheduler).__name__
+    return short.get(kind, kind)
+
+
+def check_schedule(pipe: Any, protocol: Protocol) -> None:
+    """Raises UserError where the protocol's scheduler cannot draw in so many steps, by letting it step over zeros."""
+    scheduler, zeros = scheduler_of(pipe, protocol.scheduler), torch.zeros(1, 1, 2, 2)
+    try:
+        scheduler.set_timesteps(protocol.n_steps)
+        if len({*scheduler.timesteps.tolist()}) < protocol.n_steps:
+            raise ValueError("it has not so many timesteps")
+        for t in scheduler.timesteps:
+            scheduler.step(scheduler.scale_model_input(zeros, t), t, zeros, return_dict=False)
+    except (ValueError, IndexError, RuntimeError, TypeError, AttributeError, ZeroDivisionError) as err:
+        why = (str(err).splitlines() or [type(err).__name__])[0][:150]
+        name = scheduler_name(pipe, protocol.scheduler)
+        raise UserError(
+            f"the scheduler {name} cannot draw in {protocol.n_steps} steps ({why}): give another --steps or --scheduler"
+        ) from None
+
+
+def encode(pipe: Any, prompts: Sequence[str], latent: tuple[int, int], chunk: int = 32) -> tuple[Condition, Condition]:
+    """The U-Net's condition for each prompt, and the one-row condition of no prompt that guidance starts from."""
+    family = family_of(pipe.unet.config)
+    size = (latent[0] * pipe.vae_scale_factor, latent[1] * pipe.vae_scale_factor)
+    with torch.inference_mode():
+        rows = join(*(family.text(pipe, prompts[i : i + chunk], size) for i in range(0, len(prompts), chunk)))
+        return rows, family.empty(pipe, size)
+
+
+def noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Standard normal noise (len(seeds), *shape), float32 on CPU, each row from its own seed."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def guide(out: Tensor, cfg_scale: float) -> Tensor:
+    """(2 N, …) predictions without and with their prompts => (N, …) guided ones (arXiv 2207.12598)."""
+    plain, text = out.chunk(2)
+    return plain + cfg_scale * (text - plain)
+
+
+@torch.inference_mode()
+def denoise(pipe: Any, protocol: Protocol, condition: Condition, blank: Condition, seeds: Sequence[int]) -> Tensor:
+    """The latents (N, C, h, w) drawn for the rows of `condition`; `blank` is the one-row condition of the empty prompt.
+
+    Classifier-free guidance (arXiv 2207.12598): e = e_blank + s (e_text - e_blank); none for s <= 1. Raises NotFinite.
+    """
+    unet = pipe.unet
+    scheduler = scheduler_of(pipe, protocol.scheduler)
+    scheduler.set_timesteps(protocol.n_steps, device=unet.device)
+    latents = noise((unet.config.in_channels, *protocol.latent), seeds).to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+    guided = protocol.cfg_scale > 1
+    both = join(take(blank, [0] * len(seeds)), condition) if guided else condition
+    extra = _generators(scheduler, seeds)
+    for t in scheduler.timesteps:
+        x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
+        out = unet(x, t, **both, return_dict=False)[0]
+        latents = scheduler.step(guide(out, protocol.cfg_scale) if guided else out, t, latents, **extra, return_dict=False)[0]
+    if not torch.isfinite(latents).all():
+        raise NotFinite("the latents are not finite")
+    return latents
+
+
+def _generators(scheduler: Any, seeds: Sequence[int]) -> dict[str, Any]:
+    """Generators of each image's own for schedulers that add noise, offset so as not to repeat the first noise."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": [torch.Generator().manual_seed(s + 2**32) for s in seeds]}
+
+
+@torch.inference_mode()
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents (N, C, h, w) => images NCHW uint8 on CPU. Raises NotFinite."""
+    vae = pipe.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    with upcast(vae):
+        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
+    if not torch.isfinite(images).all():
+        raise NotFinite("the decoded images are not finite")
+    return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+@torch.inference_mode()
+def encode_images(pipe: Any, images: Tensor) -> Tensor:
+    """Images NCHW uint8 => the mean of the VAE's latents (N, C, h, w), scaled as the U-Net takes them."""
+    vae = pipe.vae
+    with upcast(vae):
+        moments = vae.encode(images.to(vae.device, vae.dtype) / 127.5 - 1).latent_dist
+    return (moments.mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+@contextmanager
+def upcast(vae: Any) -> Iterator[None]:
+    """float32 for a VAE that overflows in float16 (SDXL's `force_upcast`), and back."""
+    dtype = vae.dtype
+    needed = bool(getattr(vae.config, "force_upcast", False)) and dtype == torch.float16
+    try:
+        yield vae.to(torch.float32) if needed else None
+    finally:
+        if needed:
+            vae.to(dtype)
+
+
+def draw(
+    pipe: Any, protocol: Protocol, condition: Condition, blank: Condition, batch_size: int, tick: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(latents, images NCHW uint8) batch by batch, image i from prompt i and seed `protocol.seed + i`; `tick` hears of each."""
+    n_prompts = condition["encoder_hidden_states"].shape[0]
+    for start in range(0, protocol.n_images, batch_size):
+        index = range(start, min(start + batch_size, protocol.n_images))
+        rows = take(condition, torch.tensor([i % n_prompts for i in index]))
+        latents = denoise(pipe, protocol, rows, blank, [protocol.seed + i for i in index])
+        yield latents, decode(pipe, latents)
+        tick(len(index))

@@ -1,0 +1,216 @@
+"""Slot-keeping surgery: a removed block is replaced, in place, by a stand-in; every other module keeps its name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from blockprune.errors import UserError
+from blockprune.model.architecture import Architecture
+
+
+class Pass(nn.Module):
+    """The hidden state, unchanged: stands in for a transformer layer, a ResNet of the down path, the mid stage, a resampler."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+
+class PassAttention(nn.Module):
+    """The hidden state as a 1-tuple, as an attention returns it."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        return (hidden,)
+
+
+class DropSkip(nn.Module):
+    """The hidden state without the skip that was concatenated behind it: stands in for a ResNet of the up path."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        last = hidden.is_contiguous(memory_format=torch.channels_last) and not hidden.is_contiguous()
+        return hidden[:, : self.channels].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class Shortcut(nn.Module):
+    """The trained 1x1 `conv_shortcut` alone: stands in for a ResNet that changes the width."""
+
+    def __init__(self, resnet: ResnetBlock2D) -> None:
+        super().__init__()
+        self.conv_shortcut = resnet.conv_shortcut
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.conv_shortcut(hidden)
+
+
+class PassDown(nn.Module):
+    """Stands in for the innermost down stage: as many skips as that pushed, so that the up path's books still balance."""
+
+    def __init__(self, n_skips: int) -> None:
+        super().__init__()
+        self.n_skips = n_skips
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return hidden_states, (hidden_states,) * self.n_skips
+
+
+class PassUp(nn.Module):
+    """Stands in for the innermost up stage; `resnets` has the length by which the U-Net pops skips."""
+
+    def __init__(self, n_skips: int) -> None:
+        super().__init__()
+        self.resnets = range(n_skips)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def stand_in(unet: UNet2DConditionModel, name: str) -> nn.Module:
+    """A new stand-in for the module `name`; UserError says why a module cannot be removed.
+
+    A trained part that stays (a `conv_shortcut`) is shared with the teacher, not copied.
+    """
+    module = _module(unet, name)
+    if name == "mid_block" or isinstance(module, BasicTransformerBlock):
+        return Pass()
+    if isinstance(module, Transformer2DModel):
+        return PassAttention()
+    if isinstance(module, ResnetBlock2D):
+        return _resnet_stand_in(unet, name, module)
+    if name in innermost(unet):
+        n_skips = len(getattr(module, "resnets", ()))
+        return Pass() if not n_skips else PassDown(n_skips) if name.startswith("down") else PassUp(n_skips)
+    raise UserError(f"cannot remove {name!r}: {why_fixed(unet, name)}")
+
+
+def _module(unet: UNet2DConditionModel, name: str) -> nn.Module:
+    try:
+        return unet.get_submodule(name)
+    except AttributeError:
+        raise UserError(f"no block {name!r} in this U-Net: see `blockprune graph`") from None
+
+
+def _resnet_stand_in(unet: UNet2DConditionModel, name: str, resnet: ResnetBlock2D) -> nn.Module:
+    hidden = _hidden_width(unet, name, resnet)
+    if resnet.up or resnet.down:
+        raise UserError(f"cannot remove {name!r}: it changes the resolution")
+    if hidden != resnet.out_channels:
+        return Shortcut(resnet)
+    return Pass() if hidden == resnet.in_channels else DropSkip(hidden)
+
+
+def _hidden_width(unet: UNet2DConditionModel, name: str, resnet: ResnetBlock2D) -> int:
+    """Channels of the hidden state that enters a ResNet, without the skip concatenated to it in the up path."""
+    path, _, index = name.partition(".resnets.")
+    if not path.startswith("up_blocks."):
+        return int(resnet.in_channels)
+    if int(index) > 0:
+        return int(unet.get_submodule(f"{path}.resnets.{int(index) - 1}").out_channels)
+    stage = int(path.split(".")[1])
+    before = unet.up_blocks[stage - 1] if stage else unet.down_blocks[-1]
+    return int(before.resnets[-1].out_channels)
+
+
+def innermost(unet: UNet2DConditionModel) -> frozenset[str]:
+    """The modules of the innermost stage, which go together; empty when widths forbid it."""
+    last = len(unet.down_blocks) - 1
+    if last < 1 or not unet.down_blocks[last - 1].downsamplers or not unet.up_blocks[0].upsamplers:
+        return frozenset()
+    inner = [*unet.down_blocks[last].resnets, *unet.up_blocks[0].resnets]
+    widths = {unet.down_blocks[last].resnets[0].in_channels} | {r.out_channels for r in inner}
+    if len(widths) > 1:
+        return frozenset()
+    return frozenset({f"down_blocks.{last - 1}.downsamplers.0", f"down_blocks.{last}", "up_blocks.0"})
+
+
+def why_fixed(unet: UNet2DConditionModel, name: str) -> str:
+    """Why a module that has no stand-in must stay."""
+    if "samplers." in name:
+        return "it changes the resolution, so widths and skips would no longer meet; only the innermost stage can lose its pair"
+    if name.startswith(("down_blocks.", "up_blocks.")) and name.count(".") == 1:
+        return "the stage changes width or resolution; remove its blocks instead"
+    return "the U-Net has no path around it"
+
+
+@contextmanager
+def swapped(unet: UNet2DConditionModel, modules: Mapping[str, nn.Module]) -> Iterator[UNet2DConditionModel]:
+    """`unet` with some of its modules swapped in place; they are put back on leaving, also after an exception."""
+    originals = {name: unet.get_submodule(name) for name in modules}
+    training, saving = unet.training, vars(unet).get("save_pretrained")
+    try:
+        for name, module in modules.items():
+            unet.set_submodule(name, module.train(training))
+        if modules and saving is None:
+            unet.save_pretrained = refuse_to_save
+        yield unet
+    finally:
+        for name, module in originals.items():
+            unet.set_submodule(name, module)
+        if saving is None:
+            vars(unet).pop("save_pretrained", None)
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of `save_pretrained`, which would write the full configuration beside the weights that are left."""
+    raise UserError(
+        "save_pretrained cannot save a U-Net without some of its blocks: loading would fill them at random; write it with "
+        "blockprune.export.pipeline.export_pipeline, or save_student for the U-Net alone, and load it with blockprune.load_pipeline"
+    )
+
+
+def removed(unet: UNet2DConditionModel, arch: Architecture) -> AbstractContextManager[UNet2DConditionModel]:
+    """A context in which `unet` runs with the blocks of `arch` masked: no weight is copied, none is lost."""
+    check_innermost(unet, arch)
+    return swapped(unet, {name: stand_in(unet, name) for name in arch})
+
+
+def check_innermost(unet: UNet2DConditionModel, arch: Architecture) -> None:
+    """Raises UserError when `arch` removes a part of the innermost stage and keeps another."""
+    parts = innermost(unet) if arch else frozenset()  # a pruned U-Net has no innermost stage to look for
+    if arch.removed & parts and not parts <= arch.removed:
+        raise UserError(f"the innermost stage goes as one: also remove {', '.join(sorted(parts - arch.removed))}")
+
+
+def prune(unet: UNet2DConditionModel, arch: Architecture) -> UNet2DConditionModel:
+    """A standalone student: a copy of `unet` in which the weights of the removed blocks do not exist.
+
+    Its `save_pretrained` raises UserError; `blockprune.export.pipeline` saves it.
+    """
+    with removed(unet, arch) as masked:
+        return copy.deepcopy(masked)
+
+
+@contextmanager
+def built(what: str) -> Iterator[None]:
+    """Within this context a library builds or runs a network that a configuration describes: what it raises is a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as err:
+        why = (str(err).strip().splitlines() or [""])[0][:200] or type(err).__name__
+        remedy = "mend its config.json, or choose another resolution"
+        raise UserError(f"the configuration of {what} describes no network that can be built ({why}): {remedy}") from None
+
+
+def skeleton(config: Mapping[str, Any], arch: Architecture) -> UNet2DConditionModel:
+    """The student's modules on the meta device, without weights."""
+    with built("the U-Net"), torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    for name, module in {name: stand_in(unet, name) for name in arch}.items():
+        unet.set_submodule(name, module)
+    if arch:
+        unet.save_pretrained = refuse_to_save
+    return unet.eval()

@@ -1,0 +1,39 @@
+"""Whether what a search answers still follows captions as its teacher does, which its objective may not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from blockprune.reports.search_view import SearchView
+from blockprune.runs.records import Evaluation
+
+
+def warning(view: SearchView) -> str:
+    """What a user must know about captions before all else, in a line; "" when there is nothing."""
+    teacher, chosen = view.caption(None), view.chosen
+    answer = "the front" if view.is_front else "the best architecture"
+    if teacher is None or teacher.value is None:
+        return f"note: whether {answer} still follows captions was not measured: give --clip"
+    scores = [(e, s) for e in chosen if (s := view.caption(e)) is not None]
+    if broken := [(e, s) for e, s in scores if s.value is None]:
+        return f"warning: {_whose(view, broken)} draws no images that can be scored: {broken[0][1].error}"
+    if lost := [(e, s) for e, s in scores if s.delta_high is not None and s.delta_high < 0]:
+        values = ", ".join(f"{s.value:.2f}" for _, s in lost)
+        return (
+            f"warning: {_whose(view, lost)} follows captions worse than its teacher: CLIP score {values} against "
+            f"{teacher.value:.2f} (n = {teacher.n} images, paired, nothing retrained)"
+        )
+    if len(scores) < len(chosen) or any(s.delta_high is None for _, s in scores):
+        return f"note: {teacher.n} images without paired intervals do not tell whether {answer} still follows captions"
+    return ""
+
+
+def _whose(view: SearchView, chosen: Sequence[tuple[Evaluation, object]]) -> str:
+    """The best architecture, or those of the front by their labels."""
+    return f"of the front, each of {', '.join(e.score.label for e, _ in chosen)}" if view.is_front else "the best architecture"
+
+
+def caption_title(view: SearchView) -> str:
+    """The heading of the CLIP score, with over how many images it is."""
+    teacher = view.caption(None)
+    return f"clip_score ↑, n = {teacher.n}" if teacher else "clip_score ↑"

@@ -1,0 +1,148 @@
+"""What a page is made of, as values: the template shows them and knows nothing of runs. All text is plain; the template escapes."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from blockprune.reports.canvas import png, svg
+
+PX_PER_INCH = 88
+TILE = 160
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text with a smaller second line; `key` is what a column is sorted by, a number where there is one."""
+
+    text: str
+    small: str = ""
+    key: float | str | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """`numeric` says of each column whether it holds numbers."""
+
+    caption: str
+    columns: Sequence[str]
+    numeric: Sequence[bool]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    kind: str = field(default="table", init=False)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a data URI; `width` is its natural width in CSS pixels."""
+
+    src: str
+    alt: str
+    caption: str
+    width: int
+    runs: Sequence[str] = ()
+    kind: str = field(default="picture", init=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.src)
+
+
+@dataclass(frozen=True)
+class GridRow:
+    name: str
+    small: str
+    images: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Images at common prompts and seeds: a row per model, a column per prompt; `pixelated` where single pixels are to be seen."""
+
+    caption: str
+    prompts: Sequence[str]
+    rows: Sequence[GridRow]
+    pixelated: bool
+    runs: Sequence[str] = ()
+    kind: str = field(default="grid", init=False)
+
+    @property
+    def size(self) -> int:
+        return sum(len(src) for row in self.rows for src in row.images)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs, or with `listed` a list; backticks mark code."""
+
+    lines: Sequence[str]
+    listed: bool = False
+    kind: str = field(default="text", init=False)
+
+
+@dataclass(frozen=True)
+class Subhead:
+    """A heading within a section, where it shows several runs of a kind."""
+
+    title: str
+    kind: str = field(default="subhead", init=False)
+
+
+@dataclass(frozen=True)
+class Copyable:
+    """A text to copy, under a name."""
+
+    name: str
+    text: str
+
+
+def prose(text: str) -> Markup:
+    """`text` with backticks as code; what was escaped for Markdown is plain again, and everything is escaped for HTML."""
+    plain = html.unescape(re.sub(r"\\([\\`*_{}\[\]#|!~$])", r"\1", text))
+    parts = re.split(r"`([^`]*)`", plain)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def picture(figure: Figure, alt: str, caption: str, runs: Sequence[str] = ()) -> Picture:
+    """The figure as SVG or as PNG of 256 colours, whichever is smaller."""
+    flat = Image.open(io.BytesIO(png(figure))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    drawn = {"image/svg+xml": svg(figure), "image/png": _encoded(flat, "PNG")}
+    mime = min(drawn, key=lambda m: len(drawn[m]))
+    return Picture(_uri(mime, drawn[mime]), alt, caption, round(figure.get_figwidth() * PX_PER_INCH), runs)
+
+
+def tile(image: NDArray[np.uint8]) -> str:  # (H, W, 3) uint8 => data URI
+    """Small images pixel by pixel as PNG; larger ones made small, as JPEG where that is smaller."""
+    shown = Image.fromarray(np.ascontiguousarray(image))
+    if is_small(image):
+        return _uri("image/png", _encoded(shown, "PNG"))
+    shown.thumbnail((2 * TILE, 2 * TILE), Image.Resampling.LANCZOS)
+    kinds = {"image/jpeg": _encoded(shown, "JPEG", quality=88), "image/png": _encoded(shown, "PNG")}
+    mime = min(kinds, key=lambda m: len(kinds[m]))
+    return _uri(mime, kinds[mime])
+
+
+def is_small(image: NDArray[np.uint8]) -> bool:
+    """True for images that would blur when enlarged to a tile."""
+    return max(image.shape[:2]) <= TILE // 2
+
+
+def _encoded(image: Image.Image, form: str, quality: int | None = None) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, optimize=True, **({"quality": quality} if quality else {}))
+    return out.getvalue()
+
+
+def _uri(mime: str, data: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,153 @@
+"""What a reader must know before leaning on a report, and what the report lacks: sentences, computed from its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from blockprune.reports import search_text, text
+from blockprune.reports.curves import VALIDATED, trained, validated
+from blockprune.reports.dossier import Dossier, ModelView
+from blockprune.reports.model_figures import checkpoints, guidance_curves, varied
+from blockprune.reports.results import NAMES
+from blockprune.reports.view import rank_correlation
+from blockprune.runs.records import MEASURES
+
+PAPER = ("fid", "is", "clip_score")
+ENOUGH = 10_000  # images, from which on FID's bias is small beside its differences
+BIAS = " FID is biased upwards at small n, by an amount that depends on the model."
+
+
+def caveats(dossier: Dossier) -> list[str]:
+    """Caveats of every run, each said once."""
+    lines: list[str] = []
+    for scan in dossier.scans.values():
+        lines += text.caveats(scan)
+    for search in dossier.searches.values():
+        if search.ranked:
+            lines += search_text.caveats(search)
+    if dossier.models:
+        lines += _of_models(dossier)
+    if dossier.trainings:
+        lines.append("Losses of different students or recipes do not compare: the feature term depends on which blocks are tapped.")
+    machines = {str(m) for view in dossier.runs.values() if (m := _machine(view))}
+    if len(machines) > 1:
+        lines.append(f"Runs are of different machines ({'; '.join(sorted(machines))}): compare latencies within a run only.")
+    return list(dict.fromkeys(lines))
+
+
+def _machine(view: object) -> object:
+    said = view.made_with if isinstance(view, ModelView) else getattr(view, "protocol", {})
+    return said.get("machine") or said.get("processor")
+
+
+def _of_models(dossier: Dossier) -> Iterator[str]:
+    for group in dossier.groups.values():
+        protocol = next(iter(group.values())).protocol
+        n = protocol.get("n_images")
+        few = (
+            " FID is biased upwards at small n, by an amount that depends on the model."
+            if isinstance(n, int) and n < 10_000
+            else ""
+        )
+        counted = f"{n:,}" if isinstance(n, int) else "an unrecorded number of"
+        yield (
+            f"Evaluated models were judged on {counted} images under the protocol `{protocol.get('name', 'not named')}`: their "
+            f"numbers compare only with values of the same n, reference, detector and image treatment.{few}"
+        )
+        if protocol.get("detector"):
+            yield f"Features come from the detector `{protocol['detector']}`; numbers of another detector do not compare."
+    if len(dossier.groups) > 1:
+        yield "Tables of evaluated models that stand apart were judged differently: compare within a table only."
+    if any(s.quantize for view in dossier.models.values() for s in view.settings):
+        yield "Parameters, MACs and latency are those before quantisation: quantised settings show what it does to quality."
+
+
+def missing(dossier: Dossier) -> list[str]:
+    """What a full report has and this one has not, and why."""
+    return [
+        *dossier.unread,
+        *_absent(dossier),
+        *_of_scans(dossier),
+        *_of_searches(dossier),
+        *_of_trainings(dossier),
+        *_gaps(dossier),
+    ]
+
+
+def _absent(dossier: Dossier) -> Iterator[str]:
+    kinds = {
+        "scan": (dossier.scans, "sensitivity of single blocks, and the rank correlation of the cheap measure with FID"),
+        "search": (dossier.searches, "the history of a search, its finalists, and the trade-off with the budget"),
+        "distill": (dossier.trainings, "curves of the training"),
+        "evaluate": (
+            dossier.models,
+            "results under a fixed protocol, guidance curves, steps and quantisation, component costs",
+        ),
+    }
+    for command, (runs, what) in kinds.items():
+        if not runs:
+            yield f"No `{command}` run was given: {what}."
+    if dossier.graph is None:
+        yield "No run holds the teacher's graph: the drawing, and costs that follow from it. A scan of the same teacher has it."
+    elif dossier.outside_params is None:
+        yield "No run says how many parameters lie outside the U-Net: parameters of the whole pipeline."
+
+
+def _of_scans(dossier: Dossier) -> Iterator[str]:
+    for name, view in dossier.scans.items():
+        if view.main_measure is None:
+            yield f"`{name}` has no quality measure: nothing colours the drawing."
+        elif gaps := text.gaps(view):
+            yield f"`{name}`: {gaps[0].lower()}{gaps[1:]}"
+        if view.main_measure and rank_correlation(view, "eps_mse", "fid") is None:
+            yield f"`{name}`: {text.correlation_text(view)}"
+        if not view.images:
+            yield f"`{name}` has no images."
+
+
+def _of_searches(dossier: Dossier) -> Iterator[str]:
+    for name, view in dossier.searches.items():
+        if not view.ranked:
+            yield f"`{name}` has no finalist that holds the budgets: the search has not ended, or the budget is out of reach."
+        if not view.images:
+            yield f"`{name}` has no images."
+
+
+def _of_trainings(dossier: Dossier) -> Iterator[str]:
+    for name, view in dossier.trainings.items():
+        if not trained(view.rows):
+            yield f"`{name}` has no training rows: its losses."
+        scored = {s.measure for _, s in validated(view.rows) if s.value is not None}
+        if absent := [NAMES.get(m, MEASURES[m].title) for m in VALIDATED if m not in scored]:
+            yield f"`{name}` has no {', '.join(absent)} along its training."
+
+
+def _gaps(dossier: Dossier) -> Iterator[str]:
+    for name, view in dossier.models.items():
+        for m in PAPER:
+            without = [s.label for s in view.settings if view.value(s, m) is None]
+            if without:
+                many = "any setting" if len(without) == len(view.settings) else ", ".join(f"`{label}`" for label in without)
+                yield f"`{name}` has no {NAMES.get(m, MEASURES[m].title)} for {many}.{_why(view, m)}"
+        if not view.components:
+            yield f"`{name}` has no rows of component costs."
+        if view.cost is None:
+            yield f"`{name}` has neither a graph nor component rows: its parameters and MACs."
+        if not view.images:
+            yield f"`{name}` has no images."
+    if not dossier.models:
+        return
+    if all(view.arch for view in dossier.models.values()):
+        yield "The teacher itself was not evaluated: nothing to compare the students with."
+    if not guidance_curves(dossier.models):
+        yield "No model was evaluated at several guidance scales: guidance curves."
+    if not any(varied(view, "steps", "quantize") for view in dossier.models.values()):
+        yield "No model was evaluated at several step counts or quantisations: that table."
+    if not dict(checkpoints(dossier.models)) and not dossier.trainings:
+        yield "No checkpoints were evaluated: scores along the training."
+
+
+def _why(view: ModelView, measure: str) -> str:
+    """The reason that the rows themselves give."""
+    reasons = dict.fromkeys(s.error for rows in view.scores.values() if (s := rows.get(measure)) and s.error)
+    return f" {'; '.join(reasons)}." if reasons else ""

@@ -1,0 +1,182 @@
+"""What a search found, read back as one value, and what follows from it: the choice, its rivals, the front. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockprune.errors import UserError
+from blockprune.model.architecture import Architecture, BlockGraph, Cost
+from blockprune.runs.records import TEACHER, Evaluation, Score
+
+PRESET, SCAN = "preset", "scan"
+
+
+@dataclass(frozen=True)
+class SearchView:
+    """What a search directory says.
+
+    `search` are the evaluations in the order of trials, `random` those of random sets for comparison (none unless asked for),
+    `finals` those of the finalists on fresh seeds, `recovered` those of finalists after a short distillation (none unless asked
+    for; then these decide). `limits` are the budgets:
+    text => (quantity, limit for the U-Net alone). `scores` holds timings and image measures of finalists, by label then measure;
+    `images` maps a label to (k, H, W, 3) uint8 images at common seeds, captioned by `prompts`.
+    """
+
+    protocol: Mapping[str, Any]
+    graph: BlockGraph
+    outside_params: int
+    limits: Mapping[str, tuple[str, float]]
+    search: Sequence[Evaluation]
+    random: Sequence[Evaluation]
+    finals: Sequence[Evaluation]
+    recovered: Sequence[Evaluation]
+    scores: Mapping[str, Mapping[str, Score]]
+    images: Mapping[str, NDArray[np.uint8]]
+    prompts: Sequence[str]
+
+    @property
+    def measure(self) -> str:
+        return str(self.protocol["objective"])
+
+    @property
+    def convention(self) -> str:
+        return str(self.protocol["macs"])
+
+    def cost(self, e: Evaluation) -> Cost:
+        return self.graph.cost(e.candidate.arch)
+
+    def share(self, e: Evaluation, quantity: str) -> float:
+        """What an architecture has of the teacher's parameters (whole pipeline), MACs in the run's convention, or step latency:
+        measured, else as the search predicted it, NaN where it did not."""
+        if quantity == "params":
+            return (self.cost(e).params + self.outside_params) / (self.graph.total.params + self.outside_params)
+        if quantity == "latency":
+            return self.latency_ratio(e) or self.predicted_ratio(e) or math.nan
+        return self.cost(e).macs(self.convention) / self.graph.total.macs(self.convention)
+
+    def latency_ratio(self, e: Evaluation) -> float | None:
+        """Measured step latency over the teacher's; None when it was not measured."""
+        score = self.scores.get(e.score.label, {}).get("latency_ratio")
+        return score.value if score else None
+
+    def predicted_ratio(self, e: Evaluation) -> float | None:
+        """The step latency over the teacher's that the search expected; None where it expected none."""
+        full, seconds = self.scores.get(TEACHER, {}).get("latency"), e.candidate.costs.get("latency_s")
+        return seconds / full.value if full and full.value and seconds else None
+
+    def holds(self, e: Evaluation) -> bool:
+        """True when every budget holds, latency by measurement where there is one."""
+        full, ratio = self.scores.get("full", {}).get("latency"), self.latency_ratio(e)
+        if full is None or full.value is None or ratio is None:
+            return e.candidate.fits
+        seconds = full.value * ratio
+        return all(
+            seconds <= self.limits[text][1] if self.limits[text][0] == "latency" else excess <= 0
+            for text, excess in e.candidate.over.items()
+        )
+
+    @cached_property
+    def ranked(self) -> list[Evaluation]:
+        """The finalists that hold the budgets, best first on fresh seeds; after recovery where there was one."""
+        sound = [e for e in self.finals if self.holds(e) and e.score.value is not None]
+        return sorted(sound, key=lambda e: self.judged(e).loss)
+
+    def judged(self, e: Evaluation) -> Evaluation:
+        """What decides about a finalist: its score after recovery, else the one on fresh seeds."""
+        return self.after(e) or e
+
+    def after(self, e: Evaluation) -> Evaluation | None:
+        """What a finalist scored after recovery; None when it was not recovered."""
+        return next((r for r in self.recovered if r.candidate.arch == e.candidate.arch), None)
+
+    @property
+    def is_front(self) -> bool:
+        """True for a sweep without any budget: among architectures of all sizes none is the best, only a front."""
+        return bool(self.protocol["pareto"]) and not self.limits
+
+    @property
+    def chosen(self) -> list[Evaluation]:
+        """What the search answers: the winner, or the front, smallest first. Raises UserError when there is none."""
+        if not self.is_front:
+            return [self.best]
+        if not (front := self.front(str(self.protocol["pareto"]))):
+            raise UserError(f"no finalist has a score ({len(self.finals)} tried): raise --trials")
+        return front
+
+    @property
+    def order(self) -> list[Evaluation]:
+        """Every finalist: what the search answers first, then what holds the budgets by score, then the others."""
+        first = self.chosen if self.is_front else self.ranked
+        return [*first, *(e for e in self.ranked if e not in first), *(e for e in self.finals if e not in [*first, *self.ranked])]
+
+    def caption(self, e: Evaluation | None) -> Score | None:
+        """How well images follow their captions, the teacher's for None; None where nothing measured it."""
+        return self.scores.get(e.score.label if e else TEACHER, {}).get("clip_score")
+
+    @property
+    def best(self) -> Evaluation:
+        """The winner of the finals. Raises UserError when no finalist holds the budgets."""
+        if not self.ranked:
+            measured = "as measured " if any(q == "latency" for q, _ in self.limits.values()) else ""
+            raise UserError(f"no finalist holds the budgets {measured}({len(self.finals)} tried): raise the budget or --trials")
+        return self.ranked[0]
+
+    @property
+    def nearest_preset(self) -> Evaluation | None:
+        """The preset among the finalists whose parameters are nearest to the winner's; None for a front."""
+        if self.is_front:
+            return None
+        known = [e for e in self.finals if e.candidate.source == PRESET and e.candidate.arch != self.best.candidate.arch]
+        return min(known, key=lambda e: abs(self.cost(e).params - self.cost(self.best).params), default=None)
+
+    def against(self, preset: Evaluation) -> Evaluation | None:
+        """The best finalist no larger than a preset in what is budgeted, other than a preset; None when there is none."""
+        own = [e for e in self.finals if e.candidate.source != PRESET and e.score.value is not None]
+        small = [e for e in own if all(self.share(e, q) <= self.share(preset, q) for q in self.quantities)]
+        return min(small, key=lambda e: self.judged(e).loss, default=None)
+
+    @property
+    def quantities(self) -> list[str]:
+        """What is budgeted: parameters, MACs or latency."""
+        swept = [self.protocol["pareto"]] if self.protocol["pareto"] else []
+        return list(dict.fromkeys([*(quantity for quantity, _ in self.limits.values()), *swept]))
+
+    def frequency(self) -> dict[str, float]:
+        """unit => the share in which it is removed among the best tenth of what fits."""
+        fitting = sorted((e for e in self.search if e.candidate.fits and e.candidate.params), key=lambda e: e.loss)
+        top = fitting[: max(1, math.ceil(len(fitting) / 10))]
+        labels = top[0].candidate.params if top else {}
+        return {label: sum(e.candidate.params[label] for e in top) / len(top) for label in labels}
+
+    def front(self, quantity: str) -> list[Evaluation]:
+        """What no other finalist beats in both the measure and the quantity, smallest first."""
+        found: list[Evaluation] = []
+        for e in sorted((e for e in self.finals if e.score.value is not None), key=lambda e: (self.share(e, quantity), e.loss)):
+            if not found or e.loss < found[-1].loss:
+                found.append(e)
+        return found
+
+    @property
+    def known_designs(self) -> list[Evaluation]:
+        """The presets among the finalists."""
+        return [e for e in self.finals if e.candidate.source == PRESET]
+
+    def losses(self) -> dict[Architecture, float]:
+        """What each single removal scored, for the colours of the drawing."""
+        return {e.candidate.arch: e.score.value for e in self.search if e.candidate.source == SCAN and e.score.value is not None}
+
+
+def history(evaluations: Sequence[Evaluation]) -> list[float]:
+    """The best loss so far after each evaluation, infinite while nothing fits."""
+    best, out = math.inf, list[float]()
+    for e in evaluations:
+        best = min(best, e.loss) if e.candidate.fits else best
+        out.append(best)
+    return out

@@ -1,0 +1,1 @@
+"""Run directories: what was asked, and every record, written and read here."""

@@ -1,0 +1,98 @@
+"""Stage: images of one model under a protocol, and what judges see in their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blockprune.data.image_files import file_bytes, pixels
+from blockprune.errors import UserError
+from blockprune.measures.images import Judges
+from blockprune.model.sampling import Protocol, decode, denoise, encode
+from blockprune.stages.evaluate.protocol import Rules, Setting
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Image number `index` as the bytes of its file."""
+
+    index: int
+    file: bytes
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the judges saw of some images, a row each; "index" has their numbers."""
+
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A pipeline under a protocol: image i has prompt i and seed `seed + i`, whichever process draws it and in what batch.
+
+    `tick` hears how many images were just seen, and of which setting.
+    """
+
+    pipe: Any
+    rules: Rules
+    prompts: Sequence[str]
+    latent: tuple[int, int]
+    seed: int
+    judges: Judges
+    tick: Callable[[str, int], None] = lambda label, n: None
+
+    def look(
+        self, setting: Setting, batches: Iterable[Sequence[int]], recall: Callable[[int], bytes | None]
+    ) -> Iterator[Drawn | Seen]:
+        """Draws the images of each batch that `recall` does not know, then looks at the files of all; raises NotFinite.
+
+        The next batch is asked for when what was seen of the last has been taken. One image that is missing is drawn with its whole
+        batch: arithmetic may round by the size of the batch, and a run that was killed shall end as if it had not been.
+        """
+        height, width = self.latent
+        protocol = Protocol(len(self.prompts), setting.steps, setting.cfg_scale, self.seed, (height, width), setting.scheduler)
+        for batch in batches:
+            images = {i: image for i in batch if (image := _known(recall(i))) is not None}
+            drawn = self._draw(protocol, batch) if len(images) < len(batch) else []
+            for i, image in zip(batch, drawn, strict=False):
+                if i not in images:
+                    file = file_bytes(image, self.rules)
+                    images[i] = pixels(file)
+                    yield Drawn(i, file)
+            seen = self.judges.look(torch.stack([images[i] for i in batch]), [self.prompts[i] for i in batch])
+            yield Seen({**seen, "index": np.array(batch, dtype=np.int64)})
+            self.tick(setting.label, len(batch))
+
+    def _draw(self, protocol: Protocol, index: Sequence[int]) -> Sequence[Tensor]:
+        condition, blank = encode(self.pipe, [self.prompts[i] for i in index], self.latent)
+        latents = denoise(self.pipe, protocol, condition, blank, [self.seed + i for i in index])
+        return list(decode(self.pipe, latents))
+
+
+def _known(file: bytes | None) -> Tensor | None:
+    """The pixels of a file; None when there is none, or a machine's crash left it damaged."""
+    try:
+        return None if file is None else pixels(file)
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def in_order(parts: Iterable[Arrays]) -> Arrays:
+    """What was seen of all images in the order of their numbers, without the numbers."""
+    rows = list(parts)
+    forms = [{name: values.shape[1:] for name, values in row.items()} for row in rows]
+    if any(form != forms[0] for form in forms) or len({*np.concatenate([row["index"] for row in rows])}) < sum(
+        len(row["index"]) for row in rows
+    ):
+        raise UserError("the parts of a setting do not belong together: delete its folder in parts/ and run the same command again")
+    order = np.argsort(np.concatenate([row["index"] for row in rows]))
+    return {name: np.concatenate([row[name] for row in rows])[order] for name in rows[0] if name != "index"}

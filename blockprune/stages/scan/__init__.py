@@ -1,0 +1,1 @@
+"""Score every removal without retraining."""

@@ -1,0 +1,1 @@
+"""The best removal set under a budget."""

@@ -1,0 +1,307 @@
+"""`blockprune scan` and `stats` as a user runs them: outputs, resuming after a kill, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from conftest import Cli
+from PIL import Image
+
+from blockprune.cli.outputs import view_of
+from blockprune.measures import statistics
+from blockprune.model.sampling import MAX_SEED
+from blockprune.reports.figures import tradeoff
+from blockprune.runs import directory
+from blockprune.stages.search.proposals import SAMPLERS, sampler_of
+
+QUICK = ["--unit", "stage", "--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4"]
+IMAGES = "eps_mse,fid,clip_score,params"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows, without the numbers that are timings."""
+    return [r for r in directory.read_rows(folder) if not r["measure"].startswith(("latency", "memory"))]
+
+
+def pictures(folder: Path, n: int, side: int = 32) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    for i in range(n):
+        Image.fromarray(draw.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small scan of the built-in model with every measure, left undisturbed."""
+    out = tmp_path_factory.mktemp("scan") / "run"
+    main_in_process("scan", *QUICK, "--out", str(out))
+    return out
+
+
+def main_in_process(*args: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "blockprune", *args], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_outputs_are_all_there(scanned: Path) -> None:
+    names = {p.name for p in scanned.iterdir()}
+    assert {"run.json", "rows.jsonl", "scan.csv", "scan.json", "report.md", "unet.png", "grid.png", "tradeoff.png"} <= names
+    table = list(csv.DictReader((scanned / "scan.csv").read_text().splitlines()))
+    data = json.loads((scanned / "scan.json").read_text())
+    assert [row["label"] for row in table] == [row["label"] for row in data["ranking"]]
+    assert table[0]["label"] == "full"
+    assert len(table) == 11
+    assert all(row["fid"] and row["clip_score"] and row["kid"] and row["is"] for row in table)
+    assert "unet.png" in (scanned / "report.md").read_text()
+
+
+def test_same_command_again_adds_nothing(scanned: Path, cli: Cli) -> None:
+    before = (scanned / "rows.jsonl").read_bytes()
+    code, out, _ = cli("scan", *QUICK, "--out", scanned)
+    assert code == 0
+    assert "mid_block" in out
+    assert (scanned / "rows.jsonl").read_bytes() == before
+
+
+def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "blockprune", "scan", *QUICK, "--out", str(tmp_path / "run")]
+    for n_rows in (24, 60):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(directory.read_rows(tmp_path / "run")) < n_rows:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    main_in_process("scan", *QUICK, "--out", str(tmp_path / "run"))
+    assert rows_of(tmp_path / "run") == rows_of(scanned)
+
+
+def test_another_protocol_in_the_same_directory(scanned: Path, one_line: Callable[..., str]) -> None:
+    changed = [*QUICK[:-1], "2", "--cfg-scale", "5.5", "--out", scanned]
+    line = one_line("scan", *changed)
+    assert "cfg_scale is" in line
+    assert "5.5 asked" in line
+    assert "batch" not in line
+
+
+@pytest.mark.parametrize(
+    ("arch", "says"),
+    [
+        ("mid_blok", "did you mean mid_block"),
+        ("ssd-1b", "preset 'ssd-1b' is for another U-Net"),
+        ("down_blocks.0.downsamplers.0", "changes the resolution"),
+        ("-conv_in", "no path around it"),
+        ("mid_block,+mid_block", "removes nothing"),
+        ("nowhere.json", "no architecture file"),
+    ],
+)
+def test_bad_architectures(one_line: Callable[..., str], tmp_path: Path, arch: str, says: str) -> None:
+    assert says in one_line("scan", "--arch", arch, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--measures", "fidd"], "unknown measure 'fidd'"),
+        (["--unit", "blok"], "unknown unit 'blok'"),
+        (["--scheduler", "x"], "unknown scheduler 'x'"),
+        (["--n-images", "0"], "n-images must be at least 1"),
+        (["--device", "cuda:99"], "device"),
+        (["--dtype", "int3"], "unknown dtype"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", "sd-v2-1"], "download"),
+        (["--reference", "/nowhere"], "no reference at '/nowhere'"),
+        (["--clip", "/nowhere"], "/nowhere"),
+        (["--detector", "inception"], "--inception-weights"),
+        (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--resolution", "33"], "multiple of"),
+    ],
+)
+def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:
+    assert says in one_line("scan", *args, "--out", tmp_path / "run")
+
+
+def test_prompts_file_without_prompts(one_line: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n  \n")
+    assert "p.txt" in one_line("scan", "--prompts", tmp_path / "p.txt")
+
+
+def test_missing_and_corrupt_weights(one_line: Callable[..., str], tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder("sd1"), tmp_path / "m")
+    weights = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "diffusion_pytorch_model.safetensors" in one_line("scan", "--model", tmp_path / "m")
+    weights.unlink()
+    assert "unet" in one_line("scan", "--model", tmp_path / "m")
+
+
+def test_unreadable_reference_images_are_counted(cli: Cli, one_line: Callable[..., str], tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "real", 20)
+    whole = (folder / "000.png").read_bytes()
+    (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    code, out, _ = cli("stats", folder, tmp_path / "real.npz", "--detector", "tiny-digits")
+    assert code == 0
+    assert "20 images, 2 unreadable images skipped" in out
+    for i in range(15):
+        (folder / f"bad-{i}.png").write_bytes(b"not an image")
+    assert "more than 10 images" in one_line("scan", "--reference", folder, "--detector", "tiny-digits")
+
+
+def test_stats_of_a_folder_are_a_reference(cli: Cli, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "real", 12)
+    assert cli("stats", folder, tmp_path / "real.npz", "--detector", "tiny-digits")[0] == 0
+    scores = []
+    for reference in (folder, tmp_path / "real.npz"):
+        out = tmp_path / f"run-{reference.suffix or 'dir'}"
+        args = ["--arch", "mid_block", "--measures", "fid,kid", *QUICK[2:], "--detector", "tiny-digits"]
+        assert cli("scan", *args, "--reference", reference, "--out", out)[0] == 0
+        scores.append([(r["label"], r["measure"], round(r["value"], 4)) for r in rows_of(out)])
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 4
+
+
+def test_prompts_in_a_file_and_an_architecture_in_a_file(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt\none\ntwo\n")
+    (tmp_path / "mine.json").write_text('{"format": 1, "removed": ["mid_block"]}')
+    args = ["--arch", tmp_path / "mine.json", "--arch", "bk-sdm-small,+mid_block", "--prompts", tmp_path / "p.csv"]
+    assert cli("scan", *args, *QUICK[2:], "--measures", "eps_mse,params", "--out", tmp_path / "run")[0] == 0
+    assert {r["label"] for r in rows_of(tmp_path / "run")} == {"full", "mine", "bk-sdm-small,+mid_block"}
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd1-v", "sd2"])
+def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    args = ["--model", tiny_folder(kind), *QUICK, "--out", tmp_path / "run", "--measures", IMAGES]
+    reference = pictures(tmp_path / "real", 8, 16)
+    code, out, err = cli("scan", *args, "--detector", "tiny-digits", "--clip", "tiny-digits", "--reference", reference)
+    assert code == 0, err
+    assert "mid_block" in out
+
+
+def test_a_full_disk_loses_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["scan", "--arch", "mid_block", *QUICK[2:], "--measures", IMAGES, "--out", tmp_path / "run"]
+    real, written = os.write, []
+
+    def write(fd: int, data: bytes) -> int:
+        written.append(fd)
+        if len(written) > 3:
+            real(fd, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory.os, "write", write)
+        code, _, err = cli(*args)
+    assert code == 2
+    assert [line for line in err.splitlines() if line.startswith("error")] == [
+        "error: the disk is full: free some space and run the same command again"
+    ]
+    assert len(directory.read_rows(tmp_path / "run")) == 3
+    assert cli(*args)[0] == 0
+    assert len(directory.read_rows(tmp_path / "run")) == 7
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = "import sys; sys.argv = ['blockprune', 'scan', '--help']\nfrom blockprune.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--cfg-scale" in result.stdout
+
+
+def test_nan_images_are_failed_rows_and_the_scan_goes_on(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.break_mid(monkeypatch)
+    args = ["--arch", "mid_block", "--arch", "up_blocks.1.attentions.0", *QUICK[2:], "--measures", "eps_mse,fid"]
+    assert cli("scan", *args, "--out", tmp_path / "run")[0] == 0
+    values = {(r["label"], r["measure"]): r for r in rows_of(tmp_path / "run")}
+    assert "not finite" in values["mid_block", "fid"]["error"]
+    assert values["mid_block", "eps_mse"]["value"] is None
+    assert values["up_blocks.1.attentions.0", "fid"]["value"] > 0
+
+
+def test_a_removals_latency_is_the_ratio_that_was_timed_in_turn(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that slows down by half again and again, whatever a user reads is the ratio, and seconds are the teacher's."""
+    tiny.drifting_clock(monkeypatch)
+    out, page = tmp_path / "run", tmp_path / "page.html"
+    code, shown, err = cli("scan", "--unit", "stage", "--measures", "eps_mse,latency", *QUICK[2:], "--out", out)
+    assert code == 0, err
+    view = view_of(out)
+    truth = {label: view.graph.cost(arch).params / view.graph.total.params for label, arch in view.archs.items()}
+    del truth["full"]
+    for row in csv.DictReader((out / "scan.csv").read_text().splitlines()):
+        assert float(row["latency_ratio"] or 0) == pytest.approx(truth.get(row["label"], 0)), row["label"]
+        assert bool(row["latency"]) == (row["label"] == "full")
+    for row in json.loads((out / "scan.json").read_text())["ranking"][1:]:
+        assert row["latency_ratio"] == pytest.approx(truth[row["label"]])
+        assert row["latency"] is None
+    milliseconds = f"{view.graph.total.params / 10**6:.3g} ms"
+    for text in (shown, (out / "report.md").read_text()):
+        assert text.count(" ms") == text.count(milliseconds) == 1
+        for label, ratio in truth.items():
+            (line,) = (line for line in text.splitlines() if re.match(rf"\W*\d+\W+{re.escape(label)}\W* ", line))
+            assert f" {ratio:.3f} [" in line, label
+    assert "Not measured" not in (out / "report.md").read_text()
+    assert cli("report", out, "--out", page)[0] == 0
+    results = json.loads(page.with_suffix(".json").read_text())["results"]
+    assert [bool(r["latency_s"]) for r in results] == [not r["removed"] for r in results]
+    assert {r["model"].removeprefix("without "): r["latency_ratio"] for r in results[1:]} == pytest.approx(truth)
+    cells = re.findall(r"<td[^>]*>\s*([^<]*)", page.read_text())
+    assert all(f"{ratio:.3f}" in {c.strip() for c in cells} for ratio in truth.values())
+    drawn = {}
+    for ax in tradeoff(view, "eps_mse").axes[2:]:
+        drawn = {round(float(line.get_xdata()[0]), 6) for line in ax.lines if len(line.get_xdata()) == 1}
+    assert drawn == {round(100 * (1 - ratio), 6) for ratio in truth.values()}
+
+
+def test_seconds_of_students_in_runs_of_earlier_versions_are_not_shown(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.drifting_clock(monkeypatch)
+    args = ["--arch", "mid_block", "--measures", "latency", *QUICK[2:], "--out", tmp_path / "run"]
+    assert cli("scan", *args)[0] == 0
+    (row,) = (r for r in directory.read_rows(tmp_path / "run") if r["label"] == "mid_block")
+    with (tmp_path / "run" / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"measure": "latency", "value": 7.0}) + "\n")
+    view = view_of(tmp_path / "run")
+    assert view.value("mid_block", "latency") is None
+    assert view.value("mid_block", "latency_ratio") == pytest.approx(row["value"])
+
+
+def test_the_largest_seed_is_one_for_every_generator(cli: Cli, tmp_path: Path) -> None:
+    args = [
+        "--arch",
+        "mid_block",
+        "--n-images",
+        "3",
+        "--steps",
+        "2",
+        "--scheduler",
+        "ddpm",
+        "--eps-samples",
+        "2",
+        "--batch-size",
+        "2",
+    ]
+    code, _, err = cli("scan", *args, "--seed", MAX_SEED, "--out", tmp_path / "run")
+    assert code == 0, err
+    for name in SAMPLERS:
+        sampler_of(name, MAX_SEED + 10**9)
+    features = np.random.default_rng(0).normal(size=(8, 3))
+    statistics.kid(features, features, n_subsets=2, subset_size=4, seed=MAX_SEED)

@@ -1,0 +1,434 @@
+"""`blockprune search` as a user runs it: outputs, resuming, many workers, a real PostgreSQL, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from conftest import Cli
+from test_cli_scan import main_in_process
+
+from blockprune.cli.outputs import search_view_of
+from blockprune.cost import latency
+from blockprune.model import pretrained
+from blockprune.model.architecture import Architecture
+from blockprune.model.trace import trace
+from blockprune.reports.text import number
+from blockprune.runs import directory
+
+SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8", "--final-factor", "2", "--finalists", "2"]
+QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", "20", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small search of the built-in model, left undisturbed."""
+    out = tmp_path_factory.mktemp("search") / "run"
+    main_in_process("search", *QUICK, "--random", "3", "--out", str(out))
+    return out
+
+
+def scored(folder: Path, kind: str = "search") -> dict[str, Any]:
+    """Architecture key => value of everything a run has scored."""
+    rows = [row for row in directory.read_rows(folder) if row["kind"] == kind]
+    keys = [row["tiers"][-1]["arch"] for row in rows]
+    assert len(keys) == len(set(keys))
+    return {key: row["tiers"][-1]["value"] for key, row in zip(keys, rows, strict=True)}
+
+
+def test_outputs_are_all_there(searched: Path) -> None:
+    names = {p.name for p in searched.iterdir()}
+    assert {"best.json", "finalists.csv", "report.md", "history.png", "front.png", "unet-best.png", "grid.png"} <= names
+    best = json.loads((searched / "best.json").read_text())
+    assert Architecture.from_json(best).removed
+    assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]
+    assert set(best["cost"]["macs"]) == {"thop", "conv_linear", "with_attention"}
+    (own,) = (s for s in best["scores"] if s["measure"] == "guided_mse")
+    assert own["n"] == 16
+    assert own["seed"] != best["score_in_search"]["seed"]
+    assert own["low"] < own["value"] < own["high"]
+    table = list(csv.DictReader((searched / "finalists.csv").read_text().splitlines()))
+    assert table[0]["label"] == best["label"]
+    assert {"bk-sdm-small", "bk-sdm-tiny", "bk-sdm-base"} <= {row["label"] for row in table}
+    values = [float(row["guided_mse"]) for row in table]
+    assert values == sorted(values)
+    report = (searched / "report.md").read_text()
+    assert "What is removed" in report
+    assert "bk-sdm-small" in report
+    assert len(scored(searched)) == 20
+    assert len(scored(searched, "random")) == 3
+
+
+def test_same_command_again_adds_nothing(searched: Path, cli: Cli) -> None:
+    before = (searched / "rows.jsonl").read_bytes()
+    code, out, _ = cli("search", *QUICK, "--random", "3", "--out", searched)
+    assert code == 0
+    assert "best.json" in out
+    assert (searched / "rows.jsonl").read_bytes() == before
+
+
+def test_captions_stand_beside_the_objective(searched: Path, cli: Cli) -> None:
+    """On the terminal, in finalists.csv and in report.md: what the teacher and every finalist have, and over how many images."""
+    code, out, _ = cli("search", *QUICK, "--random", "3", "--out", searched)
+    assert code == 0
+    seen = {row["label"]: row["scores"] for row in directory.read_rows(searched) if row["kind"] == "seen"}
+    captions = {label: s for label, scores in seen.items() for s in scores if s["measure"] == "clip_score"}
+    report = (searched / "report.md").read_text()
+    table = {row["label"]: row for row in csv.DictReader((searched / "finalists.csv").read_text().splitlines())}
+    assert captions.keys() == {"full", *table}
+    assert list(next(iter(table.values())))[:14].index("clip_score") > list(next(iter(table.values()))).index("guided_mse")
+    for text in (out, report):
+        assert "clip_score ↑, n = 4" in text
+    for label, s in captions.items():
+        name = "teacher" if label == "full" else label
+        for text in (out, report):
+            (line,) = (x for x in text.splitlines() if re.match(rf"[|\s]*[-\d]+[|\s]+`?{re.escape(name)}`?[|\s]", x))
+            assert f"{number(s['value'])} [{number(s['low'])}" in line, (name, line)
+        if label != "full":
+            assert float(table[label]["clip_score"]) == s["value"]
+            assert float(table[label]["clip_score_delta_high"]) == s["delta_high"]
+
+
+def test_the_best_is_an_architecture_for_other_commands(searched: Path, cli: Cli) -> None:
+    code, out, _ = cli("cost", "--arch", searched / "best.json", "--json")
+    assert code == 0
+    best = json.loads((searched / "best.json").read_text())
+    assert json.loads(out)["unet"]["params"] == best["cost"]["params"]
+
+
+def test_killed_and_started_again_ends_with_the_same_scores(searched: Path, tmp_path: Path) -> None:
+    args = [*QUICK, "--random", "3", "--out", str(tmp_path / "run")]
+    for n_rows in (3, 14):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "blockprune", "search", *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and len(directory.read_rows(tmp_path / "run")) < n_rows:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    main_in_process("search", *args)
+    again = scored(tmp_path / "run")
+    first = {key: value for key, value in scored(searched).items() if key in again}
+    assert {key: again[key] for key in first} == first
+    planned = [
+        row for row in directory.read_rows(searched) if row["kind"] == "search" and row["source"] in ("scan", "exact", "preset")
+    ]
+    assert {row["tiers"][-1]["arch"] for row in planned} <= first.keys()
+    assert len(scored(tmp_path / "run")) == 20
+    assert _best(tmp_path / "run")["holds_budget"] == "True"
+
+
+def _best(folder: Path) -> dict[str, str]:
+    return next(csv.DictReader((folder / "finalists.csv").read_text().splitlines()))
+
+
+def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(searched, tmp_path / "run")
+    before = scored(searched)
+    args = [*QUICK[:5], "24", *SMALL, "--study-name", "run", "--out", tmp_path / "run"]
+    assert cli("search", *args)[0] == 0
+    after = scored(tmp_path / "run")
+    assert len(after) == 24
+    assert after.items() >= before.items()
+
+
+def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli) -> None:
+    common = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
+    assert cli("scan", "--unit", "stage", *common, "--measures", "guided_mse", "--out", tmp_path / "scan")[0] == 0
+    code, out, _ = cli("search", *QUICK, "--from-scan", tmp_path / "scan", "--solve-only")
+    assert code == 0
+    assert "removed" in out
+    assert cli("search", *QUICK, "--from-scan", tmp_path / "scan", "--out", tmp_path / "run")[0] == 0
+    rows = {row["label"]: row["value"] for row in directory.read_rows(tmp_path / "scan")}
+    found = [row for row in directory.read_rows(tmp_path / "run") if row["kind"] == "search" and row["source"] == "scan"]
+    assert {row["tiers"][-1]["label"]: row["tiers"][-1]["value"] for row in found} == rows
+    assert all(row["seconds"] == 0 for row in found)
+
+
+def test_other_budgets_are_solved_without_forward_passes(
+    searched: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockprune.model import pretrained
+
+    monkeypatch.setattr(pretrained, "load", lambda *a, **k: pytest.fail("weights were loaded"))
+    found = []
+    for i, budget in enumerate(("70%params", "90%macs")):
+        args = ["--unit", "stage", "--budget", budget, "--solve-only", "--from-scan", searched]
+        for _ in range(2):  # the same again finds the same
+            code, out, _ = cli("search", *args, "--out", tmp_path / str(i))
+            assert code == 0
+            assert "solutions.json" in out
+        data = json.loads((tmp_path / str(i) / "solutions.json").read_text())["solutions"]
+        found.append([s["architecture"]["removed"] for s in data])
+        sums = [s["predicted"]["guided_mse"] for s in data]
+        assert sums == sorted(sums)
+        assert all(excess <= 0 for s in data for excess in s["over_budget"].values())
+        scores = {
+            row["tiers"][-1]["label"]: row["tiers"][-1]["value"] for row in directory.read_rows(searched) if row["kind"] == "search"
+        }
+        first = Architecture.from_json(json.loads((tmp_path / str(i) / "solution-1.json").read_text()))
+        units = [u for u in scores if u in stages() and stages()[u] <= first]
+        assert sums[0] <= sum(scores[u] for u in units) * (1 + 1e-9)
+        assert not (tmp_path / str(i) / "best.json").exists()
+        code, out, _ = cli("cost", "--arch", tmp_path / str(i) / "solution-1.json", "--json")
+        assert code == 0
+        assert json.loads(out)["unet"]["params"] == data[0]["cost"]["params"]
+    assert found[0] != found[1]
+
+
+def stages() -> dict[str, Architecture]:
+    config = pretrained.configs("tiny-digits")
+    return trace(config.unet, config.latent(None), config.n_tokens).units("stage")
+
+
+def test_a_single_unit_may_be_the_solution(searched: Path, cli: Cli, tmp_path: Path) -> None:
+    """A unit that was scored alone is known, and still the best within a loose budget."""
+    args = ["--unit", "stage", "--budget", "99%params", "--solve-only", "--from-scan", searched, "--out", tmp_path / "run"]
+    assert cli("search", *args)[0] == 0
+    solutions = json.loads((tmp_path / "run" / "solutions.json").read_text())["solutions"]
+    assert any(len(s["architecture"]["removed"]) == 1 for s in solutions)
+
+
+def test_solving_says_what_it_needs_and_overwrites_nothing(searched: Path, one_line: Callable[..., str], tmp_path: Path) -> None:
+    args = ["--unit", "stage", "--budget", "70%params", "--solve-only"]
+    assert "give --from-scan" in one_line("search", *args, "--out", tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in searched.iterdir() if p.is_file()}
+    assert "holds a search run" in one_line("search", *args, "--from-scan", searched, "--out", searched)
+    assert {p.name: p.read_bytes() for p in searched.iterdir() if p.is_file()} == before
+    assert "has clip_score of no unit 'stage'" in one_line("search", *args, "--from-scan", searched, "--objective", "clip_score")
+
+
+def test_solving_on_a_scan_leaves_out_what_it_lacks(searched: Path, cli: Cli, one_line: Callable[..., str]) -> None:
+    args = ["--solve-only", "--from-scan", searched]
+    code, out, _ = cli("search", "--unit", "stage,block", "--budget", "80%params", *args)
+    assert code == 0
+    assert out.startswith("left out, for want of guided_mse in")
+    assert "down_blocks.0.resnets.0" in out.splitlines()[0]
+    line = one_line("search", "--unit", "layer", "--budget", "99%params", *args)
+    assert "has guided_mse of no unit 'layer'" in line
+
+
+def test_two_workers_share_a_search(tmp_path: Path) -> None:
+    main_in_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
+    assert len(scored(tmp_path / "run")) == 20
+    assert _best(tmp_path / "run")["holds_budget"] == "True"
+
+
+def test_a_front(tmp_path: Path, cli: Cli) -> None:
+    args = ["--pareto", "params", "--unit", "stage", "--trials", "30", *SMALL]
+    assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
+    front = json.loads((tmp_path / "run" / "pareto.json").read_text())["front"]
+    shares = [point["share_of_teacher"] for point in front]
+    losses = [point["score"]["value"] for point in front]
+    assert shares == sorted(shares)
+    assert losses == sorted(losses, reverse=True)
+    assert len(front) >= 3
+    assert not (tmp_path / "run" / "best.json").exists()  # among all sizes none is the best
+    assert not (tmp_path / "run" / "unet-best.png").exists()
+    lines = list(csv.DictReader((tmp_path / "run" / "finalists.csv").read_text().splitlines()))
+    assert [line["label"] for line in lines if line["on_front"] == "True"] == [point["label"] for point in front]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"{len(front)} of {len(lines)} finalists are on the front" in report
+    assert "best.json" not in report
+    assert cli("report", tmp_path / "run", "--out", tmp_path / "page.html")[0] == 0
+
+
+def test_a_front_within_a_budget_has_a_best(tmp_path: Path, cli: Cli) -> None:
+    args = ["--pareto", "macs", "--budget", "75%params", "--unit", "stage", "--trials", "20", *SMALL]
+    assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]
+    assert json.loads((tmp_path / "run" / "pareto.json").read_text())["front"]
+
+
+LATENCY = ["--budget", "90%latency", *QUICK[:2], "--trials", "16", *SMALL]
+
+
+def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that slows down by half again and again, where a step takes as long as it has parameters."""
+    tiny.drifting_clock(monkeypatch)
+    code, out, err = cli("search", *LATENCY, "--out", tmp_path / "run")
+    assert code == 0, err
+    rows = directory.read_rows(tmp_path / "run")
+    timed = {row["label"]: row["value"] for row in rows if row["kind"] == "timing" and row["measure"] == "latency_ratio"}
+    view = search_view_of(tmp_path / "run")
+    best = json.loads((tmp_path / "run" / "best.json").read_text())["label"]
+    assert {"calibration 0", "calibration 11", "mid_block", best} <= timed.keys()
+    for e in view.finals:
+        truth = view.cost(e).params / view.graph.total.params
+        assert timed[e.score.label] == pytest.approx(truth), e.score.label
+        assert view.holds(e) == (truth <= 0.9), e.score.label
+    assert timed[best] <= 0.9
+    milliseconds = view.graph.total.params / 10**9
+    assert view.limits["90%latency"][1] == pytest.approx(0.9 * milliseconds)
+    (line,) = (x for x in out.splitlines() if x.split()[:2] == ["1", best])
+    assert f"{timed[best]:.3f}" in line
+
+
+def test_a_latency_budget_out_of_reach_is_said(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose steps all take the same time, whatever is removed."""
+    monkeypatch.setattr(latency, "_cpu_step", lambda unet, inputs: 0.01)
+    code, _, err = cli("search", *LATENCY, "--out", tmp_path / "run")
+    assert code == 2
+    assert "Traceback" not in err
+    assert "%latency" in err
+    assert not (tmp_path / "run" / "best.json").exists()
+    assert not (tmp_path / "run" / "finalists.csv").exists()
+
+
+@pytest.mark.parametrize("objective", ["eps_mse", "guided_mse", "clip_score"])
+def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
+    args = [*QUICK[:4], "--trials", "16", *SMALL, "--objective", objective, "--recover", "2", "--recover-batch-size", "2"]
+    code, _, err = cli("search", *args, "--out", tmp_path / "run")
+    assert code == 0, err
+    final, recovered = (scored(tmp_path / "run", kind) for kind in ("final", "recovered"))
+    assert final.keys() == recovered.keys()
+    assert all(recovered[key] != final[key] for key in final)
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["score_recovered"]["value"] == (max if objective == "clip_score" else min)(recovered.values())
+    assert "Kendall τ between the two orders" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
+    assert cli("search", *QUICK, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
+    for row in directory.read_rows(tmp_path / "run"):
+        if row["kind"] == "search":
+            arch = Architecture(frozenset(row["removed"]))
+            assert "mid_block" not in arch
+            assert "down_blocks.1.resnets.1" not in arch
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--budget", "plenty"], "cannot read the budget 'plenty'"),
+        (["--budget", "5%params"], "the least to be had is"),
+        (["--budget", "1%macs"], "GMACs for a U-Net step"),
+        ([], "no budget: give --budget"),
+        (["--budget", "65%params", "--objective", "vibes"], "unknown objective 'vibes'"),
+        (["--budget", "65%params", "--sampler", "cma"], "unknown sampler 'cma'"),
+        (["--budget", "65%params", "--trials", "0"], "--trials must be at least 1"),
+        (["--budget", "65%params", "--workers", "0"], "--workers must be at least 1"),
+        (["--budget", "65%params", "--finalists", "0"], "--finalists must be at least 1"),
+        (["--budget", "65%params", "--random", "-1"], "--random must be at least 0"),
+        (["--budget", "65%params", "--recover", "-1"], "--recover must be at least 0"),
+        (["--budget", "65%params", "--scope", "all"], "unknown scope 'all'"),
+        (["--budget", "65%params", "--macs", "flops"], "unknown MAC convention"),
+        (["--budget", "65%params", "--unit", "brick"], "unknown unit 'brick'"),
+        (["--budget", "65%params", "--unit", "layer", "--keep", "*attentions*,mid_block"], "nothing is left to remove"),
+        (["--budget", "65%params", "--keep", "mid_blok"], "did you mean mid_block"),
+        (["--pareto", "beauty"], "unknown pareto 'beauty'"),
+        (["--budget", "65%params", "--from-scan", "/nowhere"], "is not a run directory"),
+        (["--budget", "65%params", "--solve-only", "--from-scan", "/nowhere"], "is not a run directory"),
+        (["--budget", "65%params", "--workers", "2", "--storage", "sqlite:///x.db"], "SQLite lets two workers take one trial"),
+        (["--budget", "65%params", "--storage", "postgresql://u:secret@127.0.0.1:1/db"], "cannot open the storage"),
+        (["--budget", "65%params", "--storage", "nonsense"], "cannot open the storage (could not parse)"),
+        (["--budget", "65%params", "--model", "sd-v1-4"], "download"),
+        (["--budget", "65%params", "--objective", "fid", "--reference", "/nowhere"], "no reference at '/nowhere'"),
+    ],
+)
+def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:
+    line = one_line("search", *args, "--out", tmp_path / "run")
+    assert says in line
+    assert "secret" not in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_protocol_in_the_same_directory(searched: Path, one_line: Callable[..., str]) -> None:
+    line = one_line("search", *QUICK, "--eps-samples", "16", "--out", searched)
+    assert "eps_samples is 8 there, 16 asked" in line
+
+
+def test_a_scan_of_another_protocol(searched: Path, one_line: Callable[..., str], tmp_path: Path) -> None:
+    line = one_line("search", *QUICK, "--eps-samples", "16", "--from-scan", searched, "--out", tmp_path / "run")
+    assert "of another protocol (eps_samples is 8 there, 16 asked)" in line
+
+
+def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tiny_folder: Callable[[str], Path]) -> None:
+    assert cli("graph", "--model", tiny_folder("sd1"))[0] == 0
+    line = one_line("search", "--model", tiny_folder("sd1"), "--budget", "80%params", "--objective", "fid")
+    assert "needs a reference: give --reference" in line
+
+
+@pytest.mark.parametrize("kind", ["sd1-v", "sdxl"])
+def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    args = ["--model", tiny_folder(kind), "--unit", "pair", "--budget", "80%params", "--trials", "5", *SMALL]
+    code, out, err = cli("search", *args, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "best.json" in out
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The URL of a server of its own on loopback; skipped where Debian's postgresql is not installed."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not binaries:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    home = tmp_path_factory.mktemp("postgresql")
+    home.chmod(0o777)
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if as_user:
+        shutil.chown(home, "postgres")
+        for parent in home.parents[:3]:
+            parent.chmod(parent.stat().st_mode | 0o055)
+
+    def run(tool: str, *args: str) -> None:
+        subprocess.run([*as_user, str(binaries[-1] / tool), *args], check=True, capture_output=True, timeout=120)
+
+    run("initdb", "-D", str(home / "data"), "-A", "trust", "-U", "me")
+    port = 20000 + os.getpid() % 20000
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={home}"
+    run("pg_ctl", "-D", str(home / "data"), "-o", options, "-l", str(home / "log"), "-w", "start")
+    try:
+        yield f"postgresql://me@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-D", str(home / "data"), "-m", "immediate", "stop")
+
+
+def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Path, tmp_path: Path) -> None:
+    """Two hosts of two workers each, as one shared search over the same candidates; two workers die in mid-trial."""
+    rows = [row for row in directory.read_rows(searched) if row["kind"] == "search"]
+    n = str(len([row for row in rows if row["source"] in ("scan", "exact", "preset")]))
+    args = ["--unit", "stage", "--budget", "75%params", "--trials", n, *SMALL, "--study-name", "shared", "--storage", postgresql]
+    command = [sys.executable, "-m", "blockprune", "search", *args, "--workers", "2"]
+    outs = [tmp_path / "host-a", tmp_path / "host-b"]
+    hosts = [subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for out in outs]
+    for host, out in zip(hosts, outs, strict=True):
+        while host.poll() is None and len(directory.read_rows(out) if (out / "run.json").exists() else []) < 2:
+            time.sleep(0.05)
+        victim = next(iter(_workers(host.pid)), None)
+        assert victim, host.communicate()[0]
+        os.kill(victim, signal.SIGKILL)
+    texts = [host.communicate(timeout=600)[0].decode() for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], texts
+    assert all("died" in text for text in texts)
+    whole = {key: value for key, value in scored(searched).items() if key in scored(outs[0])}
+    assert len(whole) == int(n)
+    assert scored(outs[0]) == scored(outs[1]) == pytest.approx(whole)
+    assert min(whole, key=whole.__getitem__) == min(scored(outs[0]), key=scored(outs[0]).__getitem__)
+
+
+def _workers(parent: int) -> list[int]:
+    """The worker processes of a search, by its process id."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            line = stat.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and b"spawn_main" in line:
+            found.append(int(stat.parent.name))
+    return found

@@ -1,0 +1,98 @@
+"""Drawing images: those of diffusers' own pipelines to a grey level, whatever the batch size, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from blockprune.errors import UserError
+from blockprune.model.sampling import SCHEDULERS, NotFinite, Protocol, decode, draw, encode, encode_images, noise
+
+PROMPTS = ["a cat", "two dogs", "", "a red kite"]
+PROTOCOL = Protocol(n_images=4, n_steps=3, cfg_scale=4.0, seed=7, latent=(8, 8))
+
+
+@pytest.fixture
+def pipe(tiny_folder: Callable[[str], Path]) -> Callable[[str], diffusers.DiffusionPipeline]:
+    def load(kind: str) -> diffusers.DiffusionPipeline:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_folder(kind), local_files_only=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+def images(pipe, protocol: Protocol, batch_size: int) -> torch.Tensor:
+    conditions = encode(pipe, PROMPTS, protocol.latent)
+    return torch.cat([batch for _, batch in draw(pipe, protocol, *conditions, batch_size, lambda n: None)])
+
+
+def stock_images(pipe, protocol: Protocol) -> torch.Tensor:
+    if protocol.scheduler:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[protocol.scheduler]).from_config(pipe.scheduler.config)
+    start = noise((4, *protocol.latent), [protocol.seed + i for i in range(protocol.n_images)])
+    generators = [torch.Generator().manual_seed(protocol.seed + i + 2**32) for i in range(protocol.n_images)]
+    out = pipe(
+        PROMPTS,
+        height=protocol.latent[0] * pipe.vae_scale_factor,
+        width=protocol.latent[1] * pipe.vae_scale_factor,
+        num_inference_steps=protocol.n_steps,
+        guidance_scale=protocol.cfg_scale,
+        latents=start,
+        generator=generators,
+        output_type="pt",
+    )
+    return out.images.mul(255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd1-v", "sd2", "sdxl"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+def test_equals_the_diffusers_pipeline(pipe, kind: str, cfg_scale: float) -> None:
+    protocol = Protocol(4, 3, cfg_scale, 7, (8, 8))
+    ours, stock = images(pipe(kind), protocol, 4), stock_images(pipe(kind), protocol)
+    assert (ours.int() - stock.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_every_scheduler_equals_diffusers(pipe, scheduler: str) -> None:
+    protocol = Protocol(4, 4, 4.0, 7, (8, 8), scheduler)
+    ours, stock = images(pipe("sd1"), protocol, 4), stock_images(pipe("sd1"), protocol)
+    assert (ours.int() - stock.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["", "euler-a"])
+def test_batch_size_changes_nothing(pipe, scheduler: str) -> None:
+    protocol = Protocol(5, 3, 4.0, 7, (8, 8), scheduler)
+    whole, single = images(pipe("sd1"), protocol, 5), images(pipe("sd1"), protocol, 2)
+    assert (whole.int() - single.int()).abs().max() <= 1
+    assert (whole[0].int() - whole[4].int()).abs().max() > 1, "same prompt, other seed"
+
+
+def test_sdxl_is_told_the_resolution(pipe) -> None:
+    rows, _ = encode(pipe("sdxl"), PROMPTS, (8, 4))
+    assert rows["added_cond_kwargs"]["time_ids"][0].tolist() == [16, 8, 0, 0, 16, 8]
+
+
+def test_images_and_latents_round_trip_in_shape(pipe) -> None:
+    p = pipe("sd1")
+    latents = encode_images(p, torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    assert latents.shape == (2, 4, 8, 8)
+    assert decode(p, latents).shape == (2, 3, 16, 16)
+
+
+def test_nan_is_an_error(pipe) -> None:
+    p = pipe("sd1")
+    with torch.no_grad():
+        p.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(NotFinite):
+        images(p, PROTOCOL, 4)
+
+
+@pytest.mark.parametrize("bad", [{"n_images": 0}, {"n_steps": 0}, {"cfg_scale": -1}, {"scheduler": "nope"}])
+def test_bad_protocols(bad: dict) -> None:
+    with pytest.raises(UserError):
+        Protocol(**{"n_images": 1, "n_steps": 1, "cfg_scale": 1.0, "seed": 0, "latent": (8, 8), **bad})

@@ -1,0 +1,247 @@
+"""The scan stage: complete, paired, resumable at any point, and blind to the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DDPMScheduler
+
+from blockprune.cli.measuring import possible
+from blockprune.errors import UserError
+from blockprune.measures import images
+from blockprune.measures.denoising import NoisySamples, denoising_errors
+from blockprune.measures.examiner import Plan
+from blockprune.measures.images import Judges
+from blockprune.measures.statistics import Stats, mean_statistic
+from blockprune.model import surgery
+from blockprune.model.architecture import Architecture
+from blockprune.model.compare import rounding
+from blockprune.model.sampling import Protocol
+from blockprune.model.trace import trace
+from blockprune.reports import figures, results, text, view
+from blockprune.reports.dossier import Dossier
+from blockprune.runs import records
+from blockprune.runs.records import Score
+from blockprune.stages.scan import scan as stage
+from blockprune.stages.scan.scan import Part, Scan
+
+PLAN = Plan(
+    measures=["params", "macs", "eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"],
+    protocol=Protocol(n_images=5, n_steps=2, cfg_scale=3.0, seed=1, latent=(8, 8)),
+    prompts=["a cat", "two dogs", "a kite"],
+    n_noisy=7,
+    batch_size=2,
+    n_pictures=3,
+)
+
+
+class Eye:
+    """A detector and scorer of mean colours; its two classes are dark and bright."""
+
+    name, n_features = "eye", 3
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        return images.float().mean((2, 3)).numpy()
+
+    def features_and_probs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        bright = images.float().mean((1, 2, 3)).numpy() / 255
+        return self(images), np.stack([1 - bright, bright], axis=1)[:, None]
+
+    image = __call__
+
+    def text(self, prompts: list[str]) -> np.ndarray:
+        return np.array([[len(p), 1.0, p.count("o")] for p in prompts], dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_folder: Callable[[str], Path]) -> Any:
+    from blockprune.model.pretrained import load
+
+    return load(str(tiny_folder("sd1")))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    real = np.random.default_rng(0).uniform(0, 255, (20, 3))
+    return replace(PLAN, judges=Judges(Eye(), Stats.of(real, keep=True), Eye()))
+
+
+GRAPH = trace(tiny.config("sd1"), (8, 8), tiny.N_TOKENS)
+ARCHS = {label: arch for label, arch in GRAPH.units("stage").items() if label in ("mid_block", "up_blocks.3", "innermost")}
+
+
+def values(records: list[Any]) -> dict[tuple[str, str], float | None]:
+    return {(r.label, r.measure): r.value for r in records if isinstance(r, Score)}
+
+
+@pytest.fixture(scope="module")
+def whole(pipe: Any, plan: Plan) -> list[Any]:
+    return list(Scan(pipe, GRAPH, ARCHS, plan))
+
+
+def test_every_row_once_and_the_teacher_first(whole: list[Any], plan: Plan) -> None:
+    rows = [r for r in whole if isinstance(r, Score)]
+    wanted = {(label, m) for label in ("full", *ARCHS) for m in plan.measures} - {("full", "eps_mse"), ("full", "guided_mse")}
+    assert len(rows) == len(wanted) == len(values(whole))
+    assert values(whole).keys() == wanted
+    assert rows[0].label == "full"
+    by_name = values(whole)
+    assert by_name["full", "feature_distance"] == 0
+    assert by_name["mid_block", "params"] == GRAPH.cost(ARCHS["mid_block"]).params
+    assert all(by_name[label, "feature_distance"] > 0 and by_name[label, "eps_mse"] > 0 for label in ARCHS)
+    assert {r.n for r in rows if r.measure == "fid"} == {5}
+    assert all(r.delta == 0 for r in rows if r.label == "full" and r.measure in ("fid", "clip_score"))
+
+
+def test_pictures_are_the_first_images(whole: list[Any]) -> None:
+    pictures = [r for r in whole if isinstance(r, stage.Picture)]
+    assert [p.label for p in pictures] == ["full", *ARCHS]
+    assert {p.images.shape for p in pictures} == {(3, 16, 16, 3)}
+
+
+@pytest.mark.parametrize("n_kept", [0, 3, 9, 10, 12, 17, 25, 40])
+def test_resumes_anywhere_with_the_same_rows(pipe: Any, plan: Plan, whole: list[Any], n_kept: int) -> None:
+    kept = whole[:n_kept]
+    done = {(r.label, r.measure) for r in kept if isinstance(r, Score)}
+    parts = {r.name: dict(sorted(r.arrays.items())) for r in kept if isinstance(r, Part)}  # a file keeps no order
+    rest = []
+    for record in Scan(pipe, GRAPH, ARCHS, plan, done, parts.get):
+        rest.append(record)
+        if isinstance(record, Part):
+            parts[record.name] = record.arrays
+    assert [r for r in whole if isinstance(r, Score)] == [r for r in kept + rest if isinstance(r, Score)]
+
+
+def test_batch_size_changes_nothing(pipe: Any, plan: Plan, whole: list[Any]) -> None:
+    other = values(list(Scan(pipe, GRAPH, ARCHS, replace(plan, batch_size=5))))
+    for key, value in values(whole).items():
+        assert other[key] == pytest.approx(value, rel=2e-2, abs=1e-6), key
+
+
+def test_replay_equals_the_plain_way(pipe: Any) -> None:
+    """The root of an error is a distance of two outputs of unit size, so it may be off by the rounding of both."""
+    condition = {"encoder_hidden_states": torch.randn(3, tiny.N_TOKENS, 8, generator=torch.Generator().manual_seed(0))}
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    samples = NoisySamples(latents, condition, DDPMScheduler.from_config(pipe.scheduler.config), 6, 0)
+    archs, tolerance = GRAPH.units("block"), 2 * rounding(pipe.unet, torch.float32)
+    ways = [list(denoising_errors(pipe.unet, GRAPH, archs, samples, 4, replay=replay)) for replay in (True, False)]
+    for fast, plain in zip(*ways, strict=True):
+        assert fast.keys() == plain.keys() == archs.keys()
+        for label in archs:
+            np.testing.assert_allclose(np.sqrt(fast[label]), np.sqrt(plain[label]), rtol=0, atol=tolerance, err_msg=label)
+
+
+def test_the_guided_error_is_that_of_the_guided_prediction(pipe: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    text, blank = (torch.randn(rows, tiny.N_TOKENS, 8, generator=draw) for rows in (3, 1))
+    latents, scale = torch.randn(3, 4, 8, 8, generator=draw), 5.0
+    schedule, arch = DDPMScheduler.from_config(pipe.scheduler.config), Architecture(frozenset({"mid_block"}))
+
+    def errors(condition: torch.Tensor, **guidance: Any) -> NoisySamples:
+        return NoisySamples(latents, {"encoder_hidden_states": condition}, schedule, 3, 0, **guidance)
+
+    guided = errors(text, blank={"encoder_hidden_states": blank}, cfg_scale=scale)
+    (found,) = denoising_errors(pipe.unet, GRAPH, {"mid": arch}, guided, 3)
+
+    @torch.inference_mode()
+    def plainly() -> torch.Tensor:
+        out = []
+        for condition in (blank.expand(3, -1, -1), text):
+            x, t, c = errors(condition).batch(0, 3, pipe.unet)
+            out.append(pipe.unet(x, t, **c, return_dict=False)[0])
+        return (1 - scale) * out[0] + scale * out[1]
+
+    teacher = plainly()
+    with surgery.removed(pipe.unet, arch):
+        masked = plainly()
+    assert found["mid"] == pytest.approx((masked - teacher).square().mean((1, 2, 3)).double().numpy(), rel=1e-4)
+
+
+def test_a_guided_error_without_guidance_is_refused() -> None:
+    with pytest.raises(UserError, match="--cfg-scale 1"):
+        replace(PLAN, measures=["guided_mse"], protocol=replace(PLAN.protocol, cfg_scale=1.0))
+
+
+def test_timesteps_are_stratified() -> None:
+    samples = NoisySamples(torch.zeros(1, 4, 8, 8), {}, DDPMScheduler(), 50, 3)
+    assert sorted((samples.timesteps // 20).tolist()) == list(range(50))
+    assert samples.timesteps.tolist() != sorted(samples.timesteps.tolist())
+
+
+def test_a_mask_that_gives_nan_is_a_failed_row(pipe: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.break_mid(monkeypatch)
+    rows = [r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)]
+    failed = {r.measure for r in rows if r.value is None}
+    assert failed == {"eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"}
+    assert all(r.label == "mid_block" and "not finite" in r.error for r in rows if r.value is None)
+    assert len(rows) == 4 * 9 - 2
+
+
+def test_a_broken_teacher_stops_the_scan(tiny_folder: Callable[[str], Path], plan: Plan) -> None:
+    from blockprune.model.pretrained import load
+
+    pipe = load(str(tiny_folder("sd1")))
+    pipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="teacher itself fails"):
+        list(Scan(pipe, GRAPH, ARCHS, plan))
+
+
+def test_measures_without_a_judge_are_refused(pipe: Any) -> None:
+    with pytest.raises(UserError, match="--reference"):
+        Scan(pipe, GRAPH, ARCHS, PLAN)
+
+
+def test_clean_data_needs_no_images(pipe: Any) -> None:
+    plan = replace(PLAN, measures=["eps_mse"], clean=(torch.randn(2, 4, 8, 8), ["a cat", ""]))
+    records = list(Scan(pipe, GRAPH, {"mid": Architecture(frozenset({"mid_block"}))}, plan))
+    assert [type(r).__name__ for r in records] == ["Part"] * 4 + ["Score"]
+
+
+@pytest.mark.parametrize("asked", ["latency", "latency_ratio"])
+def test_a_step_is_timed_in_turn_with_the_teacher(pipe: Any, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    tiny.drifting_clock(monkeypatch)
+    plan = replace(PLAN, measures=[asked])
+    rows = {(r.label, r.measure): r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)}
+    assert rows.keys() == {("full", "latency")} | {(label, "latency_ratio") for label in ARCHS}
+    assert rows["full", "latency"].value == pytest.approx(GRAPH.total.params / 10**9)
+    for label, arch in ARCHS.items():
+        assert rows[label, "latency_ratio"].value == pytest.approx(GRAPH.cost(arch).params / GRAPH.total.params)
+    assert not list(Scan(pipe, GRAPH, ARCHS, plan, rows.keys()))
+
+
+def test_a_measure_added_as_the_readme_says_is_computed_ranked_and_shown(
+    pipe: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    recipe = readme[readme.index("- a **measure of images**") :].partition("\n\n")[0]
+    places = {(images, "STATISTICS"), (images, "NEEDS"), (records, "MEASURES"), (view, "QUALITY"), (results, "PAPER")}
+    assert all(f"`{name}`" in recipe for _, name in places)
+    monkeypatch.setitem(records.MEASURES, "bright", records.Measure("", "up", "brightness"))
+    with pytest.raises(ValueError, match="nothing computes bright"):
+        replace(plan, measures=["bright"])
+    monkeypatch.setitem(images.STATISTICS, "bright", lambda seen, teacher, judges: mean_statistic(seen["features"].mean(1)))
+    monkeypatch.setitem(images.NEEDS, "bright", "detector")
+    for module in (view, text, figures):
+        monkeypatch.setattr(module, "QUALITY", (*view.QUALITY, "bright") if module is view else view.QUALITY)
+    monkeypatch.setattr(results, "QUALITY", view.QUALITY)
+    monkeypatch.setattr(view, "MEASURED", (*view.QUALITY, "latency", "latency_ratio", "memory"))
+    monkeypatch.setattr(results, "PAPER", (*results.PAPER, "bright"))
+    assert "bright" in possible(plan.judges)
+    assert "bright" not in possible(Judges())
+    found = list(Scan(pipe, GRAPH, ARCHS, replace(plan, measures=["bright"])))
+    rows = [r for r in found if isinstance(r, Score)]
+    assert [r.label for r in rows] == ["full", *ARCHS]
+    assert all(r.value is not None and r.low is not None and r.delta is not None for r in rows)
+    shown = view.ScanView({"measures": ["bright"]}, GRAPH, {"full": Architecture(), **ARCHS}, rows, {}, [])
+    assert view.ranked(shown) == sorted(ARCHS, key=lambda n: -(shown.value(n, "bright") or 0))
+    assert "| bright ↑ |" in text.to_markdown(shown)
+    assert "bright" in text.to_csv(shown).splitlines()[0]
+    tabled = results.result_tables(Dossier(scans={"scan": shown}))
+    assert results.flat(tabled, "thop")[0]["bright"] == shown.value("full", "bright")
