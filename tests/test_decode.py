@@ -285,7 +285,7 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
     "U-Net": (lambda: _plain(_config("sd1")), _written("config.json", _traced)),
     "SDXL U-Net": (lambda: _plain(_config("sdxl")), _written("config.json", _traced)),
 }
-SLOW = {"U-Net": 25, "SDXL U-Net": 15}
+SLOW = {"U-Net": 8, "SDXL U-Net": 4}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -325,10 +325,10 @@ def test_a_changed_run_is_reported_or_refused(kind: str, file: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_changed_model_folder_is_read_or_refused(name: str, tmp_path: Path) -> None:
-    tiny.pipeline("sdxl", tmp_path / "model")
+    tiny.pipeline("sdxl" if "text_encoder_2" in name else "sd1", tmp_path / "model")
     document = json.loads((tmp_path / "model" / name).read_text())
 
-    @settings(derandomize=True, database=None, deadline=None, max_examples=12, suppress_health_check=[*HealthCheck])
+    @settings(derandomize=True, database=None, deadline=None, max_examples=5, suppress_health_check=[*HealthCheck])
     @given(changed(document))
     def check(data: Any) -> None:
         (tmp_path / "model" / name).write_text(json.dumps(data))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import report_rows
+from captioned import write_folder
 from conftest import Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pairs import write_folder
 from transformers import CLIPTokenizer
 
 from blockprune.cli import main

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_features import StandInInception, save_clip, save_resnet
+from stand_ins import StandInInception, save_clip, save_resnet
 
 import blockprune
 from blockprune.data.image_folder import read_reference

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import report_rows
 import torch
+from as_user import main_in_process, pictures
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
-from test_cli_scan import main_in_process, pictures
 
 from blockprune.export.pipeline import export_pipeline, save_student
 from blockprune.model import pretrained, surgery

@@ -19,9 +19,9 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
+from as_user import main_in_process
 from conftest import Cli
 from diffusers import StableDiffusionPipeline
-from test_cli_scan import main_in_process
 
 import blockprune
 from blockprune import load_pipeline

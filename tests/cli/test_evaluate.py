@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from as_user import main_in_process, pictures
 from conftest import Cli
 from PIL import Image
 from safetensors.numpy import load_file
-from test_cli_scan import main_in_process, pictures
-from test_features import save_pytorch_fid
+from stand_ins import save_pytorch_fid
 
 from blockprune.assets import ASSETS
 from blockprune.data import image_folder

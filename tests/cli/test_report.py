@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import report_rows
-from blockprune.report_rows.html import page
 from conftest import Cli
+
+from blockprune.reports.html import page
 
 OneLine = Callable[..., str]
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from as_user import main_in_process, pictures
 from conftest import Cli
-from PIL import Image
 
 from blockprune.cli.outputs import view_of
 from blockprune.measures import statistics
@@ -38,25 +38,12 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [r for r in directory.read_rows(folder) if not r["measure"].startswith(("latency", "memory"))]
 
 
-def pictures(folder: Path, n: int, side: int = 32) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = np.random.default_rng(0)
-    for i in range(n):
-        Image.fromarray(draw.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small scan of the built-in model with every measure, left undisturbed."""
     out = tmp_path_factory.mktemp("scan") / "run"
     main_in_process("scan", *QUICK, "--out", str(out))
     return out
-
-
-def main_in_process(*args: str) -> None:
-    result = subprocess.run([sys.executable, "-m", "blockprune", *args], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 def test_outputs_are_all_there(scanned: Path) -> None:

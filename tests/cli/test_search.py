@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import tiny
+from as_user import main_in_process
 from conftest import Cli
-from test_cli_scan import main_in_process
 
 from blockprune.cli.outputs import search_view_of
 from blockprune.cost import latency

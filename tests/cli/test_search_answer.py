@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import report_rows
-from blockprune.report_rows.html.page import report_files
 from rich.console import Console
 
 from blockprune.cli.console import print_finalists
 from blockprune.cli.dossiers import dossier_of
 from blockprune.cli.outputs import search_view_of, write_search
+from blockprune.reports.html.page import report_files
 from blockprune.runs.directory import Run, read_run
 
 LOST = {"mine": 1.0, "mid-removed": 0.0015}

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from captioned import picture, sample, write_folder, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_pairs import picture, sample, write_folder, write_tar
 
 from blockprune.data import training_data
 from blockprune.data.captions import flaw, read_prompts

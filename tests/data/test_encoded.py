@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pairs import break_folder, write_folder, write_shards
+from captioned import break_folder, write_folder, write_shards
 
 from blockprune.data.encoded import AGAIN, Cached, Encoded, Live, Provider, _claimed, terms, unfinished, write_cache
 from blockprune.data.training_data import Reader, source_of

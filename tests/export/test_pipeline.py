@@ -321,7 +321,7 @@ def test_command_says_what_is_wrong(saved: Path, tmp_path: Path, tiny_folder: Fo
     (saved / "card.json").write_text('{"scores": 1}')
     assert "the card's scores" in one_line("export", saved, "--out", out)
     (saved / "card.json").unlink()
-    (saved / "run.json").write_text('{"format": 1, "asked": {}}')
+    (saved / "run.json").write_text('{"format": 1, "command": "distill", "asked": {}}')
     assert "give --teacher" in one_line("export", saved, "--out", out)
     (saved / "student" / "architecture.json").write_text("{")
     assert "cannot read" in one_line("export", saved, "--out", out, "--teacher", tiny_folder("sd1"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import report_rows
-from blockprune.report_rows.html.page import report_files
 
 from blockprune.cli.dossiers import dossier_of
+from blockprune.reports.html.page import report_files
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = [

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import report_rows
-from blockprune.report_rows.dossier import Dossier
-from blockprune.report_rows.html import page, parts, tables
-from blockprune.report_rows.html.drawing import brief
-from blockprune.report_rows.html.sections import sections
-from blockprune.report_rows.notes import caveats, missing
-from blockprune.report_rows.results import flat, latex, result_tables, to_csv, to_latex
 
 from blockprune.cli.dossiers import dossier_of
 from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture
 from blockprune.reports import results
+from blockprune.reports.dossier import Dossier
+from blockprune.reports.html import page, parts, tables
+from blockprune.reports.html.drawing import brief
+from blockprune.reports.html.sections import sections
+from blockprune.reports.notes import caveats, missing
+from blockprune.reports.results import flat, latex, result_tables, to_csv, to_latex
 from blockprune.runs.records import Score
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import report_rows
-from blockprune.report_rows.html.page import report_files
-from blockprune.report_rows.notes import missing
 from conftest import Cli
 
 from blockprune.cli import main
 from blockprune.cli.dossiers import dossier_of
+from blockprune.reports.html.page import report_files
+from blockprune.reports.notes import missing
 from blockprune.runs.directory import read_rows, read_run
 
 FEW = ["--n-images", "4", "--steps", "2", "--batch-size", "4"]

@@ -14,12 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import report_rows
-from blockprune.report_rows.canvas import loss_scale, png
-from blockprune.report_rows.figures import figures, grid_rows
-from blockprune.report_rows.layout import layout, scored_units
-from blockprune.report_rows.text import agreement, count, escaped, number
-from blockprune.report_rows.unet import UNIT_NAMES, draw_unet
-from blockprune.report_rows.view import ranked
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
@@ -31,6 +25,12 @@ from blockprune.measures.examiner import with_ratio
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.trace import trace
 from blockprune.reports import ScanView, rank_correlation, ranking, short, to_csv, to_json, to_markdown
+from blockprune.reports.canvas import loss_scale, png
+from blockprune.reports.figures import figures, grid_rows
+from blockprune.reports.layout import layout, scored_units
+from blockprune.reports.text import agreement, count, escaped, number
+from blockprune.reports.unet import UNIT_NAMES, draw_unet
+from blockprune.reports.view import ranked
 from blockprune.runs.records import TEACHER, Score
 
 HOSTILE = "a $\\frac$ [bold]seven[/bold] | <b>&amp;</b>\n数字 " + "very long " * 12

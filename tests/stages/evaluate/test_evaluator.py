@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_scan import Eye
+from stand_ins import Eye
 
 from blockprune.cost.latency import weight_bytes
 from blockprune.data import image_folder

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler
+from stand_ins import Eye
 
 from blockprune.cli.measuring import possible
 from blockprune.errors import UserError
@@ -40,24 +41,6 @@ PLAN = Plan(
     batch_size=2,
     n_pictures=3,
 )
-
-
-class Eye:
-    """A detector and scorer of mean colours; its two classes are dark and bright."""
-
-    name, n_features = "eye", 3
-
-    def __call__(self, images: torch.Tensor) -> np.ndarray:
-        return images.float().mean((2, 3)).numpy()
-
-    def features_and_probs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        bright = images.float().mean((1, 2, 3)).numpy() / 255
-        return self(images), np.stack([1 - bright, bright], axis=1)[:, None]
-
-    image = __call__
-
-    def text(self, prompts: list[str]) -> np.ndarray:
-        return np.array([[len(p), 1.0, p.count("o")] for p in prompts], dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
