@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blockprune.export.pipeline import load_pipeline
+    from blockprune.library import distill, evaluate, graph, prune, removed, save, scan, search
+    from blockprune.model.architecture import Architecture, BlockGraph
+    from blockprune.progress import Silent
+    from blockprune.stages.search.budget import Budget
 
-__all__ = ["load_pipeline"]
+# name => the module that has it, imported on first use, so that the package itself loads without torch
+_HOMES = {
+    "Architecture": "model.architecture",
+    "BlockGraph": "model.architecture",
+    "Budget": "stages.search.budget",
+    "Silent": "progress",
+    "distill": "library",
+    "evaluate": "library",
+    "graph": "library",
+    "load_pipeline": "export.pipeline",
+    "prune": "library",
+    "removed": "library",
+    "save": "library",
+    "scan": "library",
+    "search": "library",
+}
+__all__ = [
+    "Architecture",
+    "BlockGraph",
+    "Budget",
+    "Silent",
+    "distill",
+    "evaluate",
+    "graph",
+    "load_pipeline",
+    "prune",
+    "removed",
+    "save",
+    "scan",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`load_pipeline`, imported on first use, so that the package itself loads without torch."""
-    if name != "load_pipeline":
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from blockprune.export.pipeline import load_pipeline
+    return getattr(import_module(f"blockprune.{_HOMES[name]}"), name)
 
-    return load_pipeline
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

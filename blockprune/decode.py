@@ -25,8 +25,8 @@ from blockprune.errors import UserError
 
 T = TypeVar("T")
 Finite = Annotated[float, Meta(ge=-1e308, le=1e308)]  # bounds keep NaN out as well
-Whole = Annotated[int, Meta(ge=-(2**60), le=2**60)]
-Natural = Annotated[int, Meta(ge=0, le=2**60)]
+Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**60)]
 Object = dict[str, Any]
 
@@ -34,6 +34,7 @@ LIMIT = 256 * 2**20  # bytes of a file that is read whole
 DEPTH = 64  # objects and lists inside one another
 GONE = (errno.ENOENT, errno.ENOTDIR)
 FETCH = "fetch it again"
+AGAIN = "leave the run out, or run it again"
 NAMED_FLOATS = re.compile(rb"-?\b(?:NaN|Infinity)\b")
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]")
 

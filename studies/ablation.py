@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from blockprune.measures.score import Score
 from blockprune.reports.canvas import axis_title, new_figure, png, tidy, title
 from blockprune.runs.directory import read_rows
-from blockprune.runs.records import Score
 
 N_STEPS, BATCH_SIZE, N_IMAGES, EVERY = 200, 8, 128, 100
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {

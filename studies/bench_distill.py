@@ -27,13 +27,14 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional
 
-from blockprune.cli.samples import provider_of, samples_of
 from blockprune.cost.latency import peak_bytes
 from blockprune.model import presets
-from blockprune.model.sampling import encode
+from blockprune.model.model import Model, load_model
+from blockprune.runs.provenance import made_with
 from blockprune.stages import inputs
 from blockprune.stages.train.distill import Batch, Distiller, Sampler, Settings, student_of
 from blockprune.stages.train.recipe import read_recipe
+from blockprune.stages.train.samples import data_of, provider_of, samples_of
 
 Step = Callable[[], None]
 
@@ -41,11 +42,11 @@ Step = Callable[[], None]
 class Plain:
     """One update as the published scripts make it; the images are in memory already, as a loader's workers would have them."""
 
-    def __init__(self, bench: Any, arch: Any, batch_size: int, taps: list[Any], precision: str, checkpointing: bool) -> None:
-        self.bench, self.batch_size, self.taps = bench, batch_size, taps
-        self.teacher, self.device = copy.deepcopy(bench.pipe.unet), bench.pipe.device
+    def __init__(self, model: Model, arch: Any, batch_size: int, taps: list[Any], precision: str, checkpointing: bool) -> None:
+        self.model, self.batch_size, self.taps = model, batch_size, taps
+        self.teacher, self.device = copy.deepcopy(model.network), model.device
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        self.student = student_of(bench.pipe.unet, arch, "teacher", 0).to(self.device)
+        self.student = student_of(model.network, arch, "teacher", 0).to(self.device)
         if checkpointing:
             self.student.enable_gradient_checkpointing()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-5, weight_decay=1e-2)
@@ -54,9 +55,8 @@ class Plain:
             modules = dict(unet.named_modules())
             for tap in taps:
                 modules[getattr(tap, who)].register_forward_hook(self._keep(who, getattr(tap, who)))
-        side = bench.latent[0] * bench.pipe.vae_scale_factor
-        self.images = torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8)
-        prompts = inputs.prompts_of(None, bench)
+        self.images = torch.randint(256, (batch_size, 3, *model.pixels), dtype=torch.uint8)
+        prompts = inputs.prompts_of(None, model)
         self.captions = [prompts[i % len(prompts)] for i in range(batch_size)]
 
     def _keep(self, who: str, name: str) -> Any:
@@ -66,11 +66,11 @@ class Plain:
         return hook
 
     def __call__(self) -> None:
-        pipe, schedule = self.bench.pipe, self.bench.pipe.scheduler
+        pipe, schedule = self.model.pipe, self.model.pipe.scheduler
         with torch.no_grad():
             pixels = self.images.to(self.device).float() / 127.5 - 1
             latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.sample() * pipe.vae.config.scaling_factor
-            condition = encode(pipe, self.captions, self.bench.latent)[0]
+            condition = self.model.encode(self.captions)[0]
         condition = {k: v.clone() if torch.is_tensor(v) else {n: t.clone() for n, t in v.items()} for k, v in condition.items()}
         noise = torch.randn_like(latents)
         t = torch.randint(0, schedule.config.num_train_timesteps, (self.batch_size,), device=self.device)
@@ -92,9 +92,9 @@ class Plain:
 class Bare:
     """The teacher's forward, and the student's forward and backward, alone."""
 
-    def __init__(self, bench: Any, arch: Any, batch: Batch) -> None:
-        self.teacher = copy.deepcopy(bench.pipe.unet)
-        self.student = student_of(bench.pipe.unet, arch, "teacher", 0).to(bench.pipe.device)
+    def __init__(self, model: Model, arch: Any, batch: Batch) -> None:
+        self.teacher = copy.deepcopy(model.network)
+        self.student = student_of(model.network, arch, "teacher", 0).to(model.device)
         for unet in (self.teacher, self.student):
             unet.to(memory_format=torch.channels_last)
         self.kwargs = {"sample": batch.noisy, "timestep": batch.timesteps, **batch.condition, "return_dict": False}
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports"))
     parser.add_argument("--model", default="tiny-digits")
     parser.add_argument("--arch", default="bk-sdm-base")
-    parser.add_argument("--data", help="training pairs; default: the digits")
+    parser.add_argument("--data", help="training pairs; default: the model's own")
     parser.add_argument("--resolution")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
@@ -141,8 +141,8 @@ def main() -> None:
         print(f"{args.rounds} rounds of {args.steps} updates each of the plain loop, ours and the bare work")
         return
     device = torch.device(args.device)
-    bench = inputs.load_bench(args.model, args.resolution, device, torch.float32)
-    ways = ways_of(bench, args)
+    model = load_model(args.model, args.resolution, device)
+    ways = ways_of(model, args)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for step in ways.values():
         timed(step, 2, device)
@@ -155,7 +155,7 @@ def main() -> None:
         "arch": args.arch,
         "batch_size": args.batch_size,
         "mixed_precision": args.mixed_precision,
-        **inputs.made_with(device),
+        **made_with(device),
         "images_per_s": {name: float(np.median([images / s for s in rows])) for name, rows in seconds.items()},
         "over_plain": {name: [p / s for p, s in zip(seconds["plain"], rows, strict=True)] for name, rows in seconds.items()},
         "peak_bytes": {name: peak_bytes(step, device) for name, step in ways.items()},
@@ -165,26 +165,26 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def ways_of(bench: Any, args: argparse.Namespace) -> dict[str, Step]:
+def ways_of(model: Model, args: argparse.Namespace) -> dict[str, Step]:
     """Every way to make an update, by name; each with its own teacher, student and optimiser."""
-    arch = presets.parse(args.arch, bench.graph)
-    samples = samples_of(bench, provider_of(bench, args.data), 0)
+    arch = presets.parse(args.arch, model.graph)
+    samples = samples_of(model, provider_of(model, data_of(model.name, model.defaults, args.data)), 0)
     n = args.rounds * args.steps + 3
     samples.data.latents([samples.index(g) for g in range(n * args.batch_size)], [False] * n * args.batch_size, torch.zeros(()))
-    runs = {"ours": _ours(bench, arch, samples, args, "")}
+    runs = {"ours": _ours(model, arch, samples, args, "")}
     if args.compile:
-        runs["ours, compiled"] = _ours(bench, arch, samples, args, "inductor")
-    kwargs = bench, arch, args.batch_size, runs["ours"].taps, args.mixed_precision
+        runs["ours, compiled"] = _ours(model, arch, samples, args, "inductor")
+    kwargs = model, arch, args.batch_size, runs["ours"].taps, args.mixed_precision
     plain = {"plain": Plain(*kwargs, checkpointing=False), "plain, gradient checkpointing": Plain(*kwargs, checkpointing=True)}
-    bare = Bare(bench, arch, samples.batch(range(args.batch_size), bench.pipe.device))
+    bare = Bare(model, arch, samples.batch(range(args.batch_size), model.device))
     return {**plain, **{name: partial(_advance, run.run(n)) for name, run in runs.items()}, "bare work": bare}
 
 
-def _ours(bench: Any, arch: Any, samples: Sampler, args: argparse.Namespace, compiler: str) -> Distiller:
+def _ours(model: Model, arch: Any, samples: Sampler, args: argparse.Namespace, compiler: str) -> Distiller:
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
-    student, teacher = student_of(bench.pipe.unet, arch, "teacher", 0), copy.deepcopy(bench.pipe.unet)
+    student, teacher = student_of(model.network, arch, "teacher", 0), copy.deepcopy(model.network)
     settings = Settings(args.batch_size, compiler=compiler)
-    return Distiller(accelerator, teacher, student, bench.graph, arch, samples, read_recipe("bk-sdm"), settings)
+    return Distiller(accelerator, teacher, student, model.graph, arch, samples, read_recipe("bk-sdm"), settings)
 
 
 if __name__ == "__main__":

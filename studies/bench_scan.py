@@ -36,16 +36,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 
 from blockprune.measures.denoising import NoisySamples, denoising_errors
 from blockprune.measures.examiner import Plan
 from blockprune.measures.images import Judges
+from blockprune.measures.score import Score
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
-from blockprune.model.sampling import Protocol, encode
+from blockprune.model.model import Model, load_model
+from blockprune.model.sampling import Protocol
 from blockprune.model.trace import trace
-from blockprune.runs.records import Score
+from blockprune.runs.provenance import made_with
 from blockprune.stages import inputs
 from blockprune.stages.scan.scan import Scan
 
@@ -91,7 +92,7 @@ class Stopwatch:
 
 
 def plain_loop(
-    bench: inputs.Bench,
+    model: Model,
     archs: Mapping[str, Architecture],
     protocol: Protocol,
     prompts: list[str],
@@ -101,35 +102,30 @@ def plain_loop(
     """FID by label: diffusers' own pipeline for each mask, clean-fid's distance to statistics that were made once."""
     from cleanfid.fid import frechet_distance
 
-    teacher, scores = bench.pipe.unet, {}
+    teacher, pipe, scores = model.network, model.pipe, {}
     assert judges.detector is not None and judges.reference is not None
-    try:
-        for label, arch in archs.items():
-            pipe = bench.pipe
-            pipe.unet = surgery.prune(teacher, arch) if arch else teacher
-            features = []
-            with watch.of(pipe, judges.detector):
-                for start in range(0, protocol.n_images, BATCH):
-                    index = range(start, min(start + BATCH, protocol.n_images))
-                    images = pipe(
-                        [prompts[i] for i in index],
-                        num_inference_steps=protocol.n_steps,
-                        guidance_scale=protocol.cfg_scale,
-                        generator=[torch.Generator().manual_seed(protocol.seed + i) for i in index],
-                        output_type="np",
-                    ).images
-                    pixels = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
-                    features.append(judges.detector.features_and_probs(pixels)[0])
-            x = np.concatenate(features).astype(np.float64)
-            mu, sigma = judges.reference.mu, judges.reference.sigma
-            scores[label] = float(frechet_distance(x.mean(0), np.cov(x, rowvar=False), mu, sigma))
-    finally:
-        bench.pipe.unet = teacher
+    for label, arch in archs.items():
+        features = []
+        with model.running(surgery.prune(teacher, arch) if arch else teacher), watch.of(pipe, judges.detector):
+            for start in range(0, protocol.n_images, BATCH):
+                index = range(start, min(start + BATCH, protocol.n_images))
+                images = pipe(
+                    [prompts[i] for i in index],
+                    num_inference_steps=protocol.n_steps,
+                    guidance_scale=protocol.cfg_scale,
+                    generator=[torch.Generator().manual_seed(protocol.seed + i) for i in index],
+                    output_type="np",
+                ).images
+                pixels = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+                features.append(judges.detector.features_and_probs(pixels)[0])
+        x = np.concatenate(features).astype(np.float64)
+        mu, sigma = judges.reference.mu, judges.reference.sigma
+        scores[label] = float(frechet_distance(x.mean(0), np.cov(x, rowvar=False), mu, sigma))
     return scores
 
 
 def ours(
-    bench: inputs.Bench,
+    model: Model,
     archs: Mapping[str, Architecture],
     protocol: Protocol,
     prompts: list[str],
@@ -138,18 +134,18 @@ def ours(
 ) -> dict[str, float]:
     plan = Plan(["fid"], protocol, prompts, judges=replace(judges, scorer=None), batch_size=BATCH)
     removals = {label: arch for label, arch in archs.items() if arch}
-    with watch.of(bench.pipe, judges.detector):
-        return {r.label: r.value or 0.0 for r in Scan(bench.pipe, bench.graph, removals, plan) if isinstance(r, Score)}
+    with watch.of(model.pipe, judges.detector):
+        return {r.label: r.value or 0.0 for r in Scan(model, removals, plan) if isinstance(r, Score)}
 
 
 def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
-    bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
-    bench.pipe.set_progress_bar_config(disable=True)
-    protocol = Protocol(n_images, bench.defaults["steps"], bench.defaults["cfg_scale"], 0, bench.latent)
-    prompts = inputs.prompts_of(None, bench)
+    model = load_model("tiny-digits")
+    model.pipe.set_progress_bar_config(disable=True)
+    protocol = Protocol(n_images, model.defaults["steps"], model.defaults["cfg_scale"], 0, model.latent)
+    prompts = inputs.prompts_of(None, model)
     prompts = [prompts[i % len(prompts)] for i in range(n_images)]
     archs = {"full": Architecture(), **{name: Architecture(frozenset({name})) for name in MASKS}}
-    judges = inputs.judges_of(bench, None, None, None, None)
+    judges = inputs.judges_of(model, None, None, None, None)
     ways = {"plain": plain_loop, "scan": ours}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -157,7 +153,7 @@ def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, way in ways.items():
             watch, start = Stopwatch(), time.perf_counter()
-            fids[name] = way(bench, archs, protocol, prompts, judges, watch)
+            fids[name] = way(model, archs, protocol, prompts, judges, watch)
             seconds[name].append(time.perf_counter() - start)
             parts[name].append(watch.seconds | {"rest": seconds[name][-1] - sum(watch.seconds.values())})
         for label, fid in fids["plain"].items():
@@ -182,17 +178,17 @@ def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
 
 
 def compare_replay(n: int, rounds: int) -> dict[str, Any]:
-    bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
-    latents, captions = inputs.clean_latents(bench, "digits", n, 64) or (torch.empty(0), [])
-    condition, _ = encode(bench.pipe, captions, bench.latent)
-    samples = NoisySamples(latents, condition, DDPMScheduler.from_config(bench.pipe.scheduler.config), n, 0)
+    model = load_model("tiny-digits")
+    latents, captions = inputs.clean_latents(model, "digits", n, 64) or (torch.empty(0), [])
+    condition, _ = model.encode(captions)
+    samples = NoisySamples(latents, condition, model.schedule, n, 0)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(rounds):
         errors = {}
         for replay in (False, True):
             start = time.perf_counter()
             errors[replay] = list(
-                denoising_errors(bench.pipe.unet, bench.graph, bench.graph.units("block"), samples, 64, replay=replay)
+                denoising_errors(model.network, model.graph, model.graph.units("block"), samples, 64, replay=replay)
             )
             seconds[replay].append(time.perf_counter() - start)
         for plain, fast in zip(errors[False], errors[True], strict=True):
@@ -201,7 +197,7 @@ def compare_replay(n: int, rounds: int) -> dict[str, Any]:
     ratios = np.divide(seconds[False], seconds[True])
     return {
         "n": n,
-        "blocks": len(bench.graph.units("block")),
+        "blocks": len(model.graph.units("block")),
         "plain_s": seconds[False],
         "replay_s": seconds[True],
         "ratio": float(np.median(ratios)),
@@ -271,7 +267,7 @@ def main() -> None:
     file = args.out / "bench-scan.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in parts:
-        result[name] = PARTS[name](args) | {"machine": inputs.made_with(torch.device("cpu"))}
+        result[name] = PARTS[name](args) | {"machine": made_with(torch.device("cpu"))}
         print(name, json.dumps(result[name], indent=2))
         args.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

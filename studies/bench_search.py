@@ -27,14 +27,15 @@ import optuna
 from exhaustive_pairs import denoiser, space, table
 from matplotlib.figure import Figure
 
+from blockprune.measures.score import Score
 from blockprune.model import presets
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports.canvas import axis_title, new_figure, png, tidy, title
-from blockprune.runs.records import Candidate, Score
+from blockprune.runs.records import Candidate
 from blockprune.stages.search.proposals import sampler_of
-from blockprune.stages.search.search import Chance, Source, Strategy, search
+from blockprune.stages.search.search import Candidates, Chance, Strategy, search
 from blockprune.stages.search.space import Space
-from blockprune.stages.search.trials import Ledger, open_storage
+from blockprune.stages.search.trials import Trials, open_storage
 
 BUDGETS = [
     ("71%params",),
@@ -66,15 +67,15 @@ def chance(of: Space, score: Scorer, n: int, seed: int) -> Curve:
     return _run(of, Chance(Strategy(of, [of], {}), seed), score, n)
 
 
-def _run(of: Space, source: Source, score: Scorer, n: int) -> Curve:
+def _run(of: Space, source: Candidates, score: Scorer, n: int) -> Curve:
     """The best score so far after each of `n` evaluations by the package's own search loop."""
-    ledger = Ledger(open_storage(None, None), "bench", "eps_mse", {"objective": "eps_mse"})
+    trials = Trials(open_storage(None, None), "bench", "eps_mse", {"objective": "eps_mse"})
 
     def scored(candidate: Candidate, _: Any) -> tuple[Score, ...]:
         return (Score(candidate.arch.key, candidate.label, "eps_mse", score(candidate.arch), 1, 0),)
 
     best, curve = math.inf, Curve()
-    for e in search(ledger, source, scored, n):
+    for e in search(trials, source, scored, n):
         best = min(best, e.loss) if e.candidate.fits else best
         curve.append(best)
     return curve

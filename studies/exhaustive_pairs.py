@@ -17,14 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
-import torch
-from diffusers import DDPMScheduler
-
 from blockprune.cost.components import pipeline_costs
 from blockprune.measures.denoising import Denoiser, NoisySamples
 from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture, BlockGraph
-from blockprune.model.sampling import encode
+from blockprune.model.model import load_model
 from blockprune.model.trace import trace
 from blockprune.stages import inputs
 from blockprune.stages.search.budget import parse_budget
@@ -78,12 +75,11 @@ def table(path: Path) -> dict[Choice, float]:
 
 
 def denoiser(n: int) -> Denoiser:
-    bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
-    clean = inputs.clean_latents(bench, None, n, BATCH_SIZE)
+    model = load_model("tiny-digits")
+    clean = inputs.clean_latents(model, None, n, BATCH_SIZE)
     assert clean
-    condition = encode(bench.pipe, clean[1], bench.latent)[0]
-    samples = NoisySamples(clean[0], condition, DDPMScheduler.from_config(bench.pipe.scheduler.config), n, seed=0)
-    return Denoiser(bench.pipe.unet, bench.graph, samples, BATCH_SIZE)
+    samples = NoisySamples(clean[0], model.encode(clean[1])[0], model.schedule, n, seed=0)
+    return Denoiser(model.network, model.graph, samples, BATCH_SIZE)
 
 
 def main() -> None:

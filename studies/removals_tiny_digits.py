@@ -21,9 +21,10 @@ from quality_tiny_digits import cells, real_scenes, train_reader
 
 from blockprune.data.digits import EMPTY
 from blockprune.measures.statistics import Statistic, fid_statistic, mean_statistic, paired_interval
-from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
-from blockprune.model.sampling import Protocol, draw, encode
+from blockprune.model.model import load_model
+from blockprune.model.sampling import Protocol
+from blockprune.runs.provenance import made_with
 from blockprune.stages import inputs
 
 Row = dict[str, Any]
@@ -33,17 +34,17 @@ class Scenes:
     """The same held-out captions and seeds, drawn by any architecture: statistics of their FID and of the digits read."""
 
     def __init__(self, n: int) -> None:
-        self.bench = inputs.load_bench("tiny-digits", None, torch.device("cpu"), torch.float32)
+        self.model = load_model("tiny-digits")
         _, captions, self.digits = real_scenes(23, n)
-        values = self.bench.defaults
-        self.protocol = Protocol(n, values["steps"], values["cfg_scale"], 5000, self.bench.latent)
-        self.conditions = encode(self.bench.pipe, captions, self.bench.latent)
-        self.judges = inputs.judges_of(self.bench, None, None, None, None)
+        values = self.model.defaults
+        self.protocol = Protocol(n, values["steps"], values["cfg_scale"], 5000, self.model.latent)
+        self.conditions = self.model.encode(captions)
+        self.judges = inputs.judges_of(self.model, None, None, None, None)
         self.reader = train_reader(4000)
 
     def measure(self, arch: Architecture) -> dict[str, Statistic]:
-        with surgery.removed(self.bench.pipe.unet, arch):
-            batches = [images for _, images in draw(self.bench.pipe, self.protocol, *self.conditions, 64, lambda n: None)]
+        with self.model.removed(arch):
+            batches = [images for _, images in self.model.draw(self.protocol, *self.conditions, 64, lambda n: None)]
         images = torch.cat(batches)
         assert self.judges.detector
         assert self.judges.reference
@@ -96,11 +97,11 @@ def main() -> None:
     scenes = Scenes(args.n)
     teacher = scenes.measure(Architecture())
     rows = [compare("full", teacher, teacher, args.n)]
-    for label, arch in scenes.bench.graph.units("block").items():
+    for label, arch in scenes.model.graph.units("block").items():
         rows.append(compare(label, scenes.measure(arch), teacher, args.n))
         print(json.dumps(rows[-1]), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {"rows": rows, "machine": inputs.made_with(torch.device("cpu"))}
+    record = {"rows": rows, "machine": made_with(torch.device("cpu"))}
     (args.out / "tiny-digits-removals.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (args.out / "tiny-digits-removals.md").write_text(report(rows), encoding="utf-8")
     print(report(rows))

@@ -1,9 +1,10 @@
 """Run directories of every kind on a tiny U-Net, without a model behind them: what judges saw and clocks said is made up, the
-records are made from that by the functions that the stages use. `test_report_records.py` holds them against real runs."""
+records are made from that by the functions that the stages use. `reports/test_records.py` holds them against real runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ import numpy as np
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
-from blockprune.cli.outputs import component_row, keep_picture, strip_png
-from blockprune.cost.components import component_costs, component_title
 from blockprune.cost.latency import Timing
-from blockprune.measures.examiner import DENOISING, error_score, with_ratio
-from blockprune.measures.images import STATISTICS, Judges, failed, judge
+from blockprune.cost.table import components
+from blockprune.measures.examiner import FULL, error_score, with_ratio
+from blockprune.measures.images import Judges, failed, judge
+from blockprune.measures.measure import measure, names
+from blockprune.measures.score import Score
 from blockprune.measures.statistics import Stats
 from blockprune.model.architecture import Architecture, BlockGraph, Cost
 from blockprune.model.trace import trace
 from blockprune.runs.directory import Run
-from blockprune.runs.records import TEACHER as FULL
-from blockprune.runs.records import Evaluation, Score, TrainState
+from blockprune.runs.parts import keep_picture, strip_png
+from blockprune.runs.records import Evaluation, TrainState
 from blockprune.stages.evaluate.protocol import Setting
 from blockprune.stages.scan.scan import cost_scores, step_scores
 from blockprune.stages.search.budget import parse_budget
@@ -91,17 +93,21 @@ def scores(
     """The rows of one architecture whose images are `drift` from the teacher's, or of one whose images failed with `error`."""
     measures = with_ratio(measures)
     yield from (s for s in cost_scores(of, arch, label, 4, 0) if s.measure in measures)
-    for m in DENOISING if label != FULL else ():
+    for m in names("denoising") if label != FULL else ():
         if m in measures:
             errors = np.full(N, np.nan) if error else drift * np.random.default_rng(2).uniform(0.5, 1.5, N)
             yield error_score(m, arch, label, errors, 0)
     ratio = of.cost(arch).params / of.total.params
     yield from (s for s in step_scores(arch, label, timings(label, ratio), 0) if s.measure in measures)
-    of_images = [m for m in STATISTICS if m in measures]
+    of_images = [m for m in names("images") if m in measures]
     if error:
         yield from failed(arch.key, label, of_images, N, 0, error)
     elif of_images:
         yield from judge(arch.key, label, of_images, seen(drift), seen(0.0), judges(), 0)
+
+
+def described(measures: Sequence[str]) -> list[Mapping[str, Any]]:
+    return [measure(name).to_json() for name in measures]
 
 
 def write(
@@ -140,6 +146,7 @@ def scan(folder: Path, measures: Sequence[str] = ("eps_mse", "fid", "clip_score"
             rows[i] = bad.to_json()
     asked = {"model": "tiny|<model>", "teacher": teacher, "n_images": N, "measures": with_ratio(measures), "detector": "seer"}
     note = {"archs": {n: list(a) for n, a in archs.items()}, "graph": graph().to_json(), "pictured_prompts": PROMPTS}
+    note |= {"measures": described(with_ratio(measures))}
     return write(folder, "scan", asked, note, rows, list(archs.values()))
 
 
@@ -190,6 +197,7 @@ def search(
     asked = {"teacher": TEACHER, "objective": "guided_mse", "unit": "block", "keep": None, "budget": budgets}
     asked |= {"scope": "pipeline", "macs": "thop", "pareto": pareto}
     note = {"graph": graph().to_json(), "outside_params": OUTSIDE, "pictured_prompts": PROMPTS, "model": "tiny|<model>"}
+    note |= {"request": {"objective": "guided_mse", "unit": "block", "budget": budgets, "pareto": pareto}}
     return write(folder, "search", asked, note, rows, list(archs.values()) if finals else [])
 
 
@@ -206,6 +214,7 @@ def distill(folder: Path, removed: Sequence[str] = STUDENT, old: bool = False) -
     note: dict[str, Any] = {"arch": list(arch)}
     if not old:
         note |= {"graph": graph().to_json(), "outside_params": OUTSIDE, "pictured_prompts": PROMPTS}
+        note |= {"recipe_name": "bk-sdm", "data_source": "digits"}
     return write(
         folder, "distill", {"teacher": TEACHER, "teacher_model": "tiny"}, note, rows, [f"step-{step:07d}" for step in (3, 6)]
     )
@@ -232,10 +241,9 @@ def evaluate(
         judged = judge(arch.key, label, ["fid", "is", "clip_score"], seen(0.3 * len(arch) + 0.05 * i), None, judges(), 0)
         rows += [{"kind": "score", "setting": setting.label, **s.to_json()} for s in judged]
     nets = {"teacher": graph().total} | ({"student": graph().cost(arch)} if removed else {})
-    steps = settings[0].steps
-    for who, unet in nets.items():
-        for name, cost in component_costs(PARTS, unet, steps).items():
-            rows.append(component_row(component_title(name, steps), who, cost, 0.01 * speed * unet.params / graph().total.params))
+    for part in components(PARTS, nets, settings[0].steps):
+        seconds = 0.01 * speed * nets[part.who].params / graph().total.params
+        rows.append({"kind": "component", **replace(part, latency_s=seconds).to_json()})
     note = {
         "label": label,
         "model": label,
@@ -246,6 +254,7 @@ def evaluate(
         "outside_params": OUTSIDE,
         "protocol": {"name": "clean", "hash": "a" * 12, "n_images": N, "seed": 0, "fid": "clean", **(protocol or {})},
         "settings": [setting.to_json() | {"scheduler": "ddim"} for setting in settings],
+        "measures": described(["fid", "is", "clip_score"]),
         "pictured_prompts": PROMPTS,
         **changes,
     }

@@ -18,25 +18,27 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockprune.cli.dossiers import dossier_of
-from blockprune.cli.trained import Trained
 from blockprune.data import encoded
 from blockprune.decode import DEPTH, Object, checked, json_lines, parse_json, read_bytes, read_json, read_toml
 from blockprune.errors import UserError
 from blockprune.export import adapters, pipeline
 from blockprune.export.stock_config import BlockMap, BlockMapRecord
-from blockprune.model import config_schema, pretrained
+from blockprune.measures.measure import MEASURES
+from blockprune.measures.score import Score
+from blockprune.model import config_schema, defaults, pretrained
 from blockprune.model.architecture import Architecture, ArchitectureRecord, BlockGraph, GraphRecord
 from blockprune.model.config_schema import SCHEMAS
+from blockprune.model.defaults import defaults_of
 from blockprune.model.trace import trace
 from blockprune.named import check_keys
+from blockprune.reports.dossiers import dossier_of
 from blockprune.runs import schema
-from blockprune.runs.records import Candidate, Evaluation, Score
-from blockprune.stages import inputs
+from blockprune.runs.records import Candidate, Evaluation
 from blockprune.stages.evaluate.protocol import Rules
 from blockprune.stages.search import trials
-from blockprune.stages.search.trials import Ledger, open_storage
+from blockprune.stages.search.trials import Trials, open_storage
 from blockprune.stages.train import checkpoints, recipe
+from blockprune.stages.train.finished import Finished
 from blockprune.stages.train.recipe import Recipe
 
 FIX = "mend it"
@@ -119,7 +121,7 @@ def test_what_is_no_toml(text: str, tmp_path: Path) -> None:
 
 
 def schemas() -> Iterator[type]:
-    for module in (adapters, encoded, pipeline, trials, config_schema, schema, recipe, checkpoints, inputs):
+    for module in (adapters, encoded, pipeline, trials, config_schema, schema, recipe, checkpoints, defaults):
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, msgspec.Struct):
                 yield value
@@ -217,7 +219,7 @@ def _model(folder: Path) -> object:
 
 
 def _ledger(storage_file: Path) -> object:
-    book = Ledger(open_storage(None, storage_file), "s", "eps_mse", {"objective": "eps_mse"})
+    book = Trials(open_storage(None, storage_file), "s", "eps_mse", {"objective": "eps_mse"})
     book.recover()
     return book.evaluations(), book.known(), book.cached, book.busy()
 
@@ -268,15 +270,15 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
     "recipe": (lambda: _plain(Recipe().to_json()), _kind(Recipe)),
     "protocol": (lambda: _plain({f.name: getattr(Rules(), f.name) for f in fields(Rules)}), _kind(Rules)),
     "defaults": (
-        lambda: inputs.DEFAULTS | {"detector": "x", "data": "digits"},
-        _written("blockprune.json", lambda f: inputs.defaults_of(str(f))),
+        lambda: defaults.DEFAULTS | {"detector": "x", "data": "digits"},
+        _written("blockprune.json", lambda f: defaults.defaults_of(str(f))),
     ),
     "checkpoint": (
         lambda: {"step": 3, "sha256": {"student.safetensors": "0" * 64}},
         _written("step-0000003/checkpoint.json", checkpoints.read_snapshot),
     ),
     "cache": (lambda: {"format": 1, "source": "x", "asked": TERMS}, _written("cache.json", encoded.Cached)),
-    "trained": (lambda: TRAINED, _written("run.json", Trained.of)),
+    "trained": (lambda: TRAINED, _written("run.json", Finished.of)),
     "teacher": (
         lambda: {"model": "m", "identity": "i", "unet": _plain(_config("sd1"))},
         _written("pruning/teacher.json", pipeline.read_teacher),
@@ -306,8 +308,24 @@ def test_a_changed_document_is_read_or_refused(name: str, tmp_path: Path) -> Non
     gc.collect()
 
 
+@pytest.fixture
+def known_measures() -> Iterator[None]:
+    """Forgets the measures that a run defined."""
+    before = dict(MEASURES)
+    yield
+    MEASURES.clear()
+    MEASURES.update(before)
+
+
+def test_a_default_that_no_path_could_be_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "blockprune.json").write_text(json.dumps({"clip": "a" * 300, "detector": "a\0b"}))
+    found = defaults_of(str(tmp_path))
+    assert (found["clip"], found["detector"]) == ("a" * 300, "a\0b")
+
+
 @pytest.mark.parametrize("kind", ["scan", "search", "distill", "evaluate"])
 @pytest.mark.parametrize("file", ["run.json", "rows.jsonl"])
+@pytest.mark.usefixtures("known_measures")
 def test_a_changed_run_is_reported_or_refused(kind: str, file: str, tmp_path: Path) -> None:
     folder = getattr(report_rows, kind)(tmp_path / "run", *(("small",) if kind == "evaluate" else ()))
     text = (folder / file).read_text()
@@ -339,7 +357,7 @@ def test_a_changed_model_folder_is_read_or_refused(name: str, tmp_path: Path) ->
 
 
 def test_a_changed_journal_is_read_or_refused(tmp_path: Path) -> None:
-    book = Ledger(open_storage(None, tmp_path / "journal"), "s", "eps_mse", {"objective": "eps_mse"})
+    book = Trials(open_storage(None, tmp_path / "journal"), "s", "eps_mse", {"objective": "eps_mse"})
     book.add([_evaluation().candidate])
     trial = book.claim()
     assert trial is not None and book.finish(trial, (_score(),)) is not None

@@ -37,9 +37,9 @@ LIMIT_S = 240.0  # of one run, so that one that hangs is told from one that is s
 LAUNCHER = """
 import importlib, json, os, signal, sys
 from blockprune.cli import main
-for name in ("evaluating", "scan", "searching", "training", "outputs", "measuring"):
-    importlib.import_module(f"blockprune.cli.{name}")
-for name in ("matplotlib.pyplot", "diffusers", "transformers", "blockprune.data.encoded", "blockprune.reports.canvas"):
+for name in ("cli.console", "data.encoded", "library", "reports.canvas", "stages.train.cache"):
+    importlib.import_module(f"blockprune.{name}")
+for name in ("matplotlib.pyplot", "diffusers", "transformers"):
     importlib.import_module(name)
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 n_changes = 0

@@ -6,10 +6,12 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from blockprune.assets import ASSETS
 from blockprune.cli import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -33,7 +35,7 @@ def test_offline_commands_run(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_exists(command: str) -> None:
     name, *rest = shlex.split(command)[1:]
-    known = CliRunner().invoke(app, [name, "--help"], terminal_width=200).output
+    known = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
     assert all(word in known for word in rest if word.startswith("--")), command
 
 
@@ -54,14 +56,17 @@ def test_the_case_study_says_what_its_rows_and_its_report_say() -> None:
             assert reported[name][measure] == pytest.approx(found[0])
 
 
-def test_python_example_runs(tmp_path: Path) -> None:
-    import tiny
-
-    block = re.search(r"## In Python\n\n((?:    .*\n|\n)+)", README)
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a scan to a student that is loaded again, with no import but blockprune, torch and diffusers."""
+    block = re.search(r"## In Python\n.*?```python\n(.*?)```", README, re.DOTALL)
     assert block
-    code = re.sub(r"^    ", "", block.group(1), flags=re.MULTILINE)
-    pipe = tiny.pipeline("sd1", tmp_path)
-    names: dict[str, object] = {"pipe": lambda prompt: pipe(prompt, num_inference_steps=1)}
-    names["pipe"].unet = pipe.unet  # type: ignore[attr-defined]
+    imported = {name.split(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", block.group(1), re.MULTILINE)}
+    assert imported <= {"blockprune", "torch", "diffusers"}
+    code = block.group(1).replace('"blockprune/assets/models/tiny-digits"', repr(str(ASSETS / "models" / "tiny-digits")))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["student"].num_parameters() < pipe.unet.num_parameters()  # type: ignore[attr-defined]
+    assert names["student"].unet.num_parameters() < names["pipe"].unet.num_parameters()
+    image = names["again"]("one top left", num_inference_steps=1, output_type="np").images
+    assert image.shape[-1] == 3
+    assert {p.name for p in tmp_path.iterdir()} == {"my-student"}

@@ -15,8 +15,8 @@ import blockprune
 ROOT = Path(blockprune.__file__).parent
 # A room may import those before it. A tuple is in import order inside one room; a stage knows no other but those before it.
 ROOMS = (
-    *("errors", "decode", "named", "assets", "model", "cost", "runs", "measures", "data"),
-    *("export", "stages", "reports", "cli", "__main__"),
+    *("errors", "decode", "named", "request", "progress", "assets", "model", "cost", "measures", "runs", "data"),
+    *("export", "stages", "reports", "results", "library", "cli", "__main__"),
 )
 STAGES = ("train", "evaluate", "scan", "search")
 # What reports and help may import at their top level without waiting for torch.
@@ -24,7 +24,7 @@ NO_TORCH = (
     "blockprune.model.architecture",
     "blockprune.reports.figures",
     "blockprune.reports.html.page",
-    "blockprune.cli.dossiers",
+    "blockprune.reports.dossiers",
     "blockprune.cli.console",
 )
 

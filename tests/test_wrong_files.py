@@ -307,7 +307,7 @@ RESUMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a deep row": ("scan", lambda f: _line(f / "rows.jsonl", 0, lambda r: "[" * 100_000), ROW),
     "rows as a directory": ("scan", lambda f: _directory(f / "rows.jsonl"), "a directory"),
     "rows as a fifo": ("scan", lambda f: _fifo(f / "rows.jsonl"), "no regular file"),
-    "run.json as a directory": ("scan", lambda f: _directory(f / "run.json"), "a directory"),
+    "run.json as a directory": ("scan", lambda f: _directory(f / "run.json"), "not a folder"),
     "run.json without asked": ("scan", lambda f: (f / "run.json").write_text('{"format": 1, "command": "scan"}'), "'asked'"),
     "an empty part": ("scan", lambda f: (_forget(f), _first(f).write_bytes(b"")), "safetensors"),
     "a cut part": ("scan", lambda f: (_forget(f), _first(f).write_bytes(_first(f).read_bytes()[:100])), "safetensors"),
@@ -323,7 +323,7 @@ RESUMED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a seen part without index": (
         "evaluate",
         lambda f: (_forget(f), _part(_first(f), lambda a: {k: v for k, v in a.items() if k != "index"})),
-        "index",
+        "which images",
     ),
     "a seen part of other images": (
         "evaluate",

@@ -7,6 +7,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -15,13 +17,26 @@ from blockprune.cli.arguments import Command
 
 app = typer.Typer(
     name="blockprune",
-    help="Which blocks of a diffusion U-Net can go, what each one costs in quality, and how to get a good smaller model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"blockprune {version('blockprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Which blocks of a diffusion U-Net can go, what each one costs in quality, and how to get a good smaller model."""
+
+
 app.command("graph", cls=Command)(graph.graph)
 app.command("cost", cls=Command)(cost.cost)
 app.command("cache", cls=Command)(cache.cache)

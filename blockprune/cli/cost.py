@@ -3,172 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from blockprune.cli import options
+from blockprune.cli.command import command
 from blockprune.errors import UserError
-from blockprune.model.architecture import CONVENTIONS, Architecture, BlockGraph, Cost
+from blockprune.model.defaults import MOST_BATCH, MOST_STEPS
+from blockprune.request import option
+from blockprune.stages.fields import MEASURES, REMOVE, SAMPLING, SCALE, OnModel
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blockprune.cost.latency import Timing
+    from blockprune.model.architecture import Architecture, BlockGraph, Cost
     from blockprune.model.pretrained import Configs
 
 
-def cost(
-    model: options.Model = "tiny-digits",
-    arch: Annotated[
-        list[str] | None, typer.Option(help="What is removed: a preset, block names, or a JSON file; repeat to compare several.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of one image.")] = 25,
-    resolution: options.Resolution = None,
-    macs: options.Macs = "thop",
-    as_json: options.AsJson = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the counts with the thop and fvcore packages.")] = False,
-    components: Annotated[
-        bool, typer.Option("--components", help="Each part for all architectures side by side; with --latency, time each.")
-    ] = False,
-    latency: Annotated[bool, typer.Option("--latency", help="Measure a U-Net step, with random weights.")] = False,
-    rounds: Annotated[int, typer.Option(help="Measured steps of each, teacher and student in turn.")] = 20,
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    batch_size: Annotated[int, typer.Option(help="Rows of the measured U-Net step; guidance takes two per image.")] = 1,
-) -> None:
-    """Show what the U-Net and the whole pipeline cost, teacher and student side by side.
+@dataclass(frozen=True, kw_only=True)
+class CostRequest(OnModel):
+    """What is priced, and whether it is timed as well."""
 
-    Whole: text encoders once, the U-Net per step, the VAE decoder once; one image, no doubling for guidance.
-    """
-    from blockprune.cost.components import component_costs, pipeline_costs, unet_inputs
-    from blockprune.cost.components import verify as verified
+    arch: tuple[str, ...] = option(
+        ("full",), "what is removed: a preset, block names, or a JSON file; repeat to compare several", REMOVE
+    )
+    steps: int = option(25, "denoising steps of one image", SAMPLING, least=1, most=MOST_STEPS)
+    verify: bool = option(False, "check the counts with the thop and fvcore packages", MEASURES)
+    components: bool = option(False, "each part for all architectures side by side; with --latency, time each", MEASURES)
+    latency: bool = option(False, "measure a U-Net step, with random weights", MEASURES)
+    rounds: int = option(20, "measured steps of each, teacher and student in turn", MEASURES, least=5, most=10**5)
+    batch_size: int = option(1, "rows of the measured U-Net step; guidance takes two per image", SCALE, least=1, most=MOST_BATCH)
+
+    def check(self) -> None:
+        if len(self.arch) > 1 and not self.components:
+            raise UserError("several --arch are compared part by part: add --components, or give one")
+        if self.components and (self.verify or self.batch_size != 1):
+            raise UserError("--components goes without --verify and --batch-size: leave them out")
+
+
+def run(request: CostRequest, macs: options.Macs = "thop", as_json: options.AsJson = False) -> None:
     from blockprune.model.presets import parse
     from blockprune.model.pretrained import configs
     from blockprune.model.trace import trace
 
-    convention, archs = options.convention(macs), arch or ["full"]
-    if len(archs) > 1 and not components:
-        raise UserError("several --arch are compared part by part: add --components, or give one")
-    if components and (verify or batch_size != 1):
-        raise UserError("--components goes without --verify and --batch-size: leave them out")
-    if latency:
-        options.at_least("--rounds", rounds, 5)
-        where, precision = options.device_of(device), options.dtype_of(dtype)
-    parts = configs(model)
-    latent = parts.latent(resolution)
-    found = trace(parts.unet, latent, parts.n_tokens)
-    students = {text: parse(text, found) for text in archs}
-    others = pipeline_costs(parts, latent)
-    if components:
-        costs = {"teacher": found.total} | {text: found.cost(a) for text, a in students.items() if a}
-        timings = _time_components(parts, students, latent, steps, rounds, where, precision) if latency else {}
-        lines = {who: component_costs(others, unet, steps) for who, unet in costs.items()}
-        _print_components(model, lines, timings, steps, convention, as_json)
-        return
-    (label, student), *_ = students.items()
-    full, kept = (component_costs(others, found.cost(a), steps) for a in (Architecture(), student))
-    data = _said(model, label, student, steps, found, full, kept)
-    if verify:
-        data["verify"] = verified(parts, student, latent)
-    if latency:
-        inputs = unet_inputs(parts.unet, latent, parts.n_tokens, batch_size, where, precision)
-        timed = {"device": str(where), "dtype": dtype, "batch_size": batch_size}
-        data["latency"] = timed | _measure(parts, student, inputs, rounds)
-    if as_json:
-        options.print_json(data)
-        return
-    _print(options.console(), data, full, kept, convention)
+    convention = options.convention(macs)
+    parts = configs(request.model)
+    graph = trace(parts.unet, parts.latent(request.resolution), parts.n_tokens)
+    students = {text: parse(text, graph) for text in request.arch}
+    show = _components if request.components else _side_by_side
+    show(request, parts, graph, students, convention, as_json)
 
 
-def _said(
-    model: str, label: str, student: Architecture, steps: int, graph: BlockGraph, full: Mapping[str, Cost], kept: Mapping[str, Cost]
-) -> dict[str, Any]:
-    """Teacher and student as JSON data."""
-    data = {
-        "model": model,
-        "label": label,
-        "architecture": student.to_json(),
-        "steps": steps,
-        "latent": list(graph.latent),
-        "n_tokens": graph.n_tokens,
-    }
-    return data | _to_json(kept) | {"teacher": _to_json(full), "reduction": _reductions(full, kept)}
+def _place(request: CostRequest) -> tuple[Any, Any]:
+    import torch
+
+    from blockprune.model.place import device_of
+
+    return device_of(request.device), getattr(torch, request.dtype)
 
 
-def _time_components(
-    parts: Configs, students: Mapping[str, Architecture], latent: tuple[int, int], steps: int, rounds: int, device: Any, dtype: Any
-) -> dict[str, dict[str, Timing]]:
-    """Each part of the teacher and of every student, in turn; students are masks on one U-Net of random weights."""
-    from blockprune.cost.components import random_unet, time_components
-
-    unet = random_unet(parts.unet, Architecture(), device, dtype)
-    masked = {"teacher": (unet, Architecture())} | {text: (unet, arch) for text, arch in students.items() if arch}
-    return time_components(parts, masked, latent, steps, rounds)
-
-
-def _print_components(
-    model: str,
-    lines: Mapping[str, Mapping[str, Cost]],
-    timings: Mapping[str, Mapping[str, Timing]],
-    steps: int,
-    convention: str,
-    as_json: bool,
+def _components(
+    request: CostRequest, parts: Configs, graph: BlockGraph, students: Mapping[str, Architecture], convention: str, as_json: bool
 ) -> None:
     from blockprune.cli.console import print_components
-    from blockprune.cli.outputs import component_row
-    from blockprune.cost.components import component_title
+    from blockprune.cost.components import pipeline_costs, time_students
+    from blockprune.cost.table import components
 
-    rows = [
-        component_row(component_title(name, steps), who, cost, timings[name][who].median_s if timings else None)
-        for who, costs in lines.items()
-        for name, cost in costs.items()
-        if steps > 1 or name != "unet_steps"
-    ]
+    latent = parts.latent(request.resolution)
+    costs = {"teacher": graph.total} | {text: graph.cost(arch) for text, arch in students.items() if arch}
+    timings = time_students(parts, students, latent, request.steps, request.rounds, *_place(request)) if request.latency else None
+    rows = list(components(pipeline_costs(parts, latent), costs, request.steps, timings))
     if as_json:
-        options.print_json({"model": model, "steps": steps, "components": rows})
+        data = [{"kind": "component", **row.to_json()} for row in rows]
+        options.print_json({"model": request.model, "steps": request.steps, "components": data})
     else:
         print_components(rows, options.console(), convention)
+
+
+def _side_by_side(
+    request: CostRequest, parts: Configs, graph: BlockGraph, students: Mapping[str, Architecture], convention: str, as_json: bool
+) -> None:
+    from blockprune.cost.components import pipeline_costs, time_step, verify
+    from blockprune.cost.table import component_costs, reductions
+    from blockprune.model.architecture import Architecture
+
+    (label, student), *_ = students.items()
+    latent = parts.latent(request.resolution)
+    others = pipeline_costs(parts, latent)
+    full, kept = (component_costs(others, graph.cost(a), request.steps) for a in (Architecture(), student))
+    names = {"model": request.model, "label": label, "architecture": student.to_json(), "steps": request.steps}
+    data: dict[str, Any] = {**names, "latent": list(graph.latent), "n_tokens": graph.n_tokens, **_to_json(kept)}
+    data |= {"teacher": _to_json(full), "reduction": reductions(full, kept)}
+    if request.verify:
+        data["verify"] = verify(parts, student, latent)
+    if request.latency:
+        device, dtype = _place(request)
+        timed = {"device": str(device), "dtype": request.dtype, "batch_size": request.batch_size}
+        data["latency"] = timed | time_step(parts, student, latent, request.batch_size, request.rounds, device, dtype)
+    if as_json:
+        options.print_json(data)
+    else:
+        _print(options.console(), data, full, kept, convention)
 
 
 def _to_json(rows: Mapping[str, Cost]) -> dict[str, Any]:
     return {name: c.to_json() for name, c in rows.items()}
 
 
-def _reductions(full: Mapping[str, Cost], kept: Mapping[str, Cost]) -> dict[str, Any]:
-    """What share of the teacher's cost is gone, 0 to 1."""
-    return {
-        name: {
-            "params": 1 - kept[name].params / full[name].params,
-            "macs": {c: 1 - kept[name].macs(c) / full[name].macs(c) for c in CONVENTIONS},
-        }
-        for name in ("unet", "pipeline")
-    }
-
-
-def _measure(parts: Configs, student: Architecture, inputs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    from blockprune.cost.components import random_unet
-    from blockprune.cost.latency import measure, ratio
-    from blockprune.model.surgery import removed
-
-    sample = inputs["sample"]
-    unet = random_unet(parts.unet, Architecture(), sample.device, sample.dtype)
-    models = {"teacher": lambda: removed(unet, Architecture()), "student": lambda: removed(unet, student)}
-    timings = measure(models, inputs, n=rounds, device=sample.device)
-    value, low, high = ratio(timings["teacher"], timings["student"])
-    return {label: t.to_json() for label, t in timings.items()} | {"ratio": {"value": value, "low": low, "high": high}}
-
-
-def _print(
-    console: Console,
-    data: Mapping[str, Any],
-    full: Mapping[str, Cost],
-    kept: Mapping[str, Cost],
-    convention: str,
-) -> None:
+def _print(console: Console, data: Mapping[str, Any], full: Mapping[str, Cost], kept: Mapping[str, Cost], convention: str) -> None:
     from rich.table import Table
 
-    from blockprune.cost.components import component_title
+    from blockprune.cost.table import component_title
 
     table = Table(title=f"{data['model']}, student: {data['label']}", title_justify="left")
     for name in ("", "params: teacher", "student", "saved", f"MACs ({convention}): teacher", "student", "saved"):
@@ -211,3 +156,14 @@ def _print_timings(console: Console, data: Mapping[str, Any]) -> None:
     r = data["ratio"]
     console.print(f"student / teacher, paired by round: {r['value']:.3f} (95 % interval {r['low']:.3f} to {r['high']:.3f})")
     console.print("peak: the model's own weights plus the most one step had allocated in torch")
+
+
+cost = command(
+    CostRequest,
+    run,
+    """Show what the U-Net and the whole pipeline cost, teacher and student side by side.
+
+    Whole: text encoders once, the U-Net per step, the VAE decoder once; one image, no doubling for guidance.""",
+    "blockprune cost --model sd-v1-5 --arch bk-sdm-small",
+    "blockprune cost --arch bk-sdm-base --arch bk-sdm-tiny --components --latency",
+)

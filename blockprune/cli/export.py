@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from blockprune.errors import UserError
-
-if TYPE_CHECKING:
-    from blockprune.model.architecture import Architecture
 
 
 def export(
@@ -25,8 +21,14 @@ def export(
     """Write a student as a diffusers pipeline: its teacher's parts, its own U-Net, and a model card.
 
     Where a stock configuration can describe the student, any diffusers loads the folder; else `blockprune.load_pipeline` does.
+
+    Examples:
+
+    $ blockprune export runs/distill --out my-student
+
+    $ blockprune export student --teacher sd-v1-5 --out my-student
     """
-    from blockprune.export.pipeline import check_free, export_pipeline, load_student, read_architecture
+    from blockprune.export.pipeline import card_entries, check_free, export_pipeline, load_student, read_architecture
     from blockprune.export.stock_config import Stock
     from blockprune.model.pretrained import identity, load
 
@@ -36,7 +38,7 @@ def export(
     card = _card_of(student)
     arch = read_architecture(folder)
     unet = load_student(folder)
-    card = _named(model) | {"costs": _costs(unet.config, arch)} | card
+    card = card_entries(model, unet.config, arch) | card
     found = export_pipeline(load(model, dtype=unet.dtype), unet, arch, out, card, (model, identity(model)))
     print(f"{out}: {unet.num_parameters():,} U-Net parameters, the same outputs as the student")
     if isinstance(found, Stock):
@@ -73,22 +75,3 @@ def _card_of(run: Path) -> dict[str, Any]:
 
     path = run / "card.json"
     return read_json(path, Object, "mend it or delete it") if path.exists() else {}
-
-
-def _named(model: str) -> dict[str, str]:
-    """What the card calls the teacher: a hub id also as its base model, a local path by its last part."""
-    from blockprune.model.pretrained import ALIASES
-
-    if model in ALIASES:
-        return {"teacher": model, "base_model": ALIASES[model].repo}
-    if os.path.exists(model):
-        return {"teacher": Path(model).resolve().name}
-    return {"teacher": model} | ({"base_model": model} if "/" in model else {})
-
-
-def _costs(config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
-    from blockprune.model.architecture import Architecture
-    from blockprune.model.trace import trace
-
-    graph = trace(config)
-    return {"teacher": graph.cost(Architecture()).to_json(), "student": graph.cost(graph.check(arch)).to_json()}

@@ -24,18 +24,26 @@ HOW = {
 
 def graph(
     model: options.Model = "tiny-digits",
-    unit: Annotated[str | None, typer.Option(help="List the units of removal instead: stage, pair, block or layer.")] = None,
     resolution: options.Resolution = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="list the units of removal instead: stage, pair, block or layer", rich_help_panel="What to remove"),
+    ] = None,
     macs: options.Macs = "thop",
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the U-Net block by block: shapes, parameters, multiply-adds, how each can be removed, its skip."""
-    from blockprune.model.pretrained import configs
-    from blockprune.model.trace import trace
+    """Show the U-Net block by block: shapes, parameters, multiply-adds, how each can be removed, its skip.
+
+    Examples:
+
+    $ blockprune graph --model sd-v1-5
+
+    $ blockprune graph --unit pair --json
+    """
+    from blockprune import library
 
     convention = options.convention(macs)
-    parts = configs(model)
-    found = trace(parts.unet, parts.latent(resolution), parts.n_tokens)
+    found = library.graph(model, resolution=resolution)
     if as_json:
         extra = {"model": model, "skip_edges": [list(edge) for edge in found.skip_edges]}
         options.print_json(found.to_json() | extra | ({"units": _units(found, unit)} if unit else {}))

@@ -28,7 +28,14 @@ def map_adapter(
     model: Annotated[Path, typer.Option(help="The folder that `blockprune export` wrote.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write; peft's adapter_config.json goes beside it.")],
 ) -> None:
-    """Rename a teacher's LoRA or IP-Adapter for its student: what adapts a removed block goes, the rest follows its block."""
+    """Rename a teacher's LoRA or IP-Adapter for its student: what adapts a removed block goes, the rest follows its block.
+
+    Examples:
+
+    $ blockprune map-adapter style.safetensors --model my-student --out style-small.safetensors
+
+    $ blockprune map-adapter adapters/ip-adapter.safetensors --model runs/distill/pipeline --out ip-adapter-small.safetensors
+    """
     from safetensors import safe_open
 
     from blockprune.decode import Object, read_json

@@ -22,10 +22,17 @@ def report(
         bool, typer.Option("--allow-mismatch", help="a table each for models that were evaluated differently")
     ] = False,
 ) -> None:
-    """Write one self-contained page about a teacher and its students."""
+    """Write one self-contained page about a teacher and its students.
+
+    Examples:
+
+    $ blockprune report runs/scan-tiny-digits runs/search-tiny-digits --out pages/tiny.html
+
+    $ blockprune report runs/evaluate-* --allow-mismatch
+    """
     convention = options.convention(macs)
     others = _free(out)
-    from blockprune.cli.dossiers import dossier_of
+    from blockprune.reports.dossiers import dossier_of
     from blockprune.reports.html.page import report_files
     from blockprune.runs.directory import writing
 

@@ -18,12 +18,20 @@ def stats(
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
     device: options.Device = None,
 ) -> None:
-    """Write what `--reference` takes: mean, covariance and features of the images of a folder."""
+    """Write what `--reference` takes: mean, covariance and features of the images of a folder.
+
+    Examples:
+
+    $ blockprune stats photos photos.npz
+
+    $ blockprune stats val2014 coco.npz --detector inception --device cuda
+    """
     from blockprune.data.image_folder import ImageFolder, stats_of_folder, write_stats
     from blockprune.measures.detectors import load_detector
+    from blockprune.model.place import device_of
 
     images = ImageFolder(folder)
-    judge = load_detector(detector, str(options.device_of(device)), inception_weights)
+    judge = load_detector(detector, str(device_of(device)), inception_weights)
     found = stats_of_folder(images, judge, batch_size)
     write_stats(out, found, judge.name)
     skipped = f", {len(images.skipped)} unreadable images skipped" if images.skipped else ""

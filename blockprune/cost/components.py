@@ -16,10 +16,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from blockprune.cost import crosscheck, latency
 from blockprune.errors import UserError
-from blockprune.model import surgery
-from blockprune.model.architecture import CONVENTIONS, Architecture, Cost, sum_costs
+from blockprune.model import pretrained, surgery
+from blockprune.model.architecture import Architecture, Cost
 from blockprune.model.count import count
 from blockprune.model.families import family_of
+from blockprune.model.model import Model
 from blockprune.model.pretrained import Configs
 
 TEXT_MODELS = {c.__name__: c for c in (CLIPTextModel, CLIPTextModelWithProjection)}
@@ -92,19 +93,9 @@ def pipeline_costs(configs: Configs, latent: tuple[int, int]) -> dict[str, Cost]
     return {name: part.count()[""] for name, part in other_parts(configs, latent).items()}
 
 
-def component_costs(others: Mapping[str, Cost], unet: Cost, steps: int) -> dict[str, Cost]:
-    """The lines of a component table, for one image without doubling for guidance: text encoders, U-Net once and `steps` times,
-    VAE decoder, whole pipeline. `others` are `pipeline_costs`."""
-    repeated = Cost(unet.params, unet.keys, *(steps * unet.macs(c) for c in CONVENTIONS))
-    text = {name: c for name, c in others.items() if name != "vae_decoder"}
-    whole = sum_costs([*others.values(), repeated])
-    return text | {"unet": unet, "unet_steps": repeated, "vae_decoder": others["vae_decoder"], "pipeline": whole}
-
-
-def component_title(name: str, steps: int) -> str:
-    """What tables call a line of `component_costs`."""
-    titles = {"unet": "U-Net x 1", "unet_steps": f"U-Net x {steps}", "vae_decoder": "VAE decoder", "pipeline": "whole"}
-    return titles.get(name, name.replace("_", " "))
+def outside_params(model: Model) -> int:
+    """Parameters of a pipeline outside its denoising network, as the papers count them."""
+    return sum(cost.params for cost in pipeline_costs(pretrained.configs_of(model.pipe), model.latent).values())
 
 
 class Chain(nn.Module):
@@ -123,7 +114,7 @@ class Chain(nn.Module):
 def time_components(
     configs: Configs, unets: Mapping[str, tuple[nn.Module, Architecture]], latent: tuple[int, int], steps: int, n: int
 ) -> dict[str, dict[str, latency.Timing]]:
-    """Measured latencies by line of `component_costs` and by label, all labels in turn; nothing is a sum of others.
+    """Measured latencies by line of `table.component_costs` and by label, all labels in turn; nothing is a sum of others.
 
     `unets` are U-Nets with what is masked of them, all on one device in one precision.
     """
@@ -142,6 +133,39 @@ def time_components(
             models[label] = partial(_masked, unet, arch, chain)
         found[name] = latency.measure(models, {}, n, 1, some.device, memory=False)
     return found
+
+
+def time_students(
+    configs: Configs,
+    students: Mapping[str, Architecture],
+    latent: tuple[int, int],
+    steps: int,
+    n: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> dict[str, dict[str, latency.Timing]]:
+    """`time_components` of the teacher and of every student that lacks something, as masks on one U-Net of random weights."""
+    unet = random_unet(configs.unet, Architecture(), device, dtype)
+    masks = {"teacher": Architecture()} | {label: arch for label, arch in students.items() if arch}
+    return time_components(configs, {label: (unet, arch) for label, arch in masks.items()}, latent, steps, n)
+
+
+def time_step(
+    configs: Configs,
+    student: Architecture,
+    latent: tuple[int, int],
+    batch_size: int,
+    n: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """One step of teacher and student in turn, random weights: the timings of both, and their ratio paired by round."""
+    inputs = unet_inputs(configs.unet, latent, configs.n_tokens, batch_size, device, dtype)
+    unet = random_unet(configs.unet, Architecture(), device, dtype)
+    models = {label: partial(surgery.removed, unet, arch) for label, arch in (("teacher", Architecture()), ("student", student))}
+    timings = latency.measure(models, inputs, n=n, device=device)
+    value, low, high = latency.ratio(timings["teacher"], timings["student"])
+    return {label: t.to_json() for label, t in timings.items()} | {"ratio": {"value": value, "low": low, "high": high}}
 
 
 @contextmanager

@@ -148,7 +148,7 @@ class Cached(Provider):
 
     def encoded(self, indices: Sequence[int], flips: Sequence[bool]) -> Encoded:
         if any(flips) and not self.flip:
-            raise UserError(f"{str(self.folder)!r} holds no mirrored images: write a cache with --flip, or train without")
+            raise UserError(f"{str(self.folder)!r} holds no mirrored images: write a cache with --random-flip, or train without")
         of_shard: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
             if not 0 <= index < self.n:

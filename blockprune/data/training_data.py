@@ -15,7 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from blockprune.data.captions import METADATA, caption_of, flaw, metadata_of, read_metadata
@@ -228,6 +230,48 @@ def _index(path: Path) -> dict[str, dict[str, Span]]:
     except (OSError, ValueError, tarfile.TarError) as err:
         raise UserError(f"{str(path)!r} is not a readable .tar ({err}): fetch it again or leave it out") from None
     return found
+
+
+class CaptionedDataset:
+    """Any sized, indexable dataset of (image, caption): PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W).
+
+    Its identity is that of its length and of sixteen of its pairs.
+    """
+
+    def __init__(self, dataset: Any, size: int) -> None:
+        self.dataset, self.size, self.name = dataset, size, type(dataset).__name__
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or not len(dataset):
+            raise UserError(
+                f"no data in a {self.name}: give a folder, a cache, or pairs (image, caption) with a length and an index"
+            )
+        few = sorted({i * (len(dataset) - 1) // 15 for i in range(16)})
+        pairs = (self._pair(i) for i in few)
+        self.identity = _identity((len(dataset), *image.shape, image.numpy().tobytes(), caption) for image, caption in pairs)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Pair:
+        image, caption = self._pair(index)
+        height, width = image.shape[1:]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise Unreadable(f"pair {index} cannot be read: {width}x{height} pixels are too long a strip")
+        return Pair(resize_centre_crop(image, self.size), _checked(caption.strip(), f"pair {index}"))
+
+    def _pair(self, index: int) -> tuple[Tensor, str]:
+        """The image as it is, (3, H, W) uint8 RGB, and its caption."""
+        pair = self.dataset[index]
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise UserError(f"item {index} of the {self.name} is no pair (image, caption): got a {type(pair).__name__}")
+        image, caption = pair
+        if isinstance(image, Image.Image | np.ndarray):
+            image = torch.from_numpy(np.array(image.convert("RGB") if isinstance(image, Image.Image) else image))
+            image = image.permute(2, 0, 1).contiguous() if image.ndim == 3 else image
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+            it = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else f"a {type(image).__name__}"
+            forms = "a PIL image, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W)"
+            raise UserError(f"the image of item {index} of the {self.name} is {it}: give {forms}")
+        return image.cpu(), caption
 
 
 def _square(file: Path | io.BytesIO, name: str, size: int) -> Tensor:

@@ -26,7 +26,9 @@ from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import difference
 from blockprune.model.config_schema import UNetConfig
+from blockprune.model.defaults import BUILT_IN
 from blockprune.model.families import family_of
+from blockprune.model.trace import trace
 from blockprune.runs.directory import writing
 
 # not the name that stock loaders look for: they would fill the removed blocks of the full configuration at random
@@ -86,9 +88,13 @@ def load_student(folder: Path, device: str | torch.device = "cpu") -> UNet2DCond
 
 
 def load_pipeline(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The pipeline that `export_pipeline` wrote, with a stock U-Net or not, for inference; any other model as `checkpoints.load`.
+    """The pipeline that `export_pipeline` wrote, with a stock U-Net or not, for inference; any other model as `pretrained.load`.
 
     Raises UserError when a file is missing or damaged.
+
+    >>> import blockprune as bp
+    >>> bp.load_pipeline("tiny-digits").unet.num_parameters()
+    2280884
     """
     stock = not (Path(folder) / "unet" / ARCHITECTURE).is_file()
     pipe = pretrained.load(str(folder), dtype=dtype) if stock else _load_slots(Path(folder), dtype)
@@ -158,14 +164,18 @@ def export_pipeline(
 def _teacher(config: Mapping[str, Any], model: str, identity: str) -> dict[str, Any]:
     """What tells an exported student where it comes from; of a local teacher the last part of its path."""
     public = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
-    return {"model": Path(model).name if Path(model).exists() else model, "identity": identity, "unet": public}
+    return {"model": Path(model).name if os.path.exists(model) else model, "identity": identity, "unet": public}
 
 
 def _write_teacher(pipe: DiffusionPipeline, folder: Path) -> None:
     """Everything of the teacher but its U-Net and the path that it was loaded from."""
     for name, component in pipe.components.items():
-        if name != "unet" and component is not None:
-            component.save_pretrained(folder / name)
+        if name == "unet" or component is None:
+            continue
+        if backend := getattr(component, "backend_tokenizer", None):  # it would save how it was called last
+            backend.no_padding()
+            backend.no_truncation()
+        component.save_pretrained(folder / name)
     pipe.save_config(folder)
     index = {k: v for k, v in _json(folder / "model_index.json").items() if k != "_name_or_path"}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -273,6 +283,27 @@ def read_teacher(folder: Path) -> dict[str, Any] | None:
     if (folder / "unet" / ARCHITECTURE).is_file():
         return {"model": "", "identity": "", "unet": _unet_config(folder / "unet")}
     return None
+
+
+def teacher_of(pipe: DiffusionPipeline) -> tuple[str, str]:
+    """(name, identity) of what a pipeline was loaded from, or of its teacher where that was exported; "" for what is not known."""
+    name = str(getattr(pipe.config, "_name_or_path", None) or "")
+    if name and is_exported(Path(name)):
+        about = read_teacher(Path(name)) or {"model": "", "identity": ""}
+        return about["model"], about["identity"]
+    known = name in (*BUILT_IN, *pretrained.ALIASES) or (name and os.path.exists(name))
+    return name, pretrained.identity(name) if known else ""
+
+
+def card_entries(model: str, config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """What a card says of a student: its costs, and its teacher, a hub id also as base model, a local path by its last part."""
+    graph = trace(config)
+    costs = {"teacher": graph.total.to_json(), "student": graph.cost(graph.check(arch)).to_json()}
+    if model in pretrained.ALIASES:
+        return {"teacher": model, "base_model": pretrained.ALIASES[model].repo, "costs": costs}
+    if not model or os.path.exists(model):
+        return ({"teacher": Path(model).resolve().name} if model else {}) | {"costs": costs}
+    return {"teacher": model, "costs": costs} | ({"base_model": model} if "/" in model else {})
 
 
 def exported_identity(folder: Path) -> str:

@@ -7,26 +7,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from blockprune.errors import UserError
 from blockprune.measures import statistics
 from blockprune.measures.denoising import Denoiser, NoisySamples
-from blockprune.measures.images import STATISTICS, Judges, judge, stack
-from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.measures.images import Judges, judge, stack
+from blockprune.measures.measure import measure
+from blockprune.measures.score import TEACHER, Score
+from blockprune.model.architecture import Architecture
 from blockprune.model.families import Condition
-from blockprune.model.sampling import NotFinite, Protocol, draw, encode
-from blockprune.runs.records import TEACHER, Score
+from blockprune.model.model import Model
+from blockprune.model.sampling import NotFinite, Protocol
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.uint8]
 FULL = TEACHER
-COSTS = ("params", "macs", "weight_bytes")  # arithmetic on the architecture
-STEP = ("latency", "latency_ratio", "memory")  # of a U-Net step
-DENOISING = ("eps_mse", "guided_mse")  # measured on noisy samples; all others on images or on the architecture itself
 
 
 @dataclass(frozen=True)
@@ -50,42 +48,43 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measures", with_ratio(self.measures))
-        if "guided_mse" in self.measures and self.protocol.cfg_scale <= 1:
-            raise UserError(
-                f"measure 'guided_mse' needs guidance: got --cfg-scale {self.protocol.cfg_scale:g}; give one above 1, or eps_mse"
-            )
-        if unknown := [m for m in self.measures if m not in (*DENOISING, *STATISTICS, *COSTS, *STEP)]:
-            raise ValueError(f"nothing computes {', '.join(unknown)}: a measure of images has its statistic in imaging.STATISTICS")
+        for name in self.measures:
+            if "guidance" in measure(name).needs and self.protocol.cfg_scale <= 1:
+                given = f"--cfg-scale {self.protocol.cfg_scale:g}"
+                raise UserError(f"measure {name!r} needs guidance: got {given}; give one above 1, or take eps_mse")
+            if not measure(name).computable:
+                raise UserError(f"nothing computes the measure {name!r}: give it a compute, or leave it out of --measures")
 
     @property
     def denoising_measures(self) -> list[str]:
-        return [m for m in self.measures if m in DENOISING]
+        return [m for m in self.measures if measure(m).kind == "denoising"]
 
     @property
     def observed(self) -> dict[str, tuple[int, ...] | None]:
         """The arrays that `Examiner.observe` gives for each image, and their shapes where these are known beforehand."""
         detector, names = self.judges.detector, ("image", "text") if self.judges.scorer else ()
         seen: dict[str, tuple[int, ...] | None] = dict.fromkeys(("latents", *names))
+        seen |= {m.name: () for m in self.judges.own}
         return seen | ({"features": (detector.n_features,)} if detector else {})
 
     @property
     def image_measures(self) -> list[str]:
-        return [m for m in self.measures if m in STATISTICS]
+        return [m for m in self.measures if measure(m).kind == "images"]
 
 
 def with_ratio(measures: Sequence[str]) -> list[str]:
     """`measures` with "latency_ratio" beside "latency": the one is the teacher's alone, the other that of what lacks blocks."""
     out = list[str]()
-    for measure in measures:
-        out += ["latency", "latency_ratio"] if measure in ("latency", "latency_ratio") else [measure]
+    for name in measures:
+        out += ["latency", "latency_ratio"] if name in ("latency", "latency_ratio") else [name]
     return list(dict.fromkeys(out))
 
 
 class Examiner:
     """One teacher under one plan: looks at its masked models, always at the same prompts, seeds, noise and timesteps."""
 
-    def __init__(self, pipe: Any, graph: BlockGraph, plan: Plan) -> None:
-        self.pipe, self.graph, self.plan = pipe, graph, plan
+    def __init__(self, model: Model, plan: Plan) -> None:
+        self.model, self.plan = model, plan
         self.prompts = [plan.prompts[i % len(plan.prompts)] for i in range(plan.protocol.n_images)]
         self._conditions: tuple[Condition, Condition] | None = None
 
@@ -93,7 +92,7 @@ class Examiner:
     def conditions(self) -> tuple[Condition, Condition]:
         """The condition rows of the prompts, and the one of no prompt; computed once."""
         if self._conditions is None:
-            self._conditions = encode(self.pipe, self.prompts, self.plan.protocol.latent)
+            self._conditions = self.model.encode(self.prompts)
         return self._conditions
 
     def observe(self, arch: Architecture, label: str, n: int | None = None) -> tuple[Arrays, Images]:
@@ -101,8 +100,8 @@ class Examiner:
         plan, seen = self.plan, list[Arrays]()
         protocol = replace(plan.protocol, n_images=min(n or plan.protocol.n_images, plan.protocol.n_images))
         first: list[Images] = []
-        with surgery.removed(self.pipe.unet, arch):
-            batches = draw(self.pipe, protocol, *self.conditions, plan.batch_size, lambda n: plan.tick(label, n))
+        with self.model.removed(arch):
+            batches = self.model.draw(protocol, *self.conditions, plan.batch_size, lambda n: plan.tick(label, n))
             for i, (latents, images) in enumerate(batches):
                 start = i * plan.batch_size
                 look = plan.judges.look(images, self.prompts[start : start + len(images)])
@@ -117,13 +116,12 @@ class Examiner:
         except NotFinite as err:
             raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
 
-    def noisy(self, teacher: Arrays, measure: str = "eps_mse") -> NoisySamples:
+    def noisy(self, teacher: Arrays, name: str = "eps_mse") -> NoisySamples:
         """The samples of a denoising error: of the plan's clean latents, else of what the teacher drew."""
         clean, prompts = self.plan.clean or (from_numpy(teacher["latents"]), self.prompts)
-        condition = encode(self.pipe, prompts, self.plan.protocol.latent)[0] if self.plan.clean else self.conditions[0]
-        schedule = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        protocol, blank = self.plan.protocol, self.conditions[1] if measure == "guided_mse" else None
-        return NoisySamples(clean, condition, schedule, self.plan.n_noisy, protocol.seed, blank, protocol.cfg_scale)
+        condition = self.model.encode(prompts)[0] if self.plan.clean else self.conditions[0]
+        protocol, blank = self.plan.protocol, self.conditions[1] if "guidance" in measure(name).needs else None
+        return NoisySamples(clean, condition, self.model.schedule, self.plan.n_noisy, protocol.seed, blank, protocol.cfg_scale)
 
 
 def check_kept(name: str, arrays: Arrays, wanted: Mapping[str, tuple[int, ...] | None], n: int | None = None) -> Arrays:
@@ -143,13 +141,13 @@ def check_kept(name: str, arrays: Arrays, wanted: Mapping[str, tuple[int, ...] |
     raise UserError(f"the part parts/{name}.safetensors is damaged ({why}): delete it and run the same command again")
 
 
-def error_score(measure: str, arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:
+def error_score(name: str, arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:
     """The denoising error of an architecture from its samples' (n,) errors."""
     n = len(errors)
     if not np.isfinite(errors).all():
-        return Score(arch.key, label, measure, None, n, seed, error="the U-Net's output is not finite")
+        return Score(arch.key, label, name, None, n, seed, error="the U-Net's output is not finite")
     low, high = statistics.interval(statistics.mean_statistic(errors), n, seed) or (None, None)
-    return Score(arch.key, label, measure, float(errors.mean()), n, seed, low, high)
+    return Score(arch.key, label, name, float(errors.mean()), n, seed, low, high)
 
 
 class Objective:
@@ -158,32 +156,30 @@ class Objective:
     `teacher` is what `Examiner.teacher` saw; it may be empty for a denoising error on data.
     """
 
-    def __init__(self, examiner: Examiner, measure: str, teacher: Arrays) -> None:
-        self.examiner, self.measure, self.teacher = examiner, measure, teacher
+    def __init__(self, examiner: Examiner, name: str, teacher: Arrays) -> None:
+        self.examiner, self.measure, self.teacher = examiner, name, teacher
+        self.denoises = measure(name).kind == "denoising"
         plan = examiner.plan
-        if measure in DENOISING:
+        if self.denoises:
             self.n = plan.n_noisy
-            self._denoiser = Denoiser(examiner.pipe.unet, examiner.graph, examiner.noisy(teacher, measure), plan.batch_size)
+            self._denoiser = Denoiser(examiner.model.network, examiner.model.graph, examiner.noisy(teacher, name), plan.batch_size)
         else:
             self.n = plan.protocol.n_images
 
     def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score:
         """The score of `arch` on the first `n` samples, all when None."""
         seed = self.examiner.plan.protocol.seed
-        if self.measure in DENOISING:
+        if self.denoises:
             return error_score(self.measure, arch, label, self._denoiser.errors(arch, n), seed)
         return self._of_images(arch, label, n, masked=arch)
 
     def of(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> Score:
         """The score of a U-Net of its own, such as a trained student of that architecture, on all samples."""
-        plan, pipe = self.examiner.plan, self.examiner.pipe
-        if self.measure in DENOISING:
-            return error_score(self.measure, arch, label, self._denoiser.errors_of(student), plan.protocol.seed)
-        teacher, pipe.unet = pipe.unet, student
-        try:
+        if self.denoises:
+            seed = self.examiner.plan.protocol.seed
+            return error_score(self.measure, arch, label, self._denoiser.errors_of(student), seed)
+        with self.examiner.model.running(student):
             return self._of_images(arch, label, None, masked=Architecture())
-        finally:
-            pipe.unet = teacher
 
     def _of_images(self, arch: Architecture, label: str, n: int | None, masked: Architecture) -> Score:
         plan = self.examiner.plan

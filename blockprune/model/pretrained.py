@@ -25,9 +25,9 @@ from blockprune import decode
 from blockprune.assets import ASSETS
 from blockprune.errors import UserError
 from blockprune.model.config_schema import SCHEMAS
+from blockprune.model.defaults import BUILT_IN
 
 Config = Mapping[str, Any]
-BUILT_IN = {"tiny-digits": ASSETS / "models" / "tiny-digits"}
 PIPELINES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 CLASSES = {"model_index.json": tuple(PIPELINES), "unet/config.json": ("UNet2DConditionModel",)}
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
@@ -105,6 +105,19 @@ def configs(model: str) -> Configs:
         text=text,
         scheduler=_component(folders, "scheduler/scheduler_config.json", known),
     )
+
+
+def configs_of(pipe: DiffusionPipeline) -> Configs:
+    """The configurations of a loaded pipeline. Raises UserError for one of a kind that is not supported."""
+    if type(pipe).__name__ not in PIPELINES:
+        raise UserError(f"a {type(pipe).__name__} is not supported: give a {' or '.join(PIPELINES)}")
+    text = {
+        name: encoder.config.to_dict() | {"architectures": [type(encoder).__name__]}
+        for name in TEXT
+        if (encoder := getattr(pipe, name, None)) is not None
+    }
+    name = getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__
+    return Configs(str(name), dict(pipe.unet.config), dict(pipe.vae.config), text, dict(pipe.scheduler.config))
 
 
 def _config_folders(model: str) -> tuple[list[Path], str]:
@@ -232,6 +245,7 @@ def load(model: str, device: str | torch.device = "cpu", dtype: torch.dtype = to
         if isinstance(part, torch.nn.Module):
             _check_finite(part, name, model)
             part.eval().requires_grad_(False)
+    pipe.register_to_config(_name_or_path=model)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -393,6 +407,21 @@ def identity(model: str, unet: list[Path] | None = None) -> str:
     if source.is_dir():
         for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
             digest.update(json.dumps(_component([source], name, str(source)), sort_keys=True).encode())
+    return digest.hexdigest()[:12]
+
+
+def identity_of(pipe: DiffusionPipeline) -> str:
+    """A 12-digit content id of a loaded pipeline's weights and of how its scheduler is set; not that of the files it came from.
+
+    Tensors up to 64 MiB count whole, of larger ones the first 4 KiB.
+    """
+    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
+    for part in WEIGHTS:
+        module = getattr(pipe, part, None)
+        for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
+            digest.update(f"{part}.{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+            flat = tensor.detach().reshape(-1).view(torch.uint8)
+            digest.update(flat[: len(flat) if len(flat) <= WHOLE_BYTES else 4096].cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

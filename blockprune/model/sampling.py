@@ -16,17 +16,7 @@ from torch import Tensor
 
 from blockprune.errors import UserError
 from blockprune.model.families import Condition, family_of, join, take
-
-MAX_SEED = 2**62  # what is added to a seed (an image's number, a worker's, 2**32 …) stays below 2**63
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
+from blockprune.model.schedulers import MAX_SEED, SCHEDULERS
 
 
 class NotFinite(ArithmeticError):

@@ -77,6 +77,9 @@ class PassUp(nn.Module):
         return hidden_states
 
 
+STAND_INS = (Pass, PassAttention, DropSkip, Shortcut, PassDown, PassUp)
+
+
 def stand_in(unet: UNet2DConditionModel, name: str) -> nn.Module:
     """A new stand-in for the module `name`; UserError says why a module cannot be removed.
 
@@ -165,8 +168,9 @@ def swapped(unet: UNet2DConditionModel, modules: Mapping[str, nn.Module]) -> Ite
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """Takes the place of `save_pretrained`, which would write the full configuration beside the weights that are left."""
     raise UserError(
-        "save_pretrained cannot save a U-Net without some of its blocks: loading would fill them at random; write it with "
-        "blockprune.export.pipeline.export_pipeline, or save_student for the U-Net alone, and load it with blockprune.load_pipeline"
+        "save_pretrained cannot save a U-Net without some of its blocks: loading would fill them at random; write the pipeline "
+        "with blockprune.save and load it with blockprune.load_pipeline, or the U-Net alone with "
+        "blockprune.export.pipeline.save_student"
     )
 
 
@@ -186,10 +190,15 @@ def check_innermost(unet: UNet2DConditionModel, arch: Architecture) -> None:
 def prune(unet: UNet2DConditionModel, arch: Architecture) -> UNet2DConditionModel:
     """A standalone student: a copy of `unet` in which the weights of the removed blocks do not exist.
 
-    Its `save_pretrained` raises UserError; `blockprune.export.pipeline` saves it.
+    Its `save_pretrained` raises UserError; `blockprune.save` and `blockprune.export.pipeline.save_student` write it.
     """
     with removed(unet, arch) as masked:
         return copy.deepcopy(masked)
+
+
+def architecture_of(unet: nn.Module) -> Architecture:
+    """What a pruned or masked U-Net lacks."""
+    return Architecture(frozenset(name for name, module in unet.named_modules() if isinstance(module, STAND_INS)))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
-from blockprune.runs.records import MEASURES
+from blockprune.measures.measure import MEASURES
 
 INK, MUTED, FAINT, UNSCORED = "#1c2733", "#5f6b76", "#c9d0d6", "#e4e7ea"
 # Light to dark with hue from yellow to violet: luminance falls steadily, so it reads in grey and with any colour vision.

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from blockprune.measures.score import Score
 from blockprune.reports.canvas import INK, MARKERS, MUTED, SERIES, axis_title, legend, named, new_figure, tidy, title, write
-from blockprune.runs.records import Score
 
 TERMS = {"loss": "#1c2733", "task": "#0072b2", "output": "#d55e00", "feature": "#009e73"}
 VALIDATED = ("fid", "is", "clip_score")

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blockprune.cost.table import Component
 from blockprune.errors import UserError
+from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture, BlockGraph, Cost
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.view import ScanView
-from blockprune.runs.records import Score
 
 Images = NDArray[np.uint8]
 
@@ -32,27 +33,12 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Component:
-    """What one part of the pipeline costs; `who` is teacher or student, `macs` are by convention, `latency_s` None if not timed."""
-
-    name: str
-    who: str
-    params: int
-    macs: Mapping[str, int]
-    latency_s: float | None
-
-    def over(self, teacher: Component) -> float | None:
-        """Its latency over that of the teacher's same part, which one run timed in turn with it; None when it was not timed."""
-        return self.latency_s / teacher.latency_s if self.latency_s is not None and teacher.latency_s else None
-
-
-@dataclass(frozen=True)
 class ModelView:
     """What an evaluate directory says about one model.
 
     `arch` is empty for a teacher; `graph` is the teacher's, None when it is not known; `scores` maps a setting's label to its rows
     by measure; `images` maps it to (k, H, W, 3) uint8 images at fixed seeds, captioned by `prompts`. `protocol["hash"]` is equal
-    for runs whose numbers compare.
+    for runs whose numbers compare. `model` is what was given to be evaluated.
     """
 
     label: str
@@ -68,6 +54,7 @@ class ModelView:
     components: Sequence[Component]
     images: Mapping[str, Images]
     prompts: Sequence[str]
+    model: str = ""
 
     def value(self, setting: Setting, measure: str) -> float | None:
         """The number; None when it was not measured, failed, or is not finite."""

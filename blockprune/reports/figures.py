@@ -13,6 +13,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
+from blockprune.measures.measure import MEASURES, quality
+from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
 from blockprune.reports.canvas import (
     DPI,
@@ -31,8 +33,7 @@ from blockprune.reports.canvas import (
 )
 from blockprune.reports.text import number
 from blockprune.reports.unet import unet_figure
-from blockprune.reports.view import PAIRED, QUALITY, ScanView, rank_correlation, ranked, short, worse
-from blockprune.runs.records import MEASURES, TEACHER
+from blockprune.reports.view import ScanView, rank_correlation, ranked, short, worse
 
 # Okabe and Ito's colours, told apart with any colour vision; the marker repeats what the colour says.
 PLACES = {"down": ("#0072b2", "o"), "mid": ("#009e73", "D"), "up": ("#d55e00", "s"), "other": ("#555555", "*")}
@@ -169,7 +170,7 @@ def tradeoff(view: ScanView, measure: str) -> Figure:
 def _teacher_band(ax: Axes, view: ScanView, measure: str, way: str) -> None:
     """The teacher's value as a line and its interval as a band, across the axis `way` ("h" or "v"); nothing when it has none."""
     value, band = view.value(TEACHER, measure), view.interval(TEACHER, measure)
-    if value is None or measure in PAIRED:
+    if value is None or MEASURES[measure].paired:
         return
     line: Callable[..., object] = ax.axhline if way == "h" else ax.axvline
     span: Callable[..., object] = ax.axhspan if way == "h" else ax.axvspan
@@ -181,7 +182,7 @@ def _teacher_band(ax: Axes, view: ScanView, measure: str, way: str) -> None:
 def sensitivity(view: ScanView) -> Figure:
     """Every removal as a bar with its interval, ranked by the main measure; up to three quality measures side by side."""
     order = ranked(view)
-    measures = [m for m in view.measures if m in QUALITY and ranked(view, m)][:3]
+    measures = [m for m in view.measures if MEASURES[m].of_quality and ranked(view, m)][:3]
     n, k = len(order), len(measures)
     width, height = 2.1 + 3.3 * k, 1.55 + 0.19 * max(n, 5)
     figure = new_figure(width, height)
@@ -253,7 +254,7 @@ def grid(view: ScanView) -> Figure:
 
 
 def _row_name(ax: Axes, view: ScanView, label: str, x: float, y: float) -> None:
-    names = {m: MEASURES[m].title if len(MEASURES[m].title) < 12 else m for m in QUALITY}
+    names = {m: MEASURES[m].title if len(MEASURES[m].title) < 12 else m for m in quality()}
     numbers = [f"{name} {number(v)}" for m, name in names.items() if (v := view.value(label, m)) is not None]
     name = "teacher" if label == TEACHER else f"without {short(label)}" if short(label) != label else label
     write(ax, x, y - 0.09, "\n".join(textwrap.wrap(name, 24)), ha="right", va="bottom", fontsize=8, weight="bold")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from blockprune.measures.measure import MEASURES
 from blockprune.reports import search_text, text
 from blockprune.reports.curves import VALIDATED, trained, validated
 from blockprune.reports.dossier import Dossier, ModelView
 from blockprune.reports.model_figures import checkpoints, guidance_curves, varied
 from blockprune.reports.results import NAMES
 from blockprune.reports.view import rank_correlation
-from blockprune.runs.records import MEASURES
 
 PAPER = ("fid", "is", "clip_score")
 ENOUGH = 10_000  # images, from which on FID's bias is small beside its differences

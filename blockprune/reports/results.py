@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockprune.export.model_card import in_words
+from blockprune.measures.measure import MEASURES, quality
+from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture, BlockGraph, Cost
 from blockprune.reports.curves import validated
 from blockprune.reports.dossier import Dossier, ModelView, TrainingView
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.text import number, step_time
-from blockprune.reports.view import QUALITY, ScanView, ranking
-from blockprune.runs.records import MEASURES, TEACHER, Score
+from blockprune.reports.view import ScanView, ranking
 
-PAPER = ("fid", "is", "clip_score", "kid", "eps_mse", "guided_mse", "feature_distance")
+PAPER = ("fid", "is", "clip_score", "kid")
 NAMES = {"is": "IS", "clip_score": "CLIP", "eps_mse": "eps-MSE", "guided_mse": "guided MSE", "feature_distance": "feature distance"}
 ARROWS = {"down": "↓", "up": "↑"}
 
@@ -72,7 +73,7 @@ class ResultTable:
     @property
     def measures(self) -> list[str]:
         """The quality measures that a row has, in the order of the papers."""
-        return [m for m in PAPER if any(m in row.scores for row in self.rows)]
+        return [m for m in in_paper_order() if any(m in row.scores for row in self.rows)]
 
 
 def result_tables(dossier: Dossier) -> list[ResultTable]:
@@ -143,7 +144,7 @@ def _scanned(name: str, view: ScanView, outside: int | None) -> ResultTable:
     rows = []
     for row in ranking(view):
         label = row["label"]
-        scores = {m: s for m in (*QUALITY, "latency_ratio") if (s := view.score(label, m)) is not None}
+        scores = {m: s for m in (*quality(), "latency_ratio") if (s := view.score(label, m)) is not None}
         cost = view.graph.cost(view.archs[label])
         whole = cost.params + outside if outside is not None else None
         shown = "teacher" if label == TEACHER else f"without {label}" if label in view.graph else label
@@ -153,6 +154,11 @@ def _scanned(name: str, view: ScanView, outside: int | None) -> ResultTable:
     return ResultTable(name, f"Removals of {name}", said, rows)
 
 
+def in_paper_order() -> list[str]:
+    """The measures of quality, those of the papers first."""
+    return sorted(quality(), key=lambda m: PAPER.index(m) if m in PAPER else len(PAPER))
+
+
 def heading(measure: str) -> str:
     """ "FID ↓" and the like, as the papers write it."""
     return f"{NAMES.get(measure, MEASURES[measure].title)} {ARROWS[MEASURES[measure].direction]}"
@@ -160,7 +166,7 @@ def heading(measure: str) -> str:
 
 def flat(tables: Sequence[ResultTable], convention: str) -> list[dict[str, Any]]:
     """One flat row per result, of all tables, with the same columns; None for what is not known."""
-    measures = [m for m in PAPER if any(m in table.measures for table in tables)]
+    measures = [m for m in in_paper_order() if any(m in table.measures for table in tables)]
     rows = []
     for table in tables:
         for r in table.rows:
@@ -204,7 +210,7 @@ def to_json(dossier: Dossier, tables: Sequence[ResultTable], convention: str, no
         "made_by": MADE_BY,
         "teacher": {"name": dossier.teacher, "identity": dossier.teacher_id, "cost": _cost(dossier.graph)},
         "macs_convention": convention,
-        "measures": {m: vars(MEASURES[m]) for m in PAPER if rows and m in rows[0]},
+        "measures": {m: MEASURES[m].to_json() for m in in_paper_order() if rows and m in rows[0]},
         "results": rows,
         "components": [{"model": name, **vars(c)} for name, view in dossier.models.items() for c in view.components],
         "students": students,

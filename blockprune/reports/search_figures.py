@@ -9,13 +9,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from blockprune.measures.measure import MEASURES
+from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
 from blockprune.reports.canvas import FAINT, INK, MUTED, axis_title, is_wide, new_figure, plain, tidy, title, write
 from blockprune.reports.figures import grid
 from blockprune.reports.search_view import PRESET, SCAN, SearchView, history
 from blockprune.reports.unet import draw_unet
 from blockprune.reports.view import ScanView
-from blockprune.runs.records import MEASURES, TEACHER, Evaluation
+from blockprune.runs.records import Evaluation
 
 # Okabe and Ito's colours; the marker repeats what the colour says.
 OURS, KNOWN, RANDOM, SINGLE = "#0072b2", "#d55e00", "#8a949c", "#c9d0d6"

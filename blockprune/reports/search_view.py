@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockprune.errors import UserError
+from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture, BlockGraph, Cost
-from blockprune.runs.records import TEACHER, Evaluation, Score
+from blockprune.runs.records import Evaluation
 
 PRESET, SCAN = "preset", "scan"
 
@@ -73,7 +74,7 @@ class SearchView:
 
     def holds(self, e: Evaluation) -> bool:
         """True when every budget holds, latency by measurement where there is one."""
-        full, ratio = self.scores.get("full", {}).get("latency"), self.latency_ratio(e)
+        full, ratio = self.scores.get(TEACHER, {}).get("latency"), self.latency_ratio(e)
         if full is None or full.value is None or ratio is None:
             return e.candidate.fits
         seconds = full.value * ratio
@@ -122,7 +123,9 @@ class SearchView:
 
     @property
     def best(self) -> Evaluation:
-        """The winner of the finals. Raises UserError when no finalist holds the budgets."""
+        """The winner of the finals. Raises UserError when no finalist holds the budgets, or there is none to hold."""
+        if self.is_front:
+            raise UserError("a front without a budget has no best: choose by pareto.json, or give a budget")
         if not self.ranked:
             measured = "as measured " if any(q == "latency" for q, _ in self.limits.values()) else ""
             raise UserError(f"no finalist holds the budgets {measured}({len(self.finals)} tried): raise the budget or --trials")

@@ -7,10 +7,10 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 
-from blockprune.reports.view import PAIRED, QUALITY, ScanView, rank_correlation, ranked, ranking, worse
-from blockprune.runs.records import MEASURES, TEACHER
+from blockprune.measures.measure import MEASURES, quality
+from blockprune.measures.score import TEACHER
+from blockprune.reports.view import ScanView, rank_correlation, ranked, ranking, worse
 
 CAPTIONS = {
     "unet.png": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
@@ -19,9 +19,8 @@ CAPTIONS = {
     "grid.png": "Teacher and masks at the same prompts and seeds.",
     "correlation.png": "The cheap measure against FID.",
 }
-REFERENCE = ("fid", "kid", "is", "clip_score")  # where a removal can be better than its teacher: no distances to the teacher itself
+REFERENCE = ("fid", "kid", "is")
 RUINOUS = {"fid": 10.0, "is": 0.5, "clip_score": 0.5}  # times the teacher's; KID may be near zero
-COSTS = ("params", "macs", "weight_bytes")  # of the architecture itself: arithmetic, never missing
 MANY = 8
 
 
@@ -92,7 +91,7 @@ def to_json(view: ScanView) -> str:
         "format": 1,
         "protocol": dict(view.protocol),
         "main_measure": view.main_measure,
-        "measures": {m: asdict(MEASURES[m]) for m in view.measures},
+        "measures": {m: MEASURES[m].to_json() for m in view.measures},
         "rank_correlation": {"measures": ["eps_mse", "fid"], "kendall_tau": tau.tau, "n": tau.n} if tau else None,
         "ranking": ranking(view),
     }
@@ -139,7 +138,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _ranked_table(view: ScanView) -> str:
-    rows, measures = ranking(view), [m for m in view.measures if m in QUALITY]
+    rows, measures = ranking(view), [m for m in view.measures if MEASURES[m].of_quality]
     errors = any(row["error"] for row in rows)
     timed = {"latency", "latency_ratio"} & set(view.measures)
     titles = [f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}" for m in measures]
@@ -189,7 +188,7 @@ def summary(view: ScanView) -> list[str]:
 
 def gaps(view: ScanView) -> str:
     """What was asked or begun and has no value, in a sentence; "" when nothing is missing."""
-    asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and m not in COSTS]
+    asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and MEASURES[m].kind != "cost"]
     found: dict[int, list[str]] = {}
     for m in dict.fromkeys("latency_ratio" if m == "latency" else m for m in [*asked, *view.measures]):
         found.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
@@ -203,11 +202,17 @@ def _names(labels: Sequence[str]) -> str:
     return shown + (f" and {len(labels) - MANY} more" if len(labels) > MANY else "")
 
 
+def compared() -> list[str]:
+    """The measures by which a removal can be better than its teacher: no distances to the teacher itself."""
+    unpaired = [m for m in quality() if not MEASURES[m].paired]
+    return sorted(unpaired, key=lambda m: REFERENCE.index(m) if m in REFERENCE else len(REFERENCE))
+
+
 def _against_teacher(view: ScanView) -> list[str]:
     """How the removals compare with the teacher, by every measure of which it has a value and by their paired differences."""
-    by = [m for m in REFERENCE if view.value(TEACHER, m) is not None]
+    by = [m for m in compared() if view.value(TEACHER, m) is not None]
     if not by:
-        names = ", ".join(MEASURES[m].title for m in REFERENCE)
+        names = ", ".join(MEASURES[m].title for m in compared())
         return [f"The teacher has none of {names}: nothing here compares a removal with the teacher's own spread."]
     values = [f"{MEASURES[m].title} {_scored(view, TEACHER, m)} (n = {score.n})" for m in by if (score := view.score(TEACHER, m))]
     return [f"The teacher has {', '.join(values)}.", _paired(view, by), _ruinous(view, by)]
@@ -228,7 +233,7 @@ def _paired(view: ScanView, by: Sequence[str]) -> str:
         if free
         else f"None is nearly free: worse in none of {names}."
     )
-    distances = [f"`{m}`" for m in PAIRED if m in view.measures]
+    distances = [f"`{m}`" for m in view.measures if MEASURES[m].paired]
     if distances:
         last += f" Left out: {_listed(distances)} (a distance to the teacher is above zero for whatever changes the output)."
     return (

@@ -11,6 +11,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
+from blockprune.measures.measure import MEASURES
+from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports.canvas import (
     FAINT,
@@ -40,7 +42,6 @@ from blockprune.reports.layout import (
 )
 from blockprune.reports.text import number
 from blockprune.reports.view import ScanView
-from blockprune.runs.records import MEASURES, TEACHER
 
 INCH = 0.78
 HATCH = "/////"

@@ -11,13 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockprune.errors import UserError
+from blockprune.measures.measure import MEASURES, names, quality
+from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture, BlockGraph
-from blockprune.runs.records import MEASURES, TEACHER, Score
 
-QUALITY = ("eps_mse", "guided_mse", "fid", "kid", "feature_distance", "clip_score", "is")
-# Zero for the teacher by definition: a scan need not say so.
-PAIRED = ("eps_mse", "guided_mse", "feature_distance")
-MEASURED = (*QUALITY, "latency", "latency_ratio", "memory")
 PATHS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 PARTS = {"resnets": "R", "attentions": "A", "transformer_blocks": "T", "downsamplers": "D", "upsamplers": "U"}
 
@@ -75,13 +72,13 @@ class ScanView:
 
     @property
     def measures(self) -> list[str]:
-        """The measured quantities that have a row, in the order of `MEASURED`."""
-        return [m for m in MEASURED if any(self.score(label, m) for label in self.archs)]
+        """The measured quantities that have a row, those of quality first."""
+        return [m for m in (*quality(), *names("timing")) if any(self.score(label, m) for label in self.archs)]
 
     @property
     def main_measure(self) -> str | None:
         """The first quality measure that has a value for a removal; None when there is none."""
-        return next((m for m in QUALITY if any(self.value(label, m) is not None for label in self.removals)), None)
+        return next((m for m in quality() if any(self.value(label, m) is not None for label in self.removals)), None)
 
 
 class Correlation(NamedTuple):
@@ -142,7 +139,7 @@ def _row(view: ScanView, rank: int | None, label: str) -> dict[str, Any]:
         score = view.score(label, m)
         low, high = view.interval(label, m) or (None, None)
         row |= {m: view.value(label, m), f"{m}_low": low, f"{m}_high": high, f"{m}_n": score.n if score else None}
-        if m in QUALITY and m not in PAIRED:
+        if MEASURES[m].of_quality and not MEASURES[m].paired:
             deltas = (score.delta, score.delta_low, score.delta_high) if score else (None,) * 3
             row |= dict(zip((f"{m}_delta", f"{m}_delta_low", f"{m}_delta_high"), deltas, strict=True))
     row |= {"params": cost.params, "params_saved": total.params - cost.params}

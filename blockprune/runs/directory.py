@@ -14,18 +14,45 @@ from typing import Any
 
 from blockprune import decode
 from blockprune.errors import UserError
-from blockprune.runs.schema import AnyRun, check_row
+from blockprune.runs.schema import RUNS, AnyRun, check_row
 
 FORMAT = 1
 MAX_ROWS_BYTES = 2**31
+MAX_FILE_BYTES = 2**36
 SOUND = "put back a sound copy, or run into another --out"
 DELETE = "delete that line and run the same command again"
+MAKE_AGAIN = "delete it and run the same command again"
 LONGEST_PATH = 4096 - 512  # leaves room for what lies in a folder
 TEMPORARY = 16  # characters that a file's name has more while it is being written
 _OURS = (".lock", ".turn", ".run.part.json")  # of a run that is just beginning
 
 
-class Run:
+class Stored:
+    """A run directory to read."""
+
+    def __init__(self, path: Path, command: str = "") -> None:
+        self.path, self.command = path, command or str(read_run(path)["command"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        return read_rows(self.path, self.command)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `run.json` says; UserError when it is not what this command writes."""
+        return read_run(self.path, RUNS.get(self.command, AnyRun))
+
+    def read(self, name: str) -> bytes | None:
+        """The contents of a file of the run; None when there is none."""
+        file = self.path / name
+        return decode.read_bytes(file, MAKE_AGAIN, limit=MAX_FILE_BYTES) if os.path.lexists(file) else None
+
+    def names(self, folder: str) -> list[str]:
+        """The files in a folder of the run, sorted; without those in the making."""
+        there = self.path / folder
+        return sorted(p.name for p in there.iterdir() if not p.name.startswith(".")) if there.is_dir() else []
+
+
+class Run(Stored):
     """A run directory: `run.json` says what was asked, `rows.jsonl` holds the rows; the same request again resumes it.
 
     Raises UserError when the directory holds another run (naming the differences), or when another process writes to it. Processes
@@ -33,14 +60,14 @@ class Run:
     """
 
     def __init__(self, path: Path, command: str, asked: Mapping[str, Any], note: Mapping[str, Any], shared: bool = False) -> None:
-        self.path, self.command = path, command
+        super().__init__(path, command)
         check_run_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         self._depth = 0
         self._lock = self._locked(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         try:
             with self.alone():
-                self._begin({"format": FORMAT, "command": command, "asked": _plain(asked), **_plain(note)})
+                self._begin({"format": FORMAT, "command": command, "asked": plain(asked), **plain(note)})
                 self._trim()
         except BaseException:
             self.close()
@@ -99,7 +126,7 @@ class Run:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row; it is on the disk when this returns. A row that did not fit on the disk leaves no part of itself."""
-        line = (json.dumps(_plain(row)) + "\n").encode()
+        line = (json.dumps(plain(row)) + "\n").encode()
         with self.alone():
             fd = os.open(self.path / "rows.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
@@ -113,6 +140,10 @@ class Run:
                     raise
             finally:
                 os.close(fd)
+
+    def claims(self, name: str) -> Claims:
+        """The claims on the items of some work of a shared run."""
+        return Claims(self.path / name)
 
     def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leaves only the rows that are wanted: those after the checkpoint from which work goes on will be made again."""
@@ -251,13 +282,22 @@ def read_rows(path: Path, command: str | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+def plain(value: Any) -> Any:
+    """What JSON makes of a value. Half a surrogate pair, as in a name that is no text, becomes an escape: no reader takes it."""
+    return _readable(json.loads(json.dumps(value, default=str)))
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_readable(key): _readable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_readable(inner) for inner in value]
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def differences(held: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
     """What was asked before and is asked otherwise now, a phrase each."""
-    asked = _plain(asked)
+    asked = plain(asked)
     for name in sorted({*held, *asked}):
         if held.get(name) != asked.get(name):
             yield f"{name} is {_short(held.get(name))} there, {_short(asked.get(name))} asked"

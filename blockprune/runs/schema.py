@@ -8,18 +8,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from blockprune.cost.table import Component
 from blockprune.decode import Natural, Positive, Whole, checked
 from blockprune.errors import UserError
+from blockprune.measures.measure import Kind, Measure
+from blockprune.measures.score import Score
 from blockprune.model.architecture import GraphRecord
-from blockprune.runs.records import (
-    ComponentRecord,
-    EvaluationRecord,
-    Score,
-    SeenRecord,
-    SettingScore,
-    TrainRecord,
-    ValidationRecord,
-)
+from blockprune.runs.records import EvaluationRecord, SeenRecord, SettingScore, TrainRecord, ValidationRecord
 
 
 class Asked(msgspec.Struct, kw_only=True):
@@ -41,10 +36,26 @@ class AnyRun(msgspec.Struct):
     asked: dict[str, Any]
 
 
+class MeasureRecord(msgspec.Struct):
+    """A measure by its description."""
+
+    name: str
+    unit: str
+    direction: Literal["down", "up"]
+    title: str
+    kind: Kind
+    needs: tuple[str, ...] = ()
+    paired: bool = False
+
+    def value(self) -> Measure:
+        return Measure(self.name, self.unit, self.direction, self.title, self.kind, self.needs, self.paired)
+
+
 class Noted(msgspec.Struct, kw_only=True):
     """What every run notes beside the request; old ones do not."""
 
     made_with: dict[str, str] = {}
+    measures: list[MeasureRecord] = []
     pictured_prompts: list[str] = []
 
 
@@ -153,7 +164,7 @@ ROWS: Mapping[str, Mapping[str | None, tuple[type, ...]]] = {
         "seen": (SeenRecord,),
     },
     "distill": {"train": (TrainRecord,), "validation": (ValidationRecord,)},
-    "evaluate": {"score": (SettingScore, Score), "component": (ComponentRecord,)},
+    "evaluate": {"score": (SettingScore, Score), "component": (Component,)},
 }
 
 

@@ -186,7 +186,7 @@ def test_latency_is_measured_in_turn(run: Run, sd1: Path) -> None:
         (["cost", "--model", "SD1", "--components", "--verify"], "--components goes without --verify"),
         (["cost", "--model", "SD1", "--latency", "--rounds", "1"], "--rounds must be at least 5"),
         (["cost", "--model", "SD1", "--latency", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["cost", "--model", "SD1", "--latency", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["cost", "--model", "SD1", "--latency", "--dtype", "int8"], "unknown --dtype 'int8': choose from float32"),
         (["cost", "--model", "SD1", "--latency", "--device", "gpu0"], "cannot use the device 'gpu0'"),
         (["cost", "--model", "SD1", "--latency", "--device", "meta"], "computes nothing"),
     ],

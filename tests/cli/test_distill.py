@@ -102,7 +102,18 @@ def test_killed_and_started_again_is_the_undisturbed_run(distilled: Path, tmp_pa
 
 def test_two_processes_make_the_run_of_one(distilled: Path, tmp_path: Path) -> None:
     shared = [x if x != "2" or QUICK[i - 1] != "--train-batch-size" else "1" for i, x in enumerate(QUICK)]
-    args = ["--arch", "bk-sdm-small", *shared, "--ema", "--validation-steps", "4", "--cpu", "--out", str(tmp_path / "run")]
+    args = [
+        "--arch",
+        "bk-sdm-small",
+        *shared,
+        "--ema",
+        "--validation-steps",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # accelerate's own is for GPUs or MPI
     command = [sys.executable, *launch, "-m", "blockprune", "distill", *args]
     out = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -262,7 +273,7 @@ def test_a_diverging_run_stops_with_one_line(tmp_path: Path, one_line: Callable[
         return real(self) | ({"loss": math.nan} if self.step == 3 else {})
 
     monkeypatch.setattr(Distiller, "_optimise", broken)
-    monkeypatch.setattr("blockprune.cli.console.WorkProgress.say", lambda *a: None)
+    monkeypatch.setattr("blockprune.progress.Bars.say", lambda *a: None)
     line = one_line("distill", "--arch", "mid-removed", *QUICK, "--out", tmp_path / "run")
     assert "the loss is nan at step 4" in line
     assert "step-0000002" in line
@@ -283,6 +294,9 @@ def test_a_diverging_run_stops_with_one_line(tmp_path: Path, one_line: Callable[
         (["--arch", "mid-removed", "--mixed-precision", "fp8"], "unknown --mixed-precision 'fp8'"),
         (["--arch", "mid-removed", "--report-to", "paper"], "unknown --report-to 'paper'"),
         (["--arch", "mid-removed", "--resolution", "33"], "multiple of"),
+        (["--arch", "mid-removed", "--device", "meta"], "give cpu or cuda"),
+        (["--arch", "mid-removed", "--device", "cpu", "--mixed-precision", "fp16"], "--mixed-precision fp16 on a processor"),
+        ([], "no architecture: give --arch"),
     ],
 )
 def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:
@@ -296,7 +310,9 @@ def test_weights_that_cannot_be_put_together(
 ) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
     monkeypatch.setattr(Accelerator, "is_fsdp2", False)
-    assert "FSDP 2: got " + kind in one_line("distill", "--arch", "bk-sdm-small", *QUICK, "--cpu", "--out", tmp_path / "run")
+    assert "FSDP 2: got " + kind in one_line(
+        "distill", "--arch", "bk-sdm-small", *QUICK, "--device", "cpu", "--out", tmp_path / "run"
+    )
 
 
 def test_the_fsdp_configuration_is_one() -> None:
@@ -320,6 +336,14 @@ def test_trackers_hear_the_losses(tmp_path: Path, cli: Cli, one_line: Callable[.
 def test_another_recipe_in_the_same_directory(distilled: Path, one_line: Callable[..., str]) -> None:
     line = one_line("distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--learning-rate", "1", "--out", distilled)
     assert "recipe is" in line
+
+
+def test_training_pairs_are_the_models_own_or_named(
+    tmp_path: Path, one_line: Callable[..., str], tiny_folder: Callable[[str], Path]
+) -> None:
+    line = one_line("distill", "--arch", "mid-removed", "--teacher", tiny_folder("sd1"), *QUICK, "--out", tmp_path / "run")
+    assert "no training data" in line and "give --data" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_phases_that_do_not_add_up(tmp_path: Path, one_line: Callable[..., str]) -> None:

@@ -153,13 +153,13 @@ WATCHED = """
 import os, sys
 from blockprune.runs import directory
 from blockprune.cli import main
-real = store.Run.write
+real = directory.Run.write
 def write(self, name, content):
     if name.startswith("drawn/"):
         with open(sys.argv[1], "a") as log:
             log.write(f"{os.getpid()} {name}\\n")
     return real(self, name, content)
-store.Run.write = write
+directory.Run.write = write
 main(sys.argv[2:])
 """
 
@@ -301,9 +301,9 @@ def test_checkpoints_along_training(distilled: Path, tmp_path: Path, cli: Cli) -
 
 
 def test_averaged_weights_are_taken(distilled: Path) -> None:
-    from blockprune.cli.trained import Trained
+    from blockprune.stages.train.finished import Finished
 
-    trained = Trained.of(distilled)
+    trained = Finished.of(distilled)
     place = distilled / "checkpoints" / "step-0000002"
     from safetensors.torch import load_file as load
 
@@ -415,7 +415,8 @@ def test_the_coco_protocol_in_miniature(tmp_path: Path, cli: Cli, monkeypatch: p
         (["--steps", "two"], "--steps takes whole numbers"),
         (["--cfg-scale", "3,x"], "--cfg-scale takes numbers"),
         (["--cfg-scale", "-1"], "cfg-scale must be at least 0"),
-        (["--scheduler", "x"], "unknown scheduler 'x'"),
+        (["--scheduler", "x"], "unknown --scheduler 'x': choose from ddim"),
+        (["--scheduler", "ddim,"], "--scheduler has an empty entry"),
         (["--quantize", "int3"], "unknown --quantize 'int3': choose from none, int8"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--latency", "--rounds", "1"], "--rounds must be at least 3"),

@@ -22,10 +22,10 @@ import tiny
 from as_user import main_in_process, pictures
 from conftest import Cli
 
-from blockprune.cli.outputs import view_of
 from blockprune.measures import statistics
 from blockprune.model.sampling import MAX_SEED
 from blockprune.reports.figures import tradeoff
+from blockprune.reports.scans import scan_view
 from blockprune.runs import directory
 from blockprune.stages.search.proposals import SAMPLERS, sampler_of
 
@@ -106,11 +106,11 @@ def test_bad_architectures(one_line: Callable[..., str], tmp_path: Path, arch: s
     ("args", "says"),
     [
         (["--measures", "fidd"], "unknown measure 'fidd'"),
-        (["--unit", "blok"], "unknown unit 'blok'"),
-        (["--scheduler", "x"], "unknown scheduler 'x'"),
+        (["--unit", "blok"], "unknown --unit 'blok'"),
+        (["--scheduler", "x"], "unknown --scheduler 'x'"),
         (["--n-images", "0"], "n-images must be at least 1"),
         (["--device", "cuda:99"], "device"),
-        (["--dtype", "int3"], "unknown dtype"),
+        (["--dtype", "int3"], "unknown --dtype"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--model", "sd-v2-1"], "download"),
         (["--reference", "/nowhere"], "no reference at '/nowhere'"),
@@ -229,7 +229,7 @@ def test_a_removals_latency_is_the_ratio_that_was_timed_in_turn(cli: Cli, tmp_pa
     out, page = tmp_path / "run", tmp_path / "page.html"
     code, shown, err = cli("scan", "--unit", "stage", "--measures", "eps_mse,latency", *QUICK[2:], "--out", out)
     assert code == 0, err
-    view = view_of(out)
+    view = scan_view(directory.Stored(out))
     truth = {label: view.graph.cost(arch).params / view.graph.total.params for label, arch in view.archs.items()}
     del truth["full"]
     for row in csv.DictReader((out / "scan.csv").read_text().splitlines()):
@@ -266,7 +266,7 @@ def test_seconds_of_students_in_runs_of_earlier_versions_are_not_shown(
     (row,) = (r for r in directory.read_rows(tmp_path / "run") if r["label"] == "mid_block")
     with (tmp_path / "run" / "rows.jsonl").open("a") as file:
         file.write(json.dumps(row | {"measure": "latency", "value": 7.0}) + "\n")
-    view = view_of(tmp_path / "run")
+    view = scan_view(directory.Stored(tmp_path / "run"))
     assert view.value("mid_block", "latency") is None
     assert view.value("mid_block", "latency_ratio") == pytest.approx(row["value"])
 

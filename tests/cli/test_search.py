@@ -20,11 +20,11 @@ import tiny
 from as_user import main_in_process
 from conftest import Cli
 
-from blockprune.cli.outputs import search_view_of
 from blockprune.cost import latency
 from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture
 from blockprune.model.trace import trace
+from blockprune.reports.searches import search_view
 from blockprune.reports.text import number
 from blockprune.runs import directory
 
@@ -263,7 +263,7 @@ def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli, monkeypatch: pyt
     assert code == 0, err
     rows = directory.read_rows(tmp_path / "run")
     timed = {row["label"]: row["value"] for row in rows if row["kind"] == "timing" and row["measure"] == "latency_ratio"}
-    view = search_view_of(tmp_path / "run")
+    view = search_view(directory.Stored(tmp_path / "run"))
     best = json.loads((tmp_path / "run" / "best.json").read_text())["label"]
     assert {"calibration 0", "calibration 11", "mid_block", best} <= timed.keys()
     for e in view.finals:
@@ -317,19 +317,19 @@ def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
         (["--budget", "5%params"], "the least to be had is"),
         (["--budget", "1%macs"], "GMACs for a U-Net step"),
         ([], "no budget: give --budget"),
-        (["--budget", "65%params", "--objective", "vibes"], "unknown objective 'vibes'"),
-        (["--budget", "65%params", "--sampler", "cma"], "unknown sampler 'cma'"),
+        (["--budget", "65%params", "--objective", "vibes"], "unknown --objective 'vibes'"),
+        (["--budget", "65%params", "--sampler", "cma"], "unknown --sampler 'cma'"),
         (["--budget", "65%params", "--trials", "0"], "--trials must be at least 1"),
         (["--budget", "65%params", "--workers", "0"], "--workers must be at least 1"),
         (["--budget", "65%params", "--finalists", "0"], "--finalists must be at least 1"),
         (["--budget", "65%params", "--random", "-1"], "--random must be at least 0"),
         (["--budget", "65%params", "--recover", "-1"], "--recover must be at least 0"),
-        (["--budget", "65%params", "--scope", "all"], "unknown scope 'all'"),
-        (["--budget", "65%params", "--macs", "flops"], "unknown MAC convention"),
+        (["--budget", "65%params", "--scope", "all"], "unknown --scope 'all'"),
+        (["--budget", "65%params", "--macs", "flops"], "unknown --macs"),
         (["--budget", "65%params", "--unit", "brick"], "unknown unit 'brick'"),
         (["--budget", "65%params", "--unit", "layer", "--keep", "*attentions*,mid_block"], "nothing is left to remove"),
         (["--budget", "65%params", "--keep", "mid_blok"], "did you mean mid_block"),
-        (["--pareto", "beauty"], "unknown pareto 'beauty'"),
+        (["--pareto", "beauty"], "unknown --pareto 'beauty'"),
         (["--budget", "65%params", "--from-scan", "/nowhere"], "is not a run directory"),
         (["--budget", "65%params", "--solve-only", "--from-scan", "/nowhere"], "is not a run directory"),
         (["--budget", "65%params", "--workers", "2", "--storage", "sqlite:///x.db"], "SQLite lets two workers take one trial"),
@@ -414,10 +414,13 @@ def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Pat
     texts = [host.communicate(timeout=600)[0].decode() for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], texts
     assert all("died" in text for text in texts)
-    whole = {key: value for key, value in scored(searched).items() if key in scored(outs[0])}
-    assert len(whole) == int(n)
-    assert scored(outs[0]) == scored(outs[1]) == pytest.approx(whole)
-    assert min(whole, key=whole.__getitem__) == min(scored(outs[0]), key=scored(outs[0]).__getitem__)
+    found = scored(outs[0])
+    assert len(found) == int(n)
+    assert found == scored(outs[1])
+    planned = {Architecture(frozenset(row["removed"])).key for row in rows if row["source"] in ("scan", "preset")}
+    assert planned <= found.keys()  # what follows depends on how many trials are left, and on who proposes first
+    alone = {key: value for key, value in scored(searched).items() if key in found}
+    assert {key: found[key] for key in alone} == pytest.approx(alone)
 
 
 def _workers(parent: int) -> list[int]:

@@ -11,10 +11,10 @@ import report_rows
 from rich.console import Console
 
 from blockprune.cli.console import print_finalists
-from blockprune.cli.dossiers import dossier_of
-from blockprune.cli.outputs import search_view_of, write_search
+from blockprune.reports import searches
+from blockprune.reports.dossiers import dossier_of
 from blockprune.reports.html.page import report_files
-from blockprune.runs.directory import Run, read_run
+from blockprune.runs.directory import Stored
 
 LOST = {"mine": 1.0, "mid-removed": 0.0015}
 HEARD = {"mine": 0.0015, "mid-removed": 1.0}
@@ -23,20 +23,19 @@ HEARD = {"mine": 0.0015, "mid-removed": 1.0}
 def printed(folder: Path) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        print_finalists(search_view_of(folder), console)
+        print_finalists(searches.search_view(Stored(folder)), console)
     return capture.get()
 
 
 def written(folder: Path) -> dict[str, str]:
     """The report files that a search's end writes into its directory."""
-    with Run(folder, "search", read_run(folder)["asked"], {}) as run:
-        write_search(run)
-    return {p.name: p.read_text() for p in folder.iterdir() if p.suffix in (".md", ".csv", ".json")}
+    files = searches.report_files(searches.search_view(Stored(folder)))
+    return {name: content.decode() for name, content in files if not name.endswith(".png")}
 
 
 def test_lost_captions_are_the_first_thing_said(tmp_path: Path) -> None:
     folder = report_rows.search(tmp_path / "run", drifts={"mine": 1.0, "mid-removed": 1.5})
-    view = search_view_of(folder)
+    view = searches.search_view(Stored(folder))
     own, teacher = view.caption(view.best), view.caption(None)
     assert own is not None
     assert teacher is not None

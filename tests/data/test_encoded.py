@@ -327,7 +327,7 @@ def test_a_cache_without_mirrored_images_serves_only_training_without_flips(mode
     pipe, reader = models["sdxl"]
     write_cache(pipe, reader, tmp_path / "cache", 4, teacher="t")
     cached = Cached(tmp_path / "cache", terms(reader, "t", False, torch.float32))
-    with pytest.raises(UserError, match=r"no mirrored images: .*--flip"):
+    with pytest.raises(UserError, match=r"no mirrored images: .*--random-flip"):
         cached.encoded([0, 1], [False, True])
     with pytest.raises(UserError, match="flip is false there, true asked"):
         Cached(tmp_path / "cache", terms(reader, "t", True, torch.float32))
@@ -366,7 +366,18 @@ def test_the_resolution_fits_the_vae(models: dict[str, Any]) -> None:
 
 def test_the_command_writes_a_cache_and_goes_on(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", 7)
-    args = ["cache", "--model", tiny_folder("sdxl"), "--data", data, "--out", tmp_path / "cache", "--shard-size", "3", "--flip"]
+    args = [
+        "cache",
+        "--model",
+        tiny_folder("sdxl"),
+        "--data",
+        data,
+        "--out",
+        tmp_path / "cache",
+        "--shard-size",
+        "3",
+        "--random-flip",
+    ]
     code, out, err = cli(*args, "--batch-size", "2", "--device", "cpu")
     assert code == 0, err
     assert out.startswith(f"{tmp_path / 'cache'}: 7 pairs at 16 pixels, ")
@@ -419,7 +430,7 @@ def test_what_is_wrong_takes_one_line(one_line: Callable[..., str], tiny_folder:
     assert "multiple of 2" in said("--data", data, "--resolution", "15", "--out", out)
     assert "--shard-size must be at least 1" in said("--data", data, "--shard-size", "0", "--out", out)
     assert "--batch-size must be at least 1" in said("--data", data, "--batch-size", "0", "--out", out)
-    assert "at least 1: got 0" in said("--data", data, "--n-images", "0", "--out", out)
+    assert "--n-images must be at least 1: got 0" in said("--data", data, "--n-images", "0", "--out", out)
     assert "is not empty and holds no cache" in said("--data", data, "--out", data)
     assert not list(data.glob(".*"))
     assert "is a file" in said("--data", data, "--out", data / "0.png")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 
 from blockprune.data.digits import DigitScenes
 from blockprune.data.image_folder import resize_centre_crop
-from blockprune.data.training_data import CaptionedFolder, Pair, Reader, Shards, Source, Unreadable, source_of
+from blockprune.data.training_data import CaptionedDataset, CaptionedFolder, Pair, Reader, Shards, Source, Unreadable, source_of
 from blockprune.errors import UserError
 
 SOURCES: dict[str, Callable[[Path], str]] = {
@@ -285,3 +287,51 @@ def test_a_number_of_images_is_positive() -> None:
 def test_a_folder_may_be_called_like_a_pattern(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "{0..3}", 2)
     assert isinstance(source_of(str(folder), SIZE), CaptionedFolder)
+
+
+def in_memory(kind: str, n: int = 5) -> list[tuple[Any, str]]:
+    """The pictures of `write_folder` in one of the forms that a dataset may have."""
+    images = [Image.open(io.BytesIO(picture(i))) for i in range(n)]
+    forms: dict[str, Callable[[Image.Image], Any]] = {
+        "PIL": lambda image: image,
+        "array": np.asarray,
+        "tensor": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+    }
+    return [(forms[kind](image), f"cat {i}") for i, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("kind", ["PIL", "array", "tensor"])
+def test_a_dataset_gives_the_pairs_of_a_folder(kind: str, tmp_path: Path) -> None:
+    folder = source_of(str(write_folder(tmp_path / "f", 5)), SIZE)
+    source: Source = CaptionedDataset(in_memory(kind), SIZE)
+    assert len(source) == 5
+    for i in range(5):
+        assert torch.equal(source[i].image, folder[i].image) and source[i].caption == folder[i].caption
+    assert source.identity == CaptionedDataset(in_memory("PIL"), 8).identity
+    changed = [*in_memory(kind)[:4], (in_memory(kind)[0][0], "cat 4")]
+    assert (
+        len({source.identity, CaptionedDataset(in_memory(kind, 4), SIZE).identity, CaptionedDataset(changed, SIZE).identity}) == 3
+    )
+
+
+def test_a_dataset_with_a_blank_caption_is_skipped_there() -> None:
+    pairs = in_memory("PIL")
+    reader = Reader(CaptionedDataset([pairs[0], (pairs[1][0], " "), *pairs[2:]], SIZE))
+    assert [reader.pair(i).caption for i in range(3)] == ["cat 0", "cat 2", "cat 2"]
+    assert list(reader.skipped) == [1]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "says"),
+    [
+        ([], "no data in a list"),
+        (iter([]), "no data in a list_iterator"),
+        ([{"image": 1}], "item 0 of the list is no pair"),
+        ([(np.zeros((4, 4, 3)), "a")], r"image of item 0 of the list is torch.float64 \(3, 4, 4\): give a PIL image"),
+        ([(np.zeros((4, 4), np.uint8), "a")], r"is torch.uint8 \(4, 4\)"),
+        ([("a.png", "a")], "is a str: give a PIL image"),
+    ],
+)
+def test_what_is_no_dataset_is_said(dataset: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        CaptionedDataset(dataset, SIZE)

@@ -256,7 +256,7 @@ def test_a_folder_that_lacks_tensors_of_its_configuration_is_refused(part: str, 
 def test_a_pruned_folder_with_the_full_configuration_is_refused(copy_of: Folder) -> None:
     folder = copy_of("sd1")
     arch = preset("bk-sdm-base")
-    surgery.prune(tiny.unet("sd1"), arch).save_pretrained(folder / "unet")
+    UNet2DConditionModel.save_pretrained(surgery.prune(tiny.unet("sd1"), arch), folder / "unet")  # as other tools save it
     with pytest.raises(UserError, match=r"lack 244 tensors.*re-create removed blocks at random"):
         load(str(folder))
     (folder / "unet" / "architecture.json").write_text(arch.dumps())
@@ -336,7 +336,7 @@ def test_a_student_comes_back_equal(kind: str, arch: str, tmp_path: Path) -> Non
     with torch.no_grad():
         x = tiny.inputs(kind)
         assert same_outputs(student(**x).sample, again(**x).sample, student)
-    with pytest.raises(OSError, match=r"blockprune\.export\.load_student"):
+    with pytest.raises(OSError, match=r"blockprune\.export\.pipeline\.load_student"):
         UNet2DConditionModel.from_pretrained(tmp_path / "s")
 
 

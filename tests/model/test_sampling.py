@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from blockprune.errors import UserError
-from blockprune.model.sampling import SCHEDULERS, NotFinite, Protocol, decode, draw, encode, encode_images, noise
+from blockprune.model.sampling import NotFinite, Protocol, decode, draw, encode, encode_images, noise
+from blockprune.model.schedulers import SCHEDULERS
 
 PROMPTS = ["a cat", "two dogs", "", "a red kite"]
 PROTOCOL = Protocol(n_images=4, n_steps=3, cfg_scale=4.0, seed=7, latent=(8, 8))

@@ -210,7 +210,7 @@ def test_a_pruned_network_saves_only_with_this_package(tmp_path: Path) -> None:
     refused += [torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)]
     for unet in refused:
         assert unet.state_dict().keys() == student.state_dict().keys()
-        with pytest.raises(UserError, match=r"export_pipeline, or save_student .* load it with blockprune\.load_pipeline"):
+        with pytest.raises(UserError, match=r"with blockprune\.save and load it with blockprune\.load_pipeline, or .*save_student"):
             unet.save_pretrained(tmp_path / "x")
     pipe.unet = student
     with pytest.raises(UserError, match="save_pretrained cannot save a U-Net without some of its blocks"):

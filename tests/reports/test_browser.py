@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import report_rows
 
-from blockprune.cli.dossiers import dossier_of
+from blockprune.reports.dossiers import dossier_of
 from blockprune.reports.html.page import report_files
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -80,7 +80,7 @@ def test_the_keyboard_sorts_and_what_is_missing_stays_last(page: Any) -> None:
     heading.locator("button").focus()
     for _ in range(2):
         page.keyboard.press("Enter")
-        times = column(page, "latency, ms/step")
+        times = column(page, "step latency, × teacher")
         assert "–" in times
         assert times == sorted(times, key=lambda t: t == "–")
     assert page.locator("#results th[aria-sort=descending]").count() == 1

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import report_rows
 
-from blockprune.cli.dossiers import dossier_of
 from blockprune.errors import UserError
+from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.reports import results
 from blockprune.reports.dossier import Dossier
+from blockprune.reports.dossiers import dossier_of
 from blockprune.reports.html import page, parts, tables
 from blockprune.reports.html.drawing import brief
 from blockprune.reports.html.sections import sections
 from blockprune.reports.notes import caveats, missing
 from blockprune.reports.results import flat, latex, result_tables, to_csv, to_latex
-from blockprune.runs.records import Score
 
 
 class Reader(HTMLParser):

@@ -11,7 +11,7 @@ import report_rows
 from conftest import Cli
 
 from blockprune.cli import main
-from blockprune.cli.dossiers import dossier_of
+from blockprune.reports.dossiers import dossier_of
 from blockprune.reports.html.page import report_files
 from blockprune.reports.notes import missing
 from blockprune.runs.directory import read_rows, read_run
@@ -84,9 +84,10 @@ def test_run_json_says_what_real_ones_say(real: Mapping[str, Path], made: Mappin
     assert ours.keys() == theirs.keys()
     assert ours["asked"].keys() <= theirs["asked"].keys()
     assert ours["made_with"].keys() <= theirs["made_with"].keys()
-    for key in ours.keys() - {"asked", "made_with", "archs", "graph", "protocol"}:
+    for key in ours.keys() - {"asked", "made_with", "archs", "graph", "protocol", "request"}:
         assert form(ours[key]) == form(theirs[key]), key
     assert ours.get("protocol", {}).keys() <= theirs.get("protocol", {}).keys()
+    assert ours.get("request", {}).keys() <= theirs.get("request", {}).keys()
 
 
 def test_labels_and_pictures_are_named_as_real_ones_are(real: Mapping[str, Path], made: Mapping[str, Path]) -> None:

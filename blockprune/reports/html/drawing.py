@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_hex
 
+from blockprune.measures.measure import MEASURES, quality
+from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import KINDS, Architecture, Block, BlockGraph
 from blockprune.reports.canvas import INK, axis_title, colour_of, ink_on, loss_scale
 from blockprune.reports.layout import (
@@ -24,8 +26,7 @@ from blockprune.reports.layout import (
     with_innermost,
 )
 from blockprune.reports.text import count, number, with_interval
-from blockprune.reports.view import MEASURED, QUALITY, ScanView
-from blockprune.runs.records import MEASURES, TEACHER
+from blockprune.reports.view import ScanView
 
 PX_X, PX_Y = 62, 50
 MARGIN = 1.2
@@ -216,7 +217,7 @@ class _Teller:
         if scan is None or label is None:
             return [alone, f"{MEASURES[self.scored.measure].title}: {number(self.scored.losses[arch])}"]
         lines = [alone]
-        for measure in (m for m in MEASURED if m in QUALITY):
+        for measure in quality():
             if (value := scan.value(label, measure)) is not None:
                 lines.append(f"{MEASURES[measure].title}: {with_interval(value, *(scan.interval(label, measure) or (None, None)))}")
         if (ratio := scan.value(label, "latency_ratio")) is not None:

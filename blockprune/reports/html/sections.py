@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockprune.export.model_card import in_words
+from blockprune.measures.measure import MEASURES
+from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
 from blockprune.reports import figures, search_figures, search_text, text
 from blockprune.reports.captions import warning
@@ -22,7 +24,6 @@ from blockprune.reports.results import ResultTable, result_tables
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.text import count, number
 from blockprune.reports.view import ScanView, rank_correlation
-from blockprune.runs.records import MEASURES, TEACHER
 
 Part = Table | Picture | Grid | Text | Drawings | Subhead
 COLUMNS = 6

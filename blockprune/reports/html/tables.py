@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from blockprune.reports.dossier import Component, ModelView, Setting
+from blockprune.cost.table import Component
+from blockprune.measures.measure import MEASURES
+from blockprune.measures.score import Score
+from blockprune.reports.dossier import ModelView, Setting
 from blockprune.reports.html.parts import Cell, Table
 from blockprune.reports.model_figures import varied
 from blockprune.reports.results import Result, ResultTable, heading, macs_unit, scaled
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.text import count, number, step_time
 from blockprune.reports.view import ScanView, short
-from blockprune.runs.records import MEASURES, Score
 
 EMPTY = Cell("–")
 STEP_LATENCY = "step latency, × teacher"

@@ -14,7 +14,8 @@ from torch import Tensor
 from blockprune.data.image_files import file_bytes, pixels
 from blockprune.errors import UserError
 from blockprune.measures.images import Judges
-from blockprune.model.sampling import Protocol, decode, denoise, encode
+from blockprune.model.model import Model
+from blockprune.model.sampling import Protocol
 from blockprune.stages.evaluate.protocol import Rules, Setting
 
 Arrays = dict[str, NDArray[Any]]
@@ -37,15 +38,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A pipeline under a protocol: image i has prompt i and seed `seed + i`, whichever process draws it and in what batch.
+    """A model under a protocol: image i has prompt i and seed `seed + i`, whichever process draws it and in what batch.
 
     `tick` hears how many images were just seen, and of which setting.
     """
 
-    pipe: Any
+    model: Model
     rules: Rules
     prompts: Sequence[str]
-    latent: tuple[int, int]
     seed: int
     judges: Judges
     tick: Callable[[str, int], None] = lambda label, n: None
@@ -58,8 +58,7 @@ class Evaluator:
         The next batch is asked for when what was seen of the last has been taken. One image that is missing is drawn with its whole
         batch: arithmetic may round by the size of the batch, and a run that was killed shall end as if it had not been.
         """
-        height, width = self.latent
-        protocol = Protocol(len(self.prompts), setting.steps, setting.cfg_scale, self.seed, (height, width), setting.scheduler)
+        protocol = Protocol(len(self.prompts), setting.steps, setting.cfg_scale, self.seed, self.model.latent, setting.scheduler)
         for batch in batches:
             images = {i: image for i in batch if (image := _known(recall(i))) is not None}
             drawn = self._draw(protocol, batch) if len(images) < len(batch) else []
@@ -73,9 +72,8 @@ class Evaluator:
             self.tick(setting.label, len(batch))
 
     def _draw(self, protocol: Protocol, index: Sequence[int]) -> Sequence[Tensor]:
-        condition, blank = encode(self.pipe, [self.prompts[i] for i in index], self.latent)
-        latents = denoise(self.pipe, protocol, condition, blank, [self.seed + i for i in index])
-        return list(decode(self.pipe, latents))
+        condition, blank = self.model.encode([self.prompts[i] for i in index])
+        return list(self.model.images(protocol, condition, blank, [self.seed + i for i in index]))
 
 
 def _known(file: bytes | None) -> Tensor | None:

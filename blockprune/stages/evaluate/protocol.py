@@ -12,8 +12,8 @@ from typing import Any
 
 from blockprune.assets import ASSETS
 from blockprune.errors import UserError
+from blockprune.measures.measure import MEASURES, measure
 from blockprune.named import read_named
-from blockprune.runs.records import MEASURES, measure
 
 PROTOCOLS = ASSETS / "protocols"
 IMAGES = ("png", "jpeg")

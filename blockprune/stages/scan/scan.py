@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +12,21 @@ from numpy.typing import NDArray
 from blockprune.cost import latency
 from blockprune.cost.components import unet_inputs
 from blockprune.measures.denoising import denoising_errors
-from blockprune.measures.examiner import DENOISING, FULL, Arrays, Examiner, Plan, check_kept, error_score
-from blockprune.measures.images import STATISTICS, check_judges, failed, judge, stack
+from blockprune.measures.examiner import FULL, Arrays, Examiner, Plan, check_kept, error_score
+from blockprune.measures.images import failed, judge, stack
+from blockprune.measures.measure import names
+from blockprune.measures.score import Score
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
-from blockprune.runs.records import Score
 
 
 def cost_scores(graph: BlockGraph, arch: Architecture, label: str, itemsize: int, seed: int) -> Iterator[Score]:
     """What needs no measurement: parameters, MACs, and the bytes of the weights at `itemsize` each."""
     cost = graph.cost(arch)
-    for measure, value in {"params": cost.params, "macs": cost.thop, "weight_bytes": cost.params * itemsize}.items():
-        yield Score(arch.key, label, measure, value, 0, seed)
+    for name, value in {"params": cost.params, "macs": cost.thop, "weight_bytes": cost.params * itemsize}.items():
+        yield Score(arch.key, label, name, value, 0, seed)
 
 
 def step_scores(arch: Architecture, label: str, timings: Mapping[str, latency.Timing], seed: int) -> Iterator[Score]:
@@ -62,23 +63,22 @@ Record = Score | Part | Picture
 
 
 class Scan:
-    """One scan: a teacher pipeline, its graph, labelled removals, a plan, and what an earlier attempt left.
+    """One scan: a model, labelled removals, a plan, and what an earlier attempt left.
 
     `done` holds the (label, measure) pairs that have a row already; `recall` returns the arrays of a Part, or None.
     """
 
     def __init__(
         self,
-        pipe: Any,
-        graph: BlockGraph,
+        model: Model,
         archs: Mapping[str, Architecture],
         plan: Plan,
         done: Collection[tuple[str, str]] = (),
         recall: Callable[[str], Arrays | None] = lambda name: None,
     ) -> None:
-        check_judges(plan.image_measures, plan.judges)
-        self.pipe, self.graph, self.plan = pipe, graph, plan
-        self.examiner = Examiner(pipe, graph, plan)
+        plan.judges.check(plan.image_measures)
+        self.model, self.plan = model, plan
+        self.examiner = Examiner(model, plan)
         self.archs = {FULL: Architecture(), **archs}
         self.done, self.recall = set(done), recall
         self.parts: dict[str, Arrays] = {}
@@ -87,7 +87,7 @@ class Scan:
         """Costs at once; the teacher; the denoising errors of all; timings; the images of each, in this order."""
         yield from self._new(self._costs())
         yield from self._teacher()
-        for measure in DENOISING:
+        for measure in names("denoising"):
             yield from self._denoising(measure)
         yield from self._speed()
         yield from self._images()
@@ -99,11 +99,11 @@ class Scan:
         """label => those of the measures that have no row yet."""
         wanted = [m for m in measures if m in self.plan.measures]
         missing = {label: [m for m in wanted if (label, m) not in self.done] for label in self.archs}
-        return {label: names for label, names in missing.items() if names}
+        return {label: left for label, left in missing.items() if left}
 
     def _costs(self) -> Iterator[Score]:
         for label, arch in self.archs.items():
-            yield from cost_scores(self.graph, arch, label, self.pipe.unet.dtype.itemsize, self.plan.protocol.seed)
+            yield from cost_scores(self.model.graph, arch, label, self.model.dtype.itemsize, self.plan.protocol.seed)
 
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
@@ -136,7 +136,7 @@ class Scan:
             parts.append(part)
         start = sum(len(next(iter(part.values()))) for part in parts)
         samples = self.examiner.noisy(self._part("teacher") or {}, measure)
-        for batch in denoising_errors(self.pipe.unet, self.graph, archs, samples, plan.batch_size, start):
+        for batch in denoising_errors(self.model.network, self.model.graph, archs, samples, plan.batch_size, start):
             yield self._made(f"{measure}-{len(parts):05d}", batch)
             parts.append(batch)
             plan.tick(measure, len(next(iter(batch.values()))) * len(archs))
@@ -146,8 +146,8 @@ class Scan:
 
     def _speed(self) -> Iterator[Score]:
         """Step latency and memory at batch 1, each architecture in turn with the teacher, round by round."""
-        unet, plan = self.pipe.unet, self.plan
-        inputs = unet_inputs(unet.config, plan.protocol.latent, self.graph.n_tokens, 1, unet.device, unet.dtype)
+        unet, plan = self.model.network, self.plan
+        inputs = unet_inputs(unet.config, plan.protocol.latent, self.model.graph.n_tokens, 1, unet.device, unet.dtype)
         for label, arch in self.archs.items():
             wanted = [m for m in speed_measures(label) if m in plan.measures and (label, m) not in self.done]
             if not wanted:
@@ -161,7 +161,7 @@ class Scan:
             plan.tick("latency", 1)
 
     def _images(self) -> Iterator[Record]:
-        missing = self._missing(STATISTICS)
+        missing = self._missing(names("images"))
         if not missing:
             return
         plan, teacher = self.plan, self._part("teacher") or {}

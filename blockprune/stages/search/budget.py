@@ -22,6 +22,10 @@ class Budget:
 
     `text` is what the user said; `limit` is for the U-Net alone, whatever the scope was in which it was said; `outside` is what the
     rest of the pipeline has of the quantity where that was counted in.
+
+    >>> import blockprune as bp
+    >>> bp.Budget("480M", "params", 480e6).said(450e6)
+    '450M parameters of the U-Net'
     """
 
     text: str
@@ -45,6 +49,11 @@ class Budget:
             return f"{value / 1e9:.4g} GMACs for a U-Net step"
         where = "of the whole pipeline" if self.outside else "of the U-Net"
         return f"{(value + self.outside) / 1e6:.4g}M parameters {where}"
+
+
+def bounds_latency(text: str) -> bool:
+    """True for the text of a budget on the latency of a step."""
+    return amount(text)[2] in ("ms", "s", "%latency")
 
 
 def amount(text: str) -> tuple[float, str, str]:

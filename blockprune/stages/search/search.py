@@ -11,11 +11,12 @@ from typing import Protocol
 import numpy as np
 
 from blockprune.measures.examiner import FULL
+from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
-from blockprune.runs.records import Candidate, Evaluation, Score
+from blockprune.runs.records import Candidate, Evaluation
 from blockprune.stages.search.proposals import Proposer
 from blockprune.stages.search.space import Choice, Space
-from blockprune.stages.search.trials import Ledger
+from blockprune.stages.search.trials import Trials
 
 SCAN, PRESET, EXACT, FINAL = "scan", "preset", "exact", "final"
 POLL_S = 0.2
@@ -27,7 +28,7 @@ class Objective(Protocol):
     def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score: ...
 
 
-class Source(Protocol):
+class Candidates(Protocol):
     """Where candidates come from: the next to score, given what is scored and which architectures are known; [] for none now."""
 
     def candidates(self, evaluations: Sequence[Evaluation], known: Collection[str]) -> list[Candidate]: ...
@@ -186,33 +187,33 @@ def _clear(score: Score, other: Score) -> bool:
 
 
 def search(
-    ledger: Ledger,
-    source: Source,
+    trials: Trials,
+    source: Candidates,
     score: Callable[[Candidate, Sequence[Evaluation]], tuple[Score, ...]],
     n_trials: int | None = None,
     picture: Callable[[Candidate], bytes | None] = lambda candidate: None,
 ) -> Iterator[Evaluation]:
     """Scores candidates until `n_trials` architectures are known or there are no more, and yields those that this process scored.
 
-    `picture` gives a PNG to go with a trial. Others may work on the same ledger; this ends when nobody is at work any more.
+    `picture` gives a PNG to go with a trial. Others may work on the same trials; this ends when nobody is at work any more.
     """
     while True:
-        ledger.recover()
-        if (trial := ledger.claim(n_trials)) is not None:
-            with ledger.beating(trial):
-                scores = score(ledger.candidate(trial), ledger.evaluations())
-                if (png := picture(ledger.candidate(trial))) is not None:
-                    ledger.attach(trial, png)
-            if (done := ledger.finish(trial, scores)) is not None:
+        trials.recover()
+        if (trial := trials.claim(n_trials)) is not None:
+            with trials.beating(trial):
+                scores = score(trials.candidate(trial), trials.evaluations())
+                if (png := picture(trials.candidate(trial))) is not None:
+                    trials.attach(trial, png)
+            if (done := trials.finish(trial, scores)) is not None:
                 yield done
             continue
-        known = ledger.known()
+        known = trials.expected()
         if n_trials is None or len(known) < n_trials:
-            new = source.candidates(ledger.evaluations(), known)
-            ledger.add(new)
+            new = source.candidates(trials.evaluations(), known)
+            trials.add(new)
             if new:
                 continue
-        if not ledger.busy():
+        if not trials.busy():
             return
         time.sleep(POLL_S)
 

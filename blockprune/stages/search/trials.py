@@ -19,7 +19,7 @@ import optuna
 from msgspec import Meta
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
@@ -28,9 +28,11 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from blockprune.decode import Natural, Object, checked, json_lines
 from blockprune.errors import UserError
+from blockprune.measures.measure import measure as measure_of
+from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.runs.directory import differences
-from blockprune.runs.records import MEASURES, Candidate, Evaluation, Score
+from blockprune.runs.records import Candidate, Evaluation
 
 UNIT = CategoricalDistribution([False, True])
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -102,7 +104,7 @@ class TrialAttributes(msgspec.Struct):
     source: str
     removed: list[str]
     costs: dict[str, float]
-    tiers: Annotated[list[Score], Meta(min_length=1)] | None = None
+    tiers: Annotated[list[Score], Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
     worker: str = "::"
     beat: float | None = None
 
@@ -113,7 +115,7 @@ def _journal(path: Path) -> JournalStorage:
         checked(line, Operation, what, MEND)
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OptunaError) as err:
+    except Exception as err:  # replaying other lines than Optuna wrote raises anything, assertions too
         raise UserError(f"cannot read {str(path)!r}: its lines do not fit together ({type(err).__name__}: {err}); {MEND}") from None
 
 
@@ -159,7 +161,7 @@ class _FileLock(JournalFileOpenLock):
                 file.truncate(file.read().rfind(b"\n") + 1)
 
 
-class Ledger:
+class Trials:
     """One study: candidates wait in it, are claimed by one worker each, and are finished with a score.
 
     No architecture is scored twice: of several trials of one architecture the oldest that has not failed owns it. A trial whose
@@ -176,7 +178,7 @@ class Ledger:
         grace_s: float = 120.0,
         artifacts: Path | None = None,
     ) -> None:
-        direction = StudyDirection.MINIMIZE if MEASURES[measure].direction == "down" else StudyDirection.MAXIMIZE
+        direction = StudyDirection.MINIMIZE if measure_of(measure).direction == "down" else StudyDirection.MAXIMIZE
         self.storage, self.grace_s, self.artifacts = storage, grace_s, artifacts
         self._evaluations: dict[int, Evaluation] = {}
         self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
@@ -198,6 +200,12 @@ class Ledger:
             what = f"trial {trial.number} of the study {name!r}"
             checked(trial.user_attrs, TrialAttributes, what, MEND)
             checked(trial.params, dict[str, bool], what, MEND)
+            checked(trial.system_attrs, Object, what, MEND)
+            try:
+                limits = trial.constraints
+            except (TypeError, ValueError, LookupError, AttributeError) as err:
+                raise UserError(f"cannot read {what}: its constraints are damaged ({err}); {MEND}") from None
+            checked(limits, dict[str, float], what, MEND)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.storage.get_all_trials(self.study_id, deepcopy=False, states=states or None)
@@ -212,6 +220,12 @@ class Ledger:
     def known(self) -> set[str]:
         """The keys of architectures that are scored, in work or waiting."""
         return {t.user_attrs["arch"] for t in self.trials() if _counts(t)}
+
+    def expected(self) -> set[str]:
+        """`known`, and the architectures that will be tried again since their worker died."""
+        return {
+            t.user_attrs["arch"] for t in self.trials() if _counts(t) or (t.state == TrialState.FAIL and "arch" in t.user_attrs)
+        }
 
     def evaluations(self) -> list[Evaluation]:
         """What is scored, in the order of the trials, each architecture once."""
@@ -274,9 +288,15 @@ class Ledger:
             return False
 
     def _rank(self, trial: FrozenTrial) -> int | None:
-        """How many architectures come before this trial's; None when an older trial owns its architecture."""
-        before = {t.user_attrs["arch"] for t in self.trials() if t.number < trial.number and _counts(t)}
-        return None if trial.user_attrs["arch"] in before else len(before)
+        """How many architectures come before this trial's; None when an older trial owns its architecture.
+
+        One that is tried again keeps the place of its first attempt, so that no later proposal takes it.
+        """
+        arch, others = trial.user_attrs["arch"], [t for t in self.trials() if "arch" in t.user_attrs]
+        if any(t.user_attrs["arch"] == arch and t.number < trial.number and _counts(t) for t in others):
+            return None
+        first = min(t.number for t in others if t.user_attrs["arch"] == arch)
+        return len({t.user_attrs["arch"] for t in others if t.number < first and (_counts(t) or t.state == TrialState.FAIL)})
 
     @contextmanager
     def beating(self, trial: FrozenTrial) -> Iterator[None]:
@@ -388,4 +408,4 @@ def _evaluation(trial: FrozenTrial) -> Evaluation:
     ended = trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0
     began = trial.datetime_start.timestamp() if trial.datetime_start else ended
     tiers = tuple(Score.from_json(row) for row in trial.user_attrs["tiers"])
-    return Evaluation(trial.number, Ledger.candidate(trial), tiers, ended, ended - began)
+    return Evaluation(trial.number, Trials.candidate(trial), tiers, ended, ended - began)

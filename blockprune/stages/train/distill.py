@@ -22,6 +22,7 @@ from blockprune.errors import UserError
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.families import Condition, take
+from blockprune.model.pretrained import silence
 from blockprune.runs.records import TrainState
 from blockprune.stages.train import losses
 from blockprune.stages.train.checkpoints import Snapshot
@@ -107,7 +108,8 @@ def _where(kept: Tensor, first: Condition, second: Condition) -> Condition:
 
 
 def _to(condition: Condition, device: torch.device) -> Condition:
-    return {k: _to(v, device) if isinstance(v, dict) else v.to(device) for k, v in condition.items()}
+    """In float32, as the student's weights are, whatever the text encoder's precision was."""
+    return {k: _to(v, device) if isinstance(v, dict) else v.to(device, torch.float32) for k, v in condition.items()}
 
 
 def student_of(teacher: UNet2DConditionModel, arch: Architecture, initialise: str, seed: int) -> UNet2DConditionModel:
@@ -176,7 +178,8 @@ class Distiller:
         """The teacher in the precision of the forward pass, the student in float32; channels last, unless FSDP is to shard them."""
         dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
         if (dtype := dtypes.get(self.accelerator.mixed_precision)) is not None:
-            teacher.to(dtype)
+            with silence():
+                teacher.to(dtype)
         teacher.to(self.accelerator.device)
         student.to(self.accelerator.device)
         if self.accelerator.distributed_type != DistributedType.FSDP:

@@ -23,12 +23,11 @@ from blockprune.data import image_folder
 from blockprune.data.image_files import as_stored, file_bytes, pixels
 from blockprune.errors import UserError
 from blockprune.measures.images import Judges
+from blockprune.measures.score import Score
 from blockprune.model import quantize, sampling
-from blockprune.model.pretrained import load
-from blockprune.model.sampling import Protocol, draw, encode
+from blockprune.model.model import Model, load_model
+from blockprune.model.sampling import Protocol
 from blockprune.runs.directory import Claims, Run
-from blockprune.runs.records import Score
-from blockprune.stages.evaluate import evaluator
 from blockprune.stages.evaluate.evaluator import Drawn, Evaluator, Seen, in_order
 from blockprune.stages.evaluate.protocol import FREE, PROTOCOLS, Rules, Setting, grid, protocol_hash, read_protocol
 
@@ -115,13 +114,13 @@ def test_jpeg_files_are_those_of_the_published_script(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_folder: Callable[[str], Path]) -> Any:
-    return load(str(tiny_folder("sd1")))
+def model(tiny_folder: Callable[[str], Path]) -> Model:
+    return load_model(str(tiny_folder("sd1")))
 
 
-def looked(pipe: Any, batches: list[list[int]], files: dict[int, bytes], rules: Rules = JPEG) -> tuple[list[int], Any]:
+def looked(model: Model, batches: list[list[int]], files: dict[int, bytes], rules: Rules = JPEG) -> tuple[list[int], Any]:
     """The numbers of the images that were drawn, and what was seen of all."""
-    evaluator = Evaluator(pipe, rules, PROMPTS, (8, 8), 3, Judges(Eye(), None, Eye()))
+    evaluator = Evaluator(model, rules, PROMPTS, 3, Judges(Eye(), None, Eye()))
     drawn, seen = [], []
     for record in evaluator.look(Setting(2, 3.0), batches, files.get):
         if isinstance(record, Drawn):
@@ -140,12 +139,12 @@ def assert_same_images(files: dict[int, bytes], others: dict[int, bytes]) -> Non
         assert (pixels(file).int() - pixels(others[i]).int()).abs().max() <= 1, i
 
 
-def test_an_image_depends_on_its_number_alone(pipe: Any) -> None:
+def test_an_image_depends_on_its_number_alone(model: Model) -> None:
     ways = [[[0], [1], [2], [3], [4]], [[0, 1, 2, 3], [4]], [[4, 1], [3], [0, 2]]]
     found = []
     for batches in ways:
         files: dict[int, bytes] = {}
-        drawn, seen = looked(pipe, batches, files, Rules())
+        drawn, seen = looked(model, batches, files, Rules())
         assert drawn == [i for batch in batches for i in batch]
         found.append((files, seen))
     for files, seen in found[1:]:
@@ -156,62 +155,62 @@ def test_an_image_depends_on_its_number_alone(pipe: Any) -> None:
     assert all((first - pixels(file).int()).abs().max() > 1 for i, file in found[0][0].items() if i), "images differ by number"
 
 
-def test_images_are_those_of_sampling_draw(pipe: Any) -> None:
+def test_images_are_those_of_sampling_draw(model: Model) -> None:
     files: dict[int, bytes] = {}
-    looked(pipe, [[0, 1, 2], [3, 4]], files, Rules())
-    conditions = encode(pipe, PROMPTS, (8, 8))
-    batches = draw(pipe, Protocol(5, 2, 3.0, 3, (8, 8)), *conditions, 5, lambda n: None)
+    looked(model, [[0, 1, 2], [3, 4]], files, Rules())
+    conditions = model.encode(PROMPTS)
+    batches = model.draw(Protocol(5, 2, 3.0, 3, (8, 8)), *conditions, 5, lambda n: None)
     images = torch.cat([images for _, images in batches])
     assert all((pixels(files[i]).int() - images[i].int()).abs().max() <= 1 for i in range(5))
 
 
-def test_what_is_on_disk_is_read_and_not_drawn(pipe: Any) -> None:
+def test_what_is_on_disk_is_read_and_not_drawn(model: Model) -> None:
     files: dict[int, bytes] = {}
-    _, whole = looked(pipe, [[0, 1, 2, 3, 4]], files, Rules())
+    _, whole = looked(model, [[0, 1, 2, 3, 4]], files, Rules())
     kept = {i: files[i] for i in (0, 3, 4)}
     kept[4] = kept[4][:40]  # a machine went down while this one was written
-    drawn, seen = looked(pipe, [[0, 1], [2, 3, 4]], kept, Rules())
+    drawn, seen = looked(model, [[0, 1], [2, 3, 4]], kept, Rules())
     assert drawn == [1, 2, 4]
     for name in whole:
         np.testing.assert_allclose(seen[name], whole[name], atol=TURNED, rtol=0)
     other = {0: file_bytes(picture(16, 16), Rules())}
-    drawn, seen = looked(pipe, [[0]], other, Rules())
+    drawn, seen = looked(model, [[0]], other, Rules())
     assert drawn == []
     assert abs(seen["features"][0] - whole["features"][0]).max() > TURNED
 
 
-def test_nothing_is_computed_for_what_is_there(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_for_what_is_there(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     files: dict[int, bytes] = {}
-    looked(pipe, [[0, 1], [2, 3]], files)
+    looked(model, [[0, 1], [2, 3]], files)
     sizes: list[int] = []
     real = sampling.denoise
-    monkeypatch.setattr(evaluator, "denoise", lambda *args: sizes.append(len(args[-1])) or real(*args))
-    looked(pipe, [[0, 1], [2, 3]], files)
+    monkeypatch.setattr(sampling, "denoise", lambda *args: sizes.append(len(args[-1])) or real(*args))
+    looked(model, [[0, 1], [2, 3]], files)
     assert sizes == []
     again = {i: files[i] for i in (0, 1, 3)}
-    drawn, _ = looked(pipe, [[0, 1], [2, 3]], again)
+    drawn, _ = looked(model, [[0, 1], [2, 3]], again)
     assert (sizes, drawn, again) == ([2], [2], files)  # as in the batch that it belongs to
 
 
-def test_settings_draw_with_their_own_values(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_draw_with_their_own_values(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Protocol] = []
     real = sampling.denoise
-    monkeypatch.setattr(evaluator, "denoise", lambda pipe, protocol, *args: asked.append(protocol) or real(pipe, protocol, *args))
-    list(Evaluator(pipe, Rules(), PROMPTS, (8, 8), 3, Judges()).look(Setting(1, 4.5, "ddim"), [[0]], lambda i: None))
+    monkeypatch.setattr(sampling, "denoise", lambda pipe, protocol, *args: asked.append(protocol) or real(pipe, protocol, *args))
+    list(Evaluator(model, Rules(), PROMPTS, 3, Judges()).look(Setting(1, 4.5, "ddim"), [[0]], lambda i: None))
     assert asked == [Protocol(5, 1, 4.5, 3, (8, 8), "ddim")]
-    assert sampling.scheduler_name(pipe) == "ddim"
-    assert sampling.scheduler_name(pipe, "dpm++") == "dpm++"
+    assert sampling.scheduler_name(model.pipe) == "ddim"
+    assert sampling.scheduler_name(model.pipe, "dpm++") == "dpm++"
 
 
-def test_quantised_layers_are_smaller_and_the_rest_is_as_it_was(pipe: Any) -> None:
-    small = quantize.quantized(pipe.unet, "int8")
-    linear = sum(m.weight.numel() for m in pipe.unet.modules() if isinstance(m, torch.nn.Linear))
-    saved = weight_bytes(pipe.unet) - weight_bytes(small)
+def test_quantised_layers_are_smaller_and_the_rest_is_as_it_was(model: Model) -> None:
+    small = quantize.quantized(model.network, "int8")
+    linear = sum(m.weight.numel() for m in model.network.modules() if isinstance(m, torch.nn.Linear))
+    saved = weight_bytes(model.network) - weight_bytes(small)
     assert 2 * linear < saved < 3 * linear  # 4 bytes become 1, and each row has a scale
-    assert weight_bytes(pipe.unet) == 4 * sum(p.numel() for p in pipe.unet.parameters())
-    assert torch.equal(small.conv_in.weight, pipe.unet.conv_in.weight)
+    assert weight_bytes(model.network) == 4 * sum(p.numel() for p in model.network.parameters())
+    assert torch.equal(small.conv_in.weight, model.network.conv_in.weight)
     with pytest.raises(UserError, match="unknown --quantize 'int4': choose from none, int8"):
-        quantize.quantized(pipe.unet, "int4")
+        quantize.quantized(model.network, "int4")
 
 
 def test_a_missing_torchao_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

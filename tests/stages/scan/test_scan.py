@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +15,23 @@ import torch
 from diffusers import DDPMScheduler
 from stand_ins import Eye
 
-from blockprune.cli.measuring import possible
 from blockprune.errors import UserError
-from blockprune.measures import images
 from blockprune.measures.denoising import NoisySamples, denoising_errors
 from blockprune.measures.examiner import Plan
 from blockprune.measures.images import Judges
-from blockprune.measures.statistics import Stats, mean_statistic
+from blockprune.measures.measure import MEASURES, Measure
+from blockprune.measures.score import Score
+from blockprune.measures.statistics import Statistic, Stats, mean_statistic
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import rounding
+from blockprune.model.model import Model, of_pipeline
 from blockprune.model.sampling import Protocol
 from blockprune.model.trace import trace
-from blockprune.reports import figures, results, text, view
+from blockprune.reports import results, text, view
 from blockprune.reports.dossier import Dossier
-from blockprune.runs import records
-from blockprune.runs.records import Score
+from blockprune.reports.html import page
+from blockprune.stages.plan import possible
 from blockprune.stages.scan import scan as stage
 from blockprune.stages.scan.scan import Part, Scan
 
@@ -44,10 +46,10 @@ PLAN = Plan(
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_folder: Callable[[str], Path]) -> Any:
+def model(tiny_folder: Callable[[str], Path]) -> Model:
     from blockprune.model.pretrained import load
 
-    return load(str(tiny_folder("sd1")))
+    return of_pipeline(load(str(tiny_folder("sd1"))))
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,8 @@ def values(records: list[Any]) -> dict[tuple[str, str], float | None]:
 
 
 @pytest.fixture(scope="module")
-def whole(pipe: Any, plan: Plan) -> list[Any]:
-    return list(Scan(pipe, GRAPH, ARCHS, plan))
+def whole(model: Model, plan: Plan) -> list[Any]:
+    return list(Scan(model, ARCHS, plan))
 
 
 def test_every_row_once_and_the_teacher_first(whole: list[Any], plan: Plan) -> None:
@@ -90,59 +92,59 @@ def test_pictures_are_the_first_images(whole: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("n_kept", [0, 3, 9, 10, 12, 17, 25, 40])
-def test_resumes_anywhere_with_the_same_rows(pipe: Any, plan: Plan, whole: list[Any], n_kept: int) -> None:
+def test_resumes_anywhere_with_the_same_rows(model: Model, plan: Plan, whole: list[Any], n_kept: int) -> None:
     kept = whole[:n_kept]
     done = {(r.label, r.measure) for r in kept if isinstance(r, Score)}
     parts = {r.name: dict(sorted(r.arrays.items())) for r in kept if isinstance(r, Part)}  # a file keeps no order
     rest = []
-    for record in Scan(pipe, GRAPH, ARCHS, plan, done, parts.get):
+    for record in Scan(model, ARCHS, plan, done, parts.get):
         rest.append(record)
         if isinstance(record, Part):
             parts[record.name] = record.arrays
     assert [r for r in whole if isinstance(r, Score)] == [r for r in kept + rest if isinstance(r, Score)]
 
 
-def test_batch_size_changes_nothing(pipe: Any, plan: Plan, whole: list[Any]) -> None:
-    other = values(list(Scan(pipe, GRAPH, ARCHS, replace(plan, batch_size=5))))
+def test_batch_size_changes_nothing(model: Model, plan: Plan, whole: list[Any]) -> None:
+    other = values(list(Scan(model, ARCHS, replace(plan, batch_size=5))))
     for key, value in values(whole).items():
         assert other[key] == pytest.approx(value, rel=2e-2, abs=1e-6), key
 
 
-def test_replay_equals_the_plain_way(pipe: Any) -> None:
+def test_replay_equals_the_plain_way(model: Model) -> None:
     """The root of an error is a distance of two outputs of unit size, so it may be off by the rounding of both."""
     condition = {"encoder_hidden_states": torch.randn(3, tiny.N_TOKENS, 8, generator=torch.Generator().manual_seed(0))}
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    samples = NoisySamples(latents, condition, DDPMScheduler.from_config(pipe.scheduler.config), 6, 0)
-    archs, tolerance = GRAPH.units("block"), 2 * rounding(pipe.unet, torch.float32)
-    ways = [list(denoising_errors(pipe.unet, GRAPH, archs, samples, 4, replay=replay)) for replay in (True, False)]
+    samples = NoisySamples(latents, condition, DDPMScheduler.from_config(model.pipe.scheduler.config), 6, 0)
+    archs, tolerance = GRAPH.units("block"), 2 * rounding(model.network, torch.float32)
+    ways = [list(denoising_errors(model.network, GRAPH, archs, samples, 4, replay=replay)) for replay in (True, False)]
     for fast, plain in zip(*ways, strict=True):
         assert fast.keys() == plain.keys() == archs.keys()
         for label in archs:
             np.testing.assert_allclose(np.sqrt(fast[label]), np.sqrt(plain[label]), rtol=0, atol=tolerance, err_msg=label)
 
 
-def test_the_guided_error_is_that_of_the_guided_prediction(pipe: Any) -> None:
+def test_the_guided_error_is_that_of_the_guided_prediction(model: Model) -> None:
     draw = torch.Generator().manual_seed(0)
     text, blank = (torch.randn(rows, tiny.N_TOKENS, 8, generator=draw) for rows in (3, 1))
     latents, scale = torch.randn(3, 4, 8, 8, generator=draw), 5.0
-    schedule, arch = DDPMScheduler.from_config(pipe.scheduler.config), Architecture(frozenset({"mid_block"}))
+    schedule, arch = DDPMScheduler.from_config(model.pipe.scheduler.config), Architecture(frozenset({"mid_block"}))
 
     def errors(condition: torch.Tensor, **guidance: Any) -> NoisySamples:
         return NoisySamples(latents, {"encoder_hidden_states": condition}, schedule, 3, 0, **guidance)
 
     guided = errors(text, blank={"encoder_hidden_states": blank}, cfg_scale=scale)
-    (found,) = denoising_errors(pipe.unet, GRAPH, {"mid": arch}, guided, 3)
+    (found,) = denoising_errors(model.network, GRAPH, {"mid": arch}, guided, 3)
 
     @torch.inference_mode()
     def plainly() -> torch.Tensor:
         out = []
         for condition in (blank.expand(3, -1, -1), text):
-            x, t, c = errors(condition).batch(0, 3, pipe.unet)
-            out.append(pipe.unet(x, t, **c, return_dict=False)[0])
+            x, t, c = errors(condition).batch(0, 3, model.network)
+            out.append(model.network(x, t, **c, return_dict=False)[0])
         return (1 - scale) * out[0] + scale * out[1]
 
     teacher = plainly()
-    with surgery.removed(pipe.unet, arch):
+    with surgery.removed(model.network, arch):
         masked = plainly()
     assert found["mid"] == pytest.approx((masked - teacher).square().mean((1, 2, 3)).double().numpy(), rel=1e-4)
 
@@ -158,9 +160,9 @@ def test_timesteps_are_stratified() -> None:
     assert samples.timesteps.tolist() != sorted(samples.timesteps.tolist())
 
 
-def test_a_mask_that_gives_nan_is_a_failed_row(pipe: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_gives_nan_is_a_failed_row(model: Model, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.break_mid(monkeypatch)
-    rows = [r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)]
+    rows = [r for r in Scan(model, ARCHS, plan) if isinstance(r, Score)]
     failed = {r.measure for r in rows if r.value is None}
     assert failed == {"eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"}
     assert all(r.label == "mid_block" and "not finite" in r.error for r in rows if r.value is None)
@@ -170,61 +172,70 @@ def test_a_mask_that_gives_nan_is_a_failed_row(pipe: Any, plan: Plan, monkeypatc
 def test_a_broken_teacher_stops_the_scan(tiny_folder: Callable[[str], Path], plan: Plan) -> None:
     from blockprune.model.pretrained import load
 
-    pipe = load(str(tiny_folder("sd1")))
-    pipe.unet.conv_out.bias.fill_(torch.nan)
+    model = of_pipeline(load(str(tiny_folder("sd1"))))
+    model.network.conv_out.bias.fill_(torch.nan)
     with pytest.raises(UserError, match="teacher itself fails"):
-        list(Scan(pipe, GRAPH, ARCHS, plan))
+        list(Scan(model, ARCHS, plan))
 
 
-def test_measures_without_a_judge_are_refused(pipe: Any) -> None:
+def test_measures_without_a_judge_are_refused(model: Model) -> None:
     with pytest.raises(UserError, match="--reference"):
-        Scan(pipe, GRAPH, ARCHS, PLAN)
+        Scan(model, ARCHS, PLAN)
 
 
-def test_clean_data_needs_no_images(pipe: Any) -> None:
+def test_clean_data_needs_no_images(model: Model) -> None:
     plan = replace(PLAN, measures=["eps_mse"], clean=(torch.randn(2, 4, 8, 8), ["a cat", ""]))
-    records = list(Scan(pipe, GRAPH, {"mid": Architecture(frozenset({"mid_block"}))}, plan))
+    records = list(Scan(model, {"mid": Architecture(frozenset({"mid_block"}))}, plan))
     assert [type(r).__name__ for r in records] == ["Part"] * 4 + ["Score"]
 
 
 @pytest.mark.parametrize("asked", ["latency", "latency_ratio"])
-def test_a_step_is_timed_in_turn_with_the_teacher(pipe: Any, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+def test_a_step_is_timed_in_turn_with_the_teacher(model: Model, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     tiny.drifting_clock(monkeypatch)
     plan = replace(PLAN, measures=[asked])
-    rows = {(r.label, r.measure): r for r in Scan(pipe, GRAPH, ARCHS, plan) if isinstance(r, Score)}
+    rows = {(r.label, r.measure): r for r in Scan(model, ARCHS, plan) if isinstance(r, Score)}
     assert rows.keys() == {("full", "latency")} | {(label, "latency_ratio") for label in ARCHS}
     assert rows["full", "latency"].value == pytest.approx(GRAPH.total.params / 10**9)
     for label, arch in ARCHS.items():
         assert rows[label, "latency_ratio"].value == pytest.approx(GRAPH.cost(arch).params / GRAPH.total.params)
-    assert not list(Scan(pipe, GRAPH, ARCHS, plan, rows.keys()))
+    assert not list(Scan(model, ARCHS, plan, rows.keys()))
 
 
 def test_a_measure_added_as_the_readme_says_is_computed_ranked_and_shown(
-    pipe: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    model: Model, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = (Path(__file__).parents[3] / "README.md").read_text()
-    recipe = readme[readme.index("- a **measure of images**") :].partition("\n\n")[0]
-    places = {(images, "STATISTICS"), (images, "NEEDS"), (records, "MEASURES"), (view, "QUALITY"), (results, "PAPER")}
-    assert all(f"`{name}`" in recipe for _, name in places)
-    monkeypatch.setitem(records.MEASURES, "bright", records.Measure("", "up", "brightness"))
-    with pytest.raises(ValueError, match="nothing computes bright"):
+    assert "- a **measure**: one `Measure` in `measures/measure.py`" in readme
+    added = Measure("bright", "", "up", "brightness", "images", ("detector",), compute=lambda seen, *_: mean(seen["features"]))
+    with pytest.raises(UserError, match="nothing computes the measure 'bright'"):
+        monkeypatch.setitem(MEASURES, "bright", replace(added, compute=None))
         replace(plan, measures=["bright"])
-    monkeypatch.setitem(images.STATISTICS, "bright", lambda seen, teacher, judges: mean_statistic(seen["features"].mean(1)))
-    monkeypatch.setitem(images.NEEDS, "bright", "detector")
-    for module in (view, text, figures):
-        monkeypatch.setattr(module, "QUALITY", (*view.QUALITY, "bright") if module is view else view.QUALITY)
-    monkeypatch.setattr(results, "QUALITY", view.QUALITY)
-    monkeypatch.setattr(view, "MEASURED", (*view.QUALITY, "latency", "latency_ratio", "memory"))
-    monkeypatch.setattr(results, "PAPER", (*results.PAPER, "bright"))
-    assert "bright" in possible(plan.judges)
-    assert "bright" not in possible(Judges())
-    found = list(Scan(pipe, GRAPH, ARCHS, replace(plan, measures=["bright"])))
-    rows = [r for r in found if isinstance(r, Score)]
+    monkeypatch.setitem(MEASURES, "bright", added)
+    assert "bright" in possible(plan.judges, guided=True)
+    assert "bright" not in possible(Judges(), guided=True)
+    records = list(Scan(model, ARCHS, replace(plan, measures=["bright"])))
+    rows = [r for r in records if isinstance(r, Score)]
     assert [r.label for r in rows] == ["full", *ARCHS]
     assert all(r.value is not None and r.low is not None and r.delta is not None for r in rows)
+    parts = {r.name: r.arrays for r in records if isinstance(r, Part)}
+    resumed = Scan(model, ARCHS, replace(plan, measures=["bright"]), {(r.label, r.measure) for r in rows[:2]}, parts.get)
+    assert [r for r in resumed if isinstance(r, Score)] == rows[2:]
     shown = view.ScanView({"measures": ["bright"]}, GRAPH, {"full": Architecture(), **ARCHS}, rows, {}, [])
     assert view.ranked(shown) == sorted(ARCHS, key=lambda n: -(shown.value(n, "bright") or 0))
     assert "| bright ↑ |" in text.to_markdown(shown)
+    assert "brightness" in text.to_markdown(shown)
     assert "bright" in text.to_csv(shown).splitlines()[0]
-    tabled = results.result_tables(Dossier(scans={"scan": shown}))
-    assert results.flat(tabled, "thop")[0]["bright"] == shown.value("full", "bright")
+    assert json.loads(text.to_json(shown))["measures"]["bright"]["title"] == "brightness"
+    dossier = Dossier(scans={"scan": shown})
+    assert results.flat(results.result_tables(dossier), "thop")[0]["bright"] == shown.value("full", "bright")
+    files = page.report_files(dossier, "thop")
+    assert all("brightness" in content for name, content in files.items() if not name.endswith(".csv"))
+
+
+def mean(features: np.ndarray) -> Statistic:
+    return mean_statistic(features.mean(1))
+
+
+def test_a_measure_with_its_own_compute_is_one_of_images() -> None:
+    with pytest.raises(UserError, match="its kind is 'images', not 'timing'"):
+        Measure("mine", "", "up", "mine", "timing", compute=lambda seen, *_: mean(seen["features"]))

@@ -13,15 +13,16 @@ import tiny
 
 from blockprune.cost.latency import fitted_savings
 from blockprune.errors import UserError
+from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.presets import fitting
 from blockprune.model.trace import trace
-from blockprune.runs.records import Candidate, Evaluation, Score
+from blockprune.runs.records import Candidate, Evaluation
 from blockprune.stages.search.budget import parse_budget
 from blockprune.stages.search.proposals import SAMPLERS, sampler_of
 from blockprune.stages.search.search import Chance, Listed, Strategy, Tiers, finalists, search
 from blockprune.stages.search.space import Space
-from blockprune.stages.search.trials import Ledger, open_storage
+from blockprune.stages.search.trials import Trials, open_storage
 
 GRAPH = trace(tiny.config("sd1"))
 STAGES = GRAPH.units("stage")
@@ -55,13 +56,13 @@ class Landscape:
         return (self(candidate.arch, candidate.label),)
 
 
-def ledger(measure: str = "eps_mse") -> Ledger:
-    return Ledger(open_storage(None, None), "s", measure, {"objective": measure})
+def study(measure: str = "eps_mse") -> Trials:
+    return Trials(open_storage(None, None), "s", measure, {"objective": measure})
 
 
 def test_phases_come_in_order_and_are_all_charged() -> None:
     of = space(BLOCKS, "70%params")
-    found = list(search(ledger(), Strategy(of, [of], PRESETS, n_exact=5), Landscape(of).plain, 70))
+    found = list(search(study(), Strategy(of, [of], PRESETS, n_exact=5), Landscape(of).plain, 70))
     sources = [e.candidate.source for e in found]
     assert len(found) == 70
     assert list(dict.fromkeys(sources)) == ["scan", "exact", "preset", "tpe", "near"]
@@ -80,7 +81,7 @@ def test_it_ends_at_the_optimum_and_when_all_is_known() -> None:
     every = (frozenset(c) for c in chain.from_iterable(combinations(few, r) for r in range(1, len(few) + 1)))
     feasible = {of.arch(c) for c in every if of.valid(c) and of.fits(c)}
     landscape = Landscape(of, 3.0)
-    found = [e for e in search(ledger(), Strategy(of, [of], {}), landscape.plain) if e.candidate.fits]
+    found = [e for e in search(study(), Strategy(of, [of], {}), landscape.plain) if e.candidate.fits]
     assert {e.candidate.arch for e in found} <= feasible
     assert len(found) > 0.8 * len(feasible)
     assert min(e.loss for e in found) == pytest.approx(min(map(landscape.loss, feasible)))
@@ -90,7 +91,7 @@ def test_it_ends_at_the_optimum_and_when_all_is_known() -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_proposes_new_sets_within_the_budget(sampler: str) -> None:
     of = space(STAGES, "75%params", "90%macs")
-    found = list(search(ledger(), Strategy(of, [of], {}, sampler, n_exact=1), Landscape(of).plain, len(STAGES) + 17))
+    found = list(search(study(), Strategy(of, [of], {}, sampler, n_exact=1), Landscape(of).plain, len(STAGES) + 17))
     proposed = [e for e in found if e.candidate.source == sampler]
     assert len(proposed) >= 8
     assert all(e.candidate.fits for e in proposed)
@@ -103,21 +104,19 @@ def test_unknown_sampler() -> None:
 
 def test_same_seed_same_search() -> None:
     of = space(BLOCKS, "65%params")
-    runs = [
-        [e.candidate.arch for e in search(ledger(), Strategy(of, [of], {}, seed=s), Landscape(of).plain, 60)] for s in (3, 3, 4)
-    ]
+    runs = [[e.candidate.arch for e in search(study(), Strategy(of, [of], {}, seed=s), Landscape(of).plain, 60)] for s in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_too_few_trials_for_a_scan_take_the_presets_first() -> None:
     of = space(BLOCKS, "70%params")
-    found = list(search(ledger(), Strategy(of, [of], PRESETS, n_exact=0, scan=False), Landscape(of).plain, 5))
+    found = list(search(study(), Strategy(of, [of], PRESETS, n_exact=0, scan=False), Landscape(of).plain, 5))
     assert [e.candidate.source for e in found] == ["preset", "preset", "tpe", "near", "tpe"]
 
 
 def test_a_resumed_search_goes_on_where_it_was() -> None:
     of = space(STAGES, "75%params")
-    shared, landscape = ledger(), Landscape(of)
+    shared, landscape = study(), Landscape(of)
     first = list(search(shared, Strategy(of, [of], {}), landscape.plain, 12))
     second = list(search(shared, Strategy(of, [of], {}), landscape.plain, 20))
     assert len(first) == 12
@@ -126,7 +125,7 @@ def test_a_resumed_search_goes_on_where_it_was() -> None:
 
 
 def test_higher_is_better_measures_are_maximised() -> None:
-    of, shared = space(STAGES, "75%params"), ledger("clip_score")
+    of, shared = space(STAGES, "75%params"), study("clip_score")
     landscape = Landscape(of)
 
     def score(c: Candidate, _: Sequence[Evaluation]) -> tuple[Score, ...]:
@@ -150,7 +149,7 @@ def test_failed_units_are_avoided_not_fatal() -> None:
             Score(c.arch.key, c.label, "eps_mse", None if broken else landscape.loss(c.arch), 4, 0, error="NaN" if broken else ""),
         )
 
-    found = list(search(ledger(), Strategy(of, [of], {}), score, 20))
+    found = list(search(study(), Strategy(of, [of], {}), score, 20))
     assert len(found) == 20
     exact = [e for e in found if e.candidate.source == "exact"]
     assert "mid_block" not in exact[0].candidate.arch
@@ -166,7 +165,7 @@ def test_tiers_stop_what_is_clearly_worse_and_nothing_else() -> None:
     of = space(BLOCKS, "65%params")
     landscape = Landscape(of)
     tiers = Tiers(landscape, [25, 100], rank=3)
-    found = list(search(ledger(), Strategy(of, [of], {}), tiers, 90))
+    found = list(search(study(), Strategy(of, [of], {}), tiers, 90))
     whole, stopped = ([e for e in found if len(e.tiers) == n] for n in (2, 1))
     assert stopped
     assert [s.n for s in whole[0].tiers] == [25, 100]
@@ -178,7 +177,7 @@ def test_tiers_stop_what_is_clearly_worse_and_nothing_else() -> None:
 def test_a_front_looks_in_every_space() -> None:
     spaces = [space(BLOCKS, f"{p}%params") for p in (80, 65, 55)]
     free = space(BLOCKS)
-    found = list(search(ledger(), Strategy(free, spaces, PRESETS, n_exact=2), Landscape(free).plain, 70))
+    found = list(search(study(), Strategy(free, spaces, PRESETS, n_exact=2), Landscape(free).plain, 70))
     for sources in (["tpe", "near"], ["exact"]):
         tightest = [sum(s.holds(e.candidate.arch) for s in spaces) for e in found if e.candidate.source in sources]
         shares = [tightest.count(n) / len(tightest) for n in (1, 2, 3)]
@@ -194,7 +193,7 @@ def test_a_front_looks_in_every_space() -> None:
 
 def test_chance_stays_within_the_budget() -> None:
     of = space(BLOCKS, "65%params")
-    found = list(search(ledger(), Chance(Strategy(of, [of], {}), 0), Landscape(of).plain, 30))
+    found = list(search(study(), Chance(Strategy(of, [of], {}), 0), Landscape(of).plain, 30))
     assert len(found) == 30
     assert all(e.candidate.fits and e.candidate.source == "random" for e in found)
     sizes = [len(e.candidate.arch) for e in found]
@@ -205,7 +204,7 @@ def test_listed_candidates_are_scored_once_each() -> None:
     of = space(STAGES, "75%params")
     strategy, landscape = Strategy(of, [of], {}), Landscape(of)
     listed = [strategy.candidate(frozenset({label}), "x", label) for label in list(STAGES)[:3]]
-    assert [e.score.label for e in search(ledger(), Listed(listed), landscape.plain)] == list(STAGES)[:3]
+    assert [e.score.label for e in search(study(), Listed(listed), landscape.plain)] == list(STAGES)[:3]
 
 
 class Waiting:
@@ -216,10 +215,10 @@ class Waiting:
 
 
 def test_a_search_waits_for_what_others_hold() -> None:
-    of, shared = space(STAGES, "75%params"), ledger()
+    of, shared = space(STAGES, "75%params"), study()
     strategy = Strategy(of, [of], {})
     shared.add([strategy.candidate(frozenset({"mid_block"}), "scan", "mid_block")])
-    other = Ledger(shared.storage, "s", "eps_mse", {"objective": "eps_mse"})
+    other = Trials(shared.storage, "s", "eps_mse", {"objective": "eps_mse"})
     trial = other.claim()
     assert trial is not None
     other.storage.set_trial_user_attr(trial._trial_id, "worker", shared.worker.rpartition(":")[0] + ":gone")

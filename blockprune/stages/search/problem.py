@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
-from blockprune.cost.components import pipeline_costs
 from blockprune.errors import UserError
-from blockprune.model import presets, pretrained
+from blockprune.measures.measure import measure
+from blockprune.model import presets
 from blockprune.model.architecture import Architecture, BlockGraph
-from blockprune.reports.view import PAIRED
-from blockprune.stages.search.budget import Budget, parse_budget
+from blockprune.stages.search.budget import Budget, bounds_latency, parse_budget
+from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.search import Strategy
 from blockprune.stages.search.space import Space
 
 N_EXACT = 8
 SWEEP = (90, 80, 70, 60, 50, 40, 30)
-_LATENCY = re.compile(r"([0-9]\s*m?s|%latency)$")
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """The teacher's step in seconds, and what each unit saves of it."""
+
+    full_s: float
+    saved_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def units_of(graph: BlockGraph, text: str, kept: Architecture) -> dict[str, Architecture]:
@@ -40,40 +46,29 @@ def touches(arch: Architecture, kept: Architecture) -> bool:
 
 
 class Problem:
-    """Units, budgets and known designs of one model, as the options say them.
+    """Units, budgets and known designs of one network.
 
-    "latency_s" among them is the teacher's step in seconds and "saved_s" what each unit saves of it, where they were measured.
+    `outside_params` are the parameters of the pipeline outside it; `latencies` are None until they are measured.
     """
 
-    def __init__(self, graph: BlockGraph, opts: Mapping[str, Any]) -> None:
-        self.graph, self.opts = graph, opts
-        self.kept = presets.parse(opts["keep"], graph) if opts["keep"] else Architecture()
-        self.units = units_of(graph, opts["unit"], self.kept)
+    def __init__(self, graph: BlockGraph, request: SearchRequest, outside_params: int, latencies: Latencies | None = None) -> None:
+        self.graph, self.request, self.outside_params, self.latencies = graph, request, outside_params, latencies
+        self.kept = presets.parse(request.keep, graph) if request.keep else Architecture()
+        self.units = units_of(graph, request.unit, self.kept)
         self.presets = {name: arch for name, arch in presets.fitting(graph).items() if not touches(arch, self.kept)}
 
     @property
     def timed(self) -> bool:
         """True when a budget or the front is about latency, which must be measured first."""
-        return self.opts["pareto"] == "latency" or any(_LATENCY.search(text) for text in self.texts)
-
-    @property
-    def texts(self) -> Sequence[str]:
-        return [text.strip() for text in self.opts["budget"]]
-
-    @cached_property
-    def outside_params(self) -> int:
-        """Parameters of the pipeline outside its U-Net, as the papers count them."""
-        latent = (self.graph.latent[1], self.graph.latent[2])
-        return sum(c.params for c in pipeline_costs(pretrained.configs(self.opts["model"]), latent).values())
+        return self.request.pareto == "latency" or any(map(bounds_latency, self.request.budget))
 
     def budget(self, text: str) -> Budget:
-        return parse_budget(
-            text, self.graph, self.outside_params, self.opts.get("latency_s"), self.opts["macs"], self.opts["scope"]
-        )
+        full_s = self.latencies.full_s if self.latencies else None
+        return parse_budget(text, self.graph, self.outside_params, full_s, self.request.macs, self.request.scope)
 
     def _space(self, budgets: Sequence[Budget]) -> Space:
-        timings = self.opts.get("latency_s") or 0.0, self.opts.get("saved_s") or {}
-        return Space(self.graph, self.units, budgets, self.opts["macs"], *timings)
+        latencies = self.latencies or Latencies(0.0)
+        return Space(self.graph, self.units, budgets, self.request.macs, latencies.full_s, latencies.saved_s)
 
     @property
     def free(self) -> Space:
@@ -83,22 +78,23 @@ class Problem:
     @cached_property
     def space(self) -> Space:
         """The budgets that are given; UserError when nothing meets them."""
-        space = self._space([self.budget(text) for text in self.texts])
+        space = self._space([self.budget(text) for text in self.request.budget])
         space.check()
         return space
 
     @cached_property
     def spaces(self) -> list[Space]:
         """Where candidates are sought: `space`, or for a front one for each step of the sweep that can be reached."""
-        if not self.opts["pareto"]:
+        if not self.request.pareto:
             return [self.space]
-        steps = [self.budget(f"{percent}%{self.opts['pareto']}") for percent in SWEEP]
+        steps = [self.budget(f"{percent}%{self.request.pareto}") for percent in SWEEP]
         spaces = [self._space([*self.space.budgets, step]) for step in steps]
         return [space for space in spaces if next(space.best(dict.fromkeys(space.labels, 1.0), 1), None) is not None]
 
     def strategy(self, seed: int) -> Strategy:
         """How candidates are found. Units are scored one by one where the trials allow it or their scores are there already."""
-        left = self.opts["trials"] - len(self.units) - len(self.presets)
-        scan, teacher = left > 0 or bool(self.opts["from_scan"]), self.opts["objective"] not in PAIRED
+        request = self.request
+        left = request.trials - len(self.units) - len(self.presets)
+        scan, teacher = left > 0 or request.from_scan is not None, not measure(request.objective).paired
         n_exact = max(1, min(N_EXACT, left) // len(self.spaces)) if scan else 0
-        return Strategy(self.space, self.spaces, self.presets, self.opts["sampler"], seed, n_exact, scan, teacher)
+        return Strategy(self.space, self.spaces, self.presets, request.sampler, seed, n_exact, scan, teacher)

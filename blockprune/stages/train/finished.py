@@ -1,4 +1,4 @@
-"""The checkpoints of a distillation, for a command that looks at them along training."""
+"""The checkpoints of a distillation, for a stage that looks at them along training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from blockprune.stages.train.checkpoints import MANIFEST, file_digest, read_weig
 
 
 @dataclass(frozen=True)
-class Trained:
+class Finished:
     """Where the weights of a run are by optimiser step, the final student last, and what is removed at each."""
 
     folder: Path
@@ -29,7 +29,7 @@ class Trained:
     archs: Mapping[int, Architecture]
 
     @classmethod
-    def of(cls, folder: Path) -> Trained:
+    def of(cls, folder: Path) -> Finished:
         """UserError when `folder` is no distillation, or has nothing to look at yet."""
         if (said := read_run(folder))["command"] != "distill":
             raise UserError(

@@ -1,0 +1,276 @@
+"""The library: every stage as one call, with a model's name, a folder, or a pipeline that is loaded already.
+
+import blockprune as bp
+scan = bp.scan(pipe, unit="pair", measures=["eps_mse"])
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from blockprune.errors import UserError
+from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
+from blockprune.measures.measure import Measure, chosen
+from blockprune.model import presets, pretrained, surgery
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.defaults import defaults_of
+from blockprune.model.families import family_of
+from blockprune.model.model import Model, load_model, of_pipeline
+from blockprune.model.place import device_of
+from blockprune.model.trace import trace
+from blockprune.progress import Bars, Listener, Silent
+from blockprune.results import EvaluateResult, ScanResult, SearchResult, TrainResult
+from blockprune.runs.directory import check_run_folder, read_run
+from blockprune.stages.evaluate.request import EvaluateRequest
+from blockprune.stages.evaluate.run import evaluate as run_evaluate
+from blockprune.stages.fields import OnModel
+from blockprune.stages.scan.request import ScanRequest
+from blockprune.stages.scan.run import scan as run_scan
+from blockprune.stages.search.request import SearchRequest
+from blockprune.stages.search.run import search as run_search
+from blockprune.stages.train.launch import helps
+from blockprune.stages.train.request import TrainRequest
+from blockprune.stages.train.run import distill as run_distill
+from blockprune.stages.train.samples import data_of
+
+AnyModel: TypeAlias = str | Path | DiffusionPipeline
+AnyMeasure: TypeAlias = str | Measure | Callable[..., Any]
+AnyArchitecture: TypeAlias = str | Path | Architecture
+R = TypeVar("R", bound=OnModel)
+
+
+def graph(model: AnyModel = "tiny-digits", *, resolution: str | None = None) -> BlockGraph:
+    """The blocks of a model's denoising network: shapes, costs, skips, what can go. No weights are loaded.
+
+    >>> import blockprune as bp
+    >>> g = bp.graph("sd-v1-4")
+    >>> g.total.params
+    859520964
+    >>> list(g.units("stage"))[-2:]
+    ['up_blocks.2', 'up_blocks.3']
+    """
+    configs = pretrained.configs_of(model) if isinstance(model, DiffusionPipeline) else pretrained.configs(str(model))
+    return trace(configs.unet, configs.latent(resolution), configs.n_tokens)
+
+
+def scan(
+    model: AnyModel | None = None,
+    *,
+    request: ScanRequest | None = None,
+    measures: Sequence[AnyMeasure] = (),
+    out: str | Path | None = None,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> ScanResult:
+    """Scores the teacher and every removal without retraining.
+
+    What is asked are the fields of `ScanRequest`, as keywords or as a `request`. With `out`, a run directory is written, and the
+    same call again resumes it.
+
+    >>> import blockprune as bp
+    >>> found = bp.scan(unit="stage", measures=["eps_mse"], eps_samples=4, progress=bp.Silent())
+    >>> found.rows[0].measure
+    'eps_mse'
+    """
+    asked = _asked(ScanRequest, request, model, fields | ({"measures": tuple(chosen(measures))} if measures else {}))
+    folder = _run_folder(out)
+    with progress or Bars() as listener:
+        return ScanResult(run_scan(_opened(model, asked), asked, folder, listener))
+
+
+def search(
+    model: AnyModel | None = None,
+    *,
+    request: SearchRequest | None = None,
+    budget: str | Sequence[str] = (),
+    out: str | Path | None = None,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> SearchResult:
+    """Searches the removal set that loses least within a budget, such as "65%params" or "0.66B".
+
+    What is asked are the fields of `SearchRequest`, as keywords or as a `request`. `workers` need `out`.
+
+    >>> import blockprune as bp
+    >>> quick = dict(unit="stage", eps_samples=4, n_images=2, steps=2, final_factor=1, finalists=1, progress=bp.Silent())
+    >>> found = bp.search(budget="75%params", trials=14, **quick)
+    >>> bp.graph("tiny-digits").cost(found.best).params < 0.75 * 2_700_000
+    True
+    """
+    if budget:
+        fields["budget"] = (budget,) if isinstance(budget, str) else tuple(budget)
+    asked = _asked(SearchRequest, request, model, fields)
+    folder = _run_folder(out)
+    if asked.from_scan:
+        read_run(Path(asked.from_scan))
+    if asked.recover and not isinstance(model, DiffusionPipeline):
+        data_of(asked.model, defaults_of(asked.model), asked.train_data, "--train-data")
+    with progress or Bars(unit="architectures") as listener:
+        return SearchResult(run_search(_opened(model, asked), asked, folder, listener))
+
+
+def evaluate(
+    model: AnyModel | None = None,
+    *,
+    request: EvaluateRequest | None = None,
+    measures: Sequence[AnyMeasure] = (),
+    out: str | Path | None = None,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> EvaluateResult:
+    """Scores a model's images under a protocol, for one setting or for every combination of several.
+
+    What is asked are the fields of `EvaluateRequest`, as keywords or as a `request`. With `out`, a run directory is written, the
+    same call again resumes it, and several processes that are given the same one share the work. A pipeline that `prune` made, or
+    that was exported, is compared with its teacher where that is known.
+
+    >>> import blockprune as bp
+    >>> result = bp.evaluate(n_images=2, steps=[1, 2], measures=["clip_score"], progress=bp.Silent())
+    >>> [row["setting"] for row in result.rows]
+    ['CFG 3, 1 steps', 'CFG 3, 2 steps']
+    """
+    asked = _asked(EvaluateRequest, request, model, fields | ({"measures": tuple(chosen(measures))} if measures else {}))
+    pipe = model if isinstance(model, DiffusionPipeline) else None
+    folder = _run_folder(out)
+    with progress or Bars() as listener:
+        return EvaluateResult(run_evaluate(asked, folder, listener, pipe))
+
+
+def prune(pipe: DiffusionPipeline, arch: AnyArchitecture) -> DiffusionPipeline:
+    """A copy of a pipeline whose network lacks some blocks; `pipe` stays as it is, and its other parts are shared.
+
+    `arch` is an `Architecture`, or text as on the command line: a preset, block names, or a JSON file. The copy runs as any other;
+    `save` is what writes it to disk.
+
+    >>> import blockprune as bp
+    >>> pipe = bp.load_pipeline("tiny-digits")
+    >>> small = bp.prune(pipe, "mid_block")
+    >>> small.unet.num_parameters() < pipe.unet.num_parameters()
+    True
+    """
+    name = _network_of(pipe)
+    student = copy.copy(pipe)
+    setattr(student, name, surgery.prune(getattr(pipe, name), _architecture(pipe, arch)))
+    return student
+
+
+@contextmanager
+def removed(pipe: DiffusionPipeline, arch: AnyArchitecture) -> Iterator[DiffusionPipeline]:
+    """Within this context a pipeline runs without some blocks; nothing is copied, and they are back when it ends.
+
+    >>> import blockprune as bp
+    >>> pipe = bp.load_pipeline("tiny-digits")
+    >>> with bp.removed(pipe, "mid_block"):
+    ...     pipe.unet.num_parameters() < bp.graph(pipe).total.params
+    True
+    >>> pipe.unet.num_parameters() == bp.graph(pipe).total.params
+    True
+    """
+    with surgery.removed(getattr(pipe, _network_of(pipe)), _architecture(pipe, arch)):
+        yield pipe
+
+
+def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
+    """Writes a pipeline, pruned or not, to a new folder that `load_pipeline` reads.
+
+    Where a stock configuration can describe the pruned network, plain diffusers reads it, too. Raises UserError where the folder is
+    there already, and leaves none behind when anything fails.
+
+    >>> import tempfile, blockprune as bp
+    >>> small = bp.prune(bp.load_pipeline("tiny-digits"), "mid_block")
+    >>> folder = tempfile.mkdtemp()
+    >>> bp.save(small, folder)
+    >>> bp.load_pipeline(folder).unet.num_parameters() == small.unet.num_parameters()
+    True
+    """
+    network = getattr(pipe, _network_of(pipe))
+    arch, teacher = surgery.architecture_of(network), teacher_of(pipe)
+    card = card_entries(teacher[0], network.config, arch)
+    export_pipeline(pipe, network, arch, Path(folder), card, teacher)
+
+
+def _network_of(pipe: DiffusionPipeline) -> str:
+    """What a pipeline calls its denoising network."""
+    return family_of(pretrained.configs_of(pipe).unet).network
+
+
+def _architecture(pipe: DiffusionPipeline, arch: AnyArchitecture) -> Architecture:
+    blocks = graph(pipe)
+    return blocks.check(arch) if isinstance(arch, Architecture) else presets.parse(str(arch), blocks)
+
+
+def distill(
+    model: AnyModel | None = None,
+    arch: Architecture | str | Path | None = None,
+    *,
+    request: TrainRequest | None = None,
+    data: Any = None,
+    steps: int | None = None,
+    out: str | Path | None = None,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> TrainResult:
+    """Trains the student of an architecture against its teacher, by knowledge distillation.
+
+    `arch` is an Architecture, a preset, block names or a JSON file; `steps` are updates, `max_train_steps` of `TrainRequest`, whose
+    other fields are keywords, too, or come as a `request`. `data` is a folder, .tar shards, a `blockprune cache` folder, or any
+    dataset with a length whose items are (image, caption): PIL images, uint8 arrays (H, W, 3) or uint8 tensors (3, H, W); None
+    means the model's own. A pipeline that is given stays as it was. With `out`, a run directory with checkpoints is written, and
+    the same call again goes on.
+
+    >>> import blockprune as bp
+    >>> trained = bp.distill(arch="mid-removed", steps=2, train_batch_size=2, n_images=2, denoising_steps=1, progress=bp.Silent())
+    >>> [row.step for row in trained.rows]
+    [1, 2]
+    """
+    if arch is not None:
+        fields["arch"] = (",".join(arch) or "full") if isinstance(arch, Architecture) else str(arch)
+    if steps is not None:
+        fields["max_train_steps"] = steps
+    if isinstance(data, str | Path):
+        fields["data"], data = str(data), None
+    if model is not None:
+        if "teacher" in fields:
+            raise UserError("two teachers: give the model, or teacher=(...) for several in succession")
+        fields["teacher"] = (_name(model),)
+    asked = replace(request, **fields) if request else TrainRequest.from_mapping(fields, "TrainRequest(...)")
+    given = of_pipeline(model, asked.resolution) if isinstance(model, DiffusionPipeline) else None
+    folder = _run_folder(out)
+    with progress or (Silent() if helps() else Bars()) as listener:
+        return TrainResult(run_distill(given, asked, folder, listener, data))
+
+
+def _run_folder(out: str | Path | None) -> Path | None:
+    """The run directory, of which nothing is known that forbids writing there; None for a run in memory."""
+    if out is not None:
+        check_run_folder(Path(out))
+    return None if out is None else Path(out)
+
+
+def _name(model: AnyModel) -> str:
+    if isinstance(model, DiffusionPipeline):
+        return str(model.config.get("_name_or_path") or type(model).__name__)
+    return str(model)
+
+
+def _asked(kind: type[R], request: R | None, model: AnyModel | None, fields: dict[str, Any]) -> R:
+    """The request that is given, or the one of these fields."""
+    if request is not None:
+        return replace(request, **fields)
+    if model is not None:
+        fields["model"] = _name(model)
+    return kind.from_mapping(fields, f"{kind.__name__}(...)")
+
+
+def _opened(model: AnyModel | None, asked: OnModel) -> Model:
+    if isinstance(model, DiffusionPipeline):
+        return of_pipeline(model, asked.resolution)
+    return load_model(asked.model, asked.resolution, device_of(asked.device), getattr(torch, asked.dtype))

@@ -1,0 +1,58 @@
+"""The contract of a model family, and conditions: what a network is told beside the noisy sample and the timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+Condition = dict[str, Any]
+Size = tuple[int, int]
+
+
+def _ddpm(pipe: Any) -> DDPMScheduler:
+    return DDPMScheduler.from_config(pipe.scheduler.config)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family's network is found in its pipeline, conditioned and noised.
+
+    A Condition holds keyword arguments of the network, one row per prompt. `text(pipe, prompts, size)` encodes prompts for images
+    of (height, width) pixels; `empty(pipe, size)` is the one row that guidance starts from; `blank(config, n, n_tokens,
+    like)` is zeros of those shapes for counting, with the dtype and device of `like`. `network` is the pipeline's name for its
+    denoising network; `schedule(pipe)` the noise that training and denoising errors add.
+    """
+
+    name: str
+    text: Callable[[Any, Sequence[str], Size], Condition]
+    empty: Callable[[Any, Size], Condition]
+    blank: Callable[[Mapping[str, Any], int, int, Tensor], Condition]
+    network: str = "unet"
+    schedule: Callable[[Any], DDPMScheduler] = _ddpm
+
+
+def join(*conditions: Condition) -> Condition:
+    """The conditions one below the other, along the batch dimension."""
+    return _zip(lambda *rows: torch.cat(rows), *conditions)
+
+
+def take(condition: Condition, rows: Any) -> Condition:
+    """The given rows (slice or index tensor) of a condition."""
+    return _zip(lambda t: t[rows], condition)
+
+
+def on(device: str | torch.device, condition: Condition) -> Condition:
+    """The condition on a device."""
+    return _zip(lambda t: t.to(device), condition)
+
+
+def _zip(fn: Callable[..., Tensor], *conditions: Condition) -> Condition:
+    first = conditions[0]
+    return {
+        k: _zip(fn, *(c[k] for c in conditions)) if isinstance(first[k], dict) else fn(*(c[k] for c in conditions)) for k in first
+    }

@@ -1,0 +1,53 @@
+"""A scan's run as one value, and the files made from it. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockprune.measures.score import Score, timed_in_turn
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.reports.evaluations import define_own
+from blockprune.reports.text import to_csv, to_json, to_markdown
+from blockprune.reports.view import ScanView
+from blockprune.runs import Readable
+from blockprune.runs.reading import images_of, rows_of
+
+
+def scan_view(run: Readable, unread: list[str] | None = None) -> ScanView:
+    """What a scan's run says; sentences in `unread` tell of damaged rows and pictures."""
+    about = run.about
+    define_own(about)
+    archs = {label: Architecture(frozenset(names)) for label, names in about["archs"].items()}
+    prompts = about.get("pictured_prompts", [])
+    return ScanView(
+        protocol={**about["asked"], **about.get("made_with", {})},
+        graph=BlockGraph.from_json(about["graph"]),
+        archs=archs,
+        scores=timed_in_turn(Score.from_json(row) for row in rows_of(run, unread)),
+        images=pictures(run, archs, len(prompts), unread),
+        prompts=prompts,
+    )
+
+
+def pictures(run: Readable, archs: Mapping[str, Architecture], n: int, unread: list[str] | None) -> dict[str, NDArray[np.uint8]]:
+    """Label => (n, H, W, 3) uint8, the images that a run keeps of each architecture; square ones where `n` is 0."""
+    found = {label: images_of(run, f"images/{arch.key}.png", n, unread) for label, arch in archs.items()}
+    return {label: images for label, images in found.items() if images is not None}
+
+
+def report_files(view: ScanView) -> Iterator[tuple[str, bytes]]:
+    """(name, contents) of every file of a scan's report."""
+    from blockprune.reports.canvas import png
+    from blockprune.reports.figures import figures
+
+    drawn: list[Any] = []
+    for name, figure in figures(view):
+        drawn.append(name)
+        yield name, png(figure)
+    yield "scan.csv", to_csv(view).encode()
+    yield "scan.json", to_json(view).encode()
+    yield "report.md", to_markdown(view, drawn).encode()

@@ -1,0 +1,78 @@
+"""What `evaluate` measures of a network beside its images: step latency in turn with the teacher's, and the component table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from blockprune.cost import latency
+from blockprune.cost.components import pipeline_costs, random_unet, time_components, unet_inputs, unet_part
+from blockprune.cost.table import Component, components
+from blockprune.measures.score import Score
+from blockprune.model import surgery
+from blockprune.model.architecture import Architecture
+from blockprune.stages.evaluate.plan import EvaluationPlan
+from blockprune.stages.evaluate.protocol import Setting
+
+Row = Mapping[str, Any]
+NetworkOf = Callable[[Setting], Any]
+
+
+def rows(plan: EvaluationPlan, there: Sequence[Row], network_of: NetworkOf) -> Iterator[Row]:
+    """The rows that the request asks for and that are not there yet."""
+    if plan.request.latency:
+        timed = {row["setting"] for row in there if row["kind"] == "score" and row["measure"] == "latency"}
+        yield from _latency(plan, [s for s in plan.settings if s.label not in timed], network_of)
+    if plan.request.components and not any(row["kind"] == "component" for row in there):
+        for component in _components(plan, network_of(plan.settings[0])):
+            yield {"kind": "component", **component.to_json()}
+
+
+def _teacher(plan: EvaluationPlan) -> Any:
+    """A network of the teacher's shape for timing; None where the teacher is not known."""
+    model = plan.model
+    return random_unet(plan.subject.configs.unet, Architecture(), model.device, model.dtype) if plan.subject.graph else None
+
+
+def _latency(plan: EvaluationPlan, settings: Sequence[Setting], network_of: NetworkOf) -> Iterator[Row]:
+    """Step latency at batch 1: measured once for each network, and a row for each setting that it serves."""
+    groups: dict[tuple[str, int | None], list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault((setting.quantize, setting.checkpoint), []).append(setting)
+    teacher, request = _teacher(plan) if groups else None, plan.request
+    for group in groups.values():
+        for measure, found in _timed(plan, network_of(group[0]), teacher).items():
+            for setting in group:
+                row = (plan.arch(setting).key, request.title)
+                score = Score(*row, measure, found[0], request.rounds, request.seed, *found[1:])
+                yield {"kind": "score", "setting": setting.label, **score.to_json()}
+
+
+def _timed(plan: EvaluationPlan, network: Any, teacher: Any) -> dict[str, tuple[Any, ...]]:
+    """measure => value and, where there is one, its interval; the latency last, which marks that the others are there."""
+    model, configs = plan.model, plan.subject.configs
+    inputs = unet_inputs(configs.unet, model.latent, configs.n_tokens, 1, model.device, model.dtype)
+    models: dict[str, latency.Model] = {} if teacher is None else {"teacher": partial(surgery.removed, teacher, Architecture())}
+    models["student"] = partial(surgery.removed, network, Architecture())
+    found = latency.measure(models, inputs, plan.request.rounds, 2, model.device)
+    own = found["student"]
+    values: dict[str, tuple[Any, ...]] = {"memory": (own.mem_bytes,)}
+    if teacher is not None:
+        values["latency_ratio"] = latency.ratio(found["teacher"], own)
+    return values | {"latency": (own.median_s, *latency.median_interval(own.latency_s))}
+
+
+def _components(plan: EvaluationPlan, network: Any) -> Iterator[Component]:
+    """Each part and the whole: the teacher beside the student; one that lacks nothing stands alone, as the teacher."""
+    s, latent, steps = plan.subject, plan.model.latent, plan.settings[0].steps
+    arch = plan.arch(plan.settings[0])
+    if s.graph is None:  # a stock folder that does not say what it was cut from
+        costs = {"student": unet_part(s.configs, Architecture(), latent).count()[""]}
+    else:
+        costs = {"teacher": s.graph.total} | ({"student": s.graph.cost(arch)} if arch else {})
+    nets: dict[str, tuple[Any, Architecture]] = {who: (network, Architecture()) for who in costs}
+    if s.graph is not None and arch:
+        nets["teacher"] = (_teacher(plan), Architecture())
+    timings = time_components(s.configs, nets, latent, steps, plan.request.rounds)
+    return components(pipeline_costs(s.configs, latent), costs, steps, timings)

@@ -1,0 +1,18 @@
+"""What a scan is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blockprune.model.architecture import UNITS
+from blockprune.request import option
+from blockprune.stages.fields import MEASURES, REMOVE, Drawing, Judging, Noising, OnModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanRequest(OnModel, Drawing, Judging, Noising):
+    """Which removals to score, by which measures."""
+
+    unit: str | None = option(None, "what to remove one by one; block where no --arch is given", REMOVE, choices=UNITS)
+    arch: tuple[str, ...] = option((), "an architecture to score: preset, block names or JSON file; repeatable", REMOVE)
+    measures: tuple[str, ...] = option((), "comma-separated; all that have what they need when left out", MEASURES, commas=True)

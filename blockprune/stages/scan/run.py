@@ -1,0 +1,91 @@
+"""How a scan runs: what it scores, what is kept as scores come, and where an earlier attempt stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blockprune.errors import UserError
+from blockprune.measures.examiner import FULL, Plan
+from blockprune.measures.measure import measure
+from blockprune.measures.score import Score
+from blockprune.model import presets
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.model import Model
+from blockprune.progress import Listener
+from blockprune.runs import AnyRun, open_run, parts
+from blockprune.runs.provenance import fingerprint, made_with
+from blockprune.stages.plan import pictured, plan_of, terms
+from blockprune.stages.scan.request import ScanRequest
+from blockprune.stages.scan.scan import Part, Picture, Scan, speed_measures
+
+
+def scan(model: Model, request: ScanRequest, out: Path | None, progress: Listener) -> AnyRun:
+    """Scores what is asked and has no row yet, and returns the run with its rows; `out` None keeps it in memory."""
+    request = request.filled(model.defaults)
+    archs = removals(model.graph, request)
+    plan = plan_of(model, request, request.measures)
+    run = open_run(out, "scan", *_about(model, request, plan, archs))
+    with run, model.undisturbed():
+        _work(run, model, archs, plan, progress)
+    return run
+
+
+def removals(graph: BlockGraph, request: ScanRequest) -> dict[str, Architecture]:
+    """Label => what is removed: the units one by one, and the architectures that are named."""
+    unit = request.unit or ("" if request.arch else "block")
+    chosen = graph.units(unit) if unit else {}
+    if unit and not chosen:
+        raise UserError(f"this U-Net has no removable unit {unit!r}: see `blockprune graph`")
+    for text in request.arch:
+        label = Path(text).stem if text.endswith(".json") else text
+        if (known := chosen.get(label)) is not None and known != presets.parse(text, graph):
+            raise UserError(f"two architectures are called {label!r}: rename one file")
+        chosen[label] = presets.parse(text, graph)
+    return {label: arch for label, arch in chosen.items() if arch}
+
+
+def _about(model: Model, request: ScanRequest, plan: Plan, archs: Mapping[str, Architecture]) -> tuple[Any, Any]:
+    """What is compared when a run is opened again, and what a reader of it needs besides."""
+    asked = {**request.compared(), **terms(model, plan, request.data), "measures": plan.measures}
+    asked |= {"removals": fingerprint([f"{label}:{arch.key}" for label, arch in archs.items()])}
+    return asked, {
+        "made_with": made_with(model.device),
+        "archs": {label: list(arch) for label, arch in {FULL: Architecture(), **archs}.items()},
+        "graph": model.graph.to_json(),
+        "measures": [measure(name).to_json() for name in plan.measures],
+        "pictured_prompts": pictured(plan),
+    }
+
+
+def _work(run: AnyRun, model: Model, archs: Mapping[str, Architecture], plan: Plan, progress: Listener) -> None:
+    done = {(row["label"], row["measure"]) for row in run.rows()}
+    progress.plan(_steps(plan, archs, done))
+    for record in Scan(model, archs, replace(plan, tick=progress.tick), done, lambda name: parts.recall_arrays(run, name)):
+        if isinstance(record, Part):
+            parts.keep_arrays(run, record.name, record.arrays)
+        elif isinstance(record, Picture):
+            parts.keep_picture(run, archs.get(record.label, Architecture()), record.images)
+        else:
+            run.append(record.to_json())
+            _say(progress, record)
+
+
+def _steps(plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> dict[str, int]:
+    """What is left to do, in images or samples."""
+    steps = {name: plan.n_noisy * len(archs) for name in plan.denoising_measures}
+    if "latency" in plan.measures:
+        steps["latency"] = sum((label, speed_measures(label)[0]) not in done for label in (FULL, *archs))
+    left = [label for label in (FULL, *archs) if any((label, m) not in done for m in plan.image_measures)]
+    return steps | dict.fromkeys(left, plan.protocol.n_images)
+
+
+def _say(progress: Listener, score: Score) -> None:
+    """One line for each row that took work to get."""
+    if score.error:
+        progress.say(f"{score.label}: {score.measure} failed: {score.error}", "red")
+    elif score.measure in ("eps_mse", "fid"):
+        spread = f" ({score.low:.4g} to {score.high:.4g})" if score.low is not None and score.high is not None else ""
+        progress.say(f"{score.label}: {score.measure} {score.value:.4g}{spread}")

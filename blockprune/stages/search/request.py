@@ -1,0 +1,77 @@
+"""What a search is asked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from blockprune.errors import UserError
+from blockprune.measures.measure import quality
+from blockprune.model.architecture import CONVENTIONS
+from blockprune.model.defaults import MOST_BATCH
+from blockprune.request import LONGEST_NAME, option
+from blockprune.stages.fields import REMOVE, SCALE, Drawing, Judging, Noising, OnModel
+from blockprune.stages.search.budget import amount
+
+BUDGET, SEARCH, RECOVERY = "Budget", "Search", "Recovery"
+MOST_TRIALS = 10**5
+SAMPLERS = ("tpe", "gp", "nsga2", "random")
+MOST_OF_A_FINALIST = 10**6  # samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest(OnModel, Drawing, Judging, Noising):
+    """Which removal set is sought, under which budgets, and how hard."""
+
+    budget: tuple[str, ...] = option(
+        (), "0.66B, 480M (parameters), 220GMACs, 70ms, 65%params, 65%macs, 65%latency; repeatable, all must hold", BUDGET
+    )
+    scope: str = option(
+        "pipeline", "what parameters are counted: pipeline, as the papers do, or unet", BUDGET, choices=("pipeline", "unet")
+    )
+    macs: str = option("thop", "which multiply-adds are counted", BUDGET, choices=CONVENTIONS)
+    pareto: str | None = option(None, "a front over a sweep of sizes", BUDGET, choices=("params", "macs", "latency"))
+    unit: str = option("block", "what may go: stage, pair, block, layer, or several as in block,layer", REMOVE, commas=True)
+    keep: str | None = option(None, "blocks that must stay, comma-separated; * and {a,b} stand for several", REMOVE)
+    objective: str = option("guided_mse", "what is made best", SEARCH, choices=tuple(quality()))
+    trials: int = option(
+        200, "architectures to score, the removals of single units among them", SEARCH, least=1, most=MOST_TRIALS, compared=False
+    )
+    sampler: str = option("tpe", "Optuna's sampler after the exact solution", SEARCH, choices=SAMPLERS, compared=False)
+    finalists: int = option(
+        4, "how many are scored again on fresh seeds, presets besides", SEARCH, least=1, most=1000, compared=False
+    )
+    final_factor: int = option(4, "how many times more samples the finalists get", SEARCH, least=1, most=1000)
+    random: int = option(
+        0, "random sets to score as well, for comparison in the report", SEARCH, least=0, most=MOST_TRIALS, compared=False
+    )
+    from_scan: str | None = option(None, "run directory of a scan or search whose scores are taken over", SEARCH, compared=False)
+    recover: int = option(
+        0, "updates of distillation for every finalist before the choice; 0 for none", RECOVERY, least=0, most=10**6
+    )
+    recover_batch_size: int = option(8, "images of each such update", RECOVERY, least=1, most=MOST_BATCH)
+    train_data: str | None = option(None, "training pairs for --recover: see `blockprune distill --data`", RECOVERY)
+    workers: int = option(1, "processes on this machine", SCALE, least=1, most=max(16, 2 * (os.cpu_count() or 1)), compared=False)
+    storage: str | None = option(
+        None, "Optuna storage URL, such as postgresql://…, shared by hosts; in --out when left out", SCALE, compared=False
+    )
+    study_name: str | None = option(
+        None, "name of the study in the storage; that of --out when left out", SCALE, longest=LONGEST_NAME, compared=False
+    )
+
+    def check(self) -> None:
+        for text in self.budget:
+            amount(text)
+        if not self.budget and not self.pareto:
+            raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")
+        if self.workers > 1 and (self.storage or "").startswith("sqlite"):
+            raise UserError(
+                "SQLite lets two workers take one trial: with --workers leave --storage out or give a PostgreSQL URL, "
+                "or use one worker"
+            )
+        n_samples = max(self.n_images or 0, self.eps_samples or 0) * self.final_factor
+        if n_samples > MOST_OF_A_FINALIST:
+            raise UserError(
+                f"finalists would get {n_samples} samples, at most {MOST_OF_A_FINALIST}: lower --final-factor, --n-images or "
+                "--eps-samples"
+            )

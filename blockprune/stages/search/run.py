@@ -1,0 +1,253 @@
+"""How a search runs: what it takes over, one process or many, and what is kept as scores come."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blockprune.cost import latency
+from blockprune.errors import UserError, explanation, redacted
+from blockprune.measures.examiner import FULL, Examiner
+from blockprune.measures.images import failed, judge
+from blockprune.measures.measure import measure
+from blockprune.measures.score import Score
+from blockprune.model.architecture import Architecture
+from blockprune.model.model import Model, load_model
+from blockprune.model.place import device_of
+from blockprune.model.sampling import NotFinite
+from blockprune.progress import Listener
+from blockprune.runs import AnyRun, open_run, parts
+from blockprune.runs.directory import differences, read_rows, read_run
+from blockprune.runs.provenance import made_with
+from blockprune.runs.records import Evaluation
+from blockprune.runs.schema import RUNS
+from blockprune.stages.plan import pictured, possible
+from blockprune.stages.scan.scan import Scan
+from blockprune.stages.search.problem import Latencies, Problem
+from blockprune.stages.search.request import SearchRequest
+from blockprune.stages.search.telling import Teller
+from blockprune.stages.search.trials import Trials
+from blockprune.stages.search.worker import Worker, relevant
+from blockprune.stages.train.samples import data_of
+
+KINDS = ("search", "random", "final", "recovered")
+POLL_S = 0.5
+N_CALIBRATIONS = 12
+
+
+def search(model: Model, request: SearchRequest, out: Path | None, progress: Listener) -> AnyRun:
+    """Searches until `trials` architectures are scored and the best are scored again; `out` None keeps the run in memory."""
+    request = replace(request.filled(model.defaults), study_name=request.study_name or (out.name if out else None))
+    if request.recover:
+        request = replace(request, train_data=data_of(model.name, model.defaults, request.train_data, "--train-data"))
+    if request.workers > 1 and out is None:
+        raise UserError("--workers needs a run directory where they meet: give --out")
+    worker = Worker(model, request, out, recall=lambda name: None)
+    if not worker.problem.timed:
+        worker.problem.space.check()
+    known = _known(worker) if request.from_scan else []
+    if request.storage:
+        worker.trials()
+    run = open_run(out, "search", worker.asked, _about(worker))
+    with run, model.undisturbed():
+        worker.recall = lambda name: parts.recall_arrays(run, name)
+        worker.keep = lambda name, arrays: parts.keep_arrays(run, name, arrays)
+        _work(_timed(worker, run) if worker.problem.timed else worker, run, known, progress)
+    return run
+
+
+def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, Score]], progress: Listener) -> None:
+    trials = {kind: worker.trials(kind) for kind in KINDS if kind != "recovered" or worker.request.recover}
+    for e in evaluated(worker.problem, known):
+        trials["search"].add_scored(e.candidate, e.score)
+    teller = Teller(progress, worker.request.trials, lambda: trials["search"].cached)
+    if worker.request.from_scan and not known:
+        progress.say(f"{worker.request.from_scan} has no {worker.request.objective}: nothing is taken over")
+    for _ in _steps(worker, progress):
+        _keep(run, trials, teller)
+    _keep(run, trials, teller)
+    if (n := len(trials["search"].known())) < worker.request.trials:
+        progress.say(f"the search ended with {n} architectures: nothing new was proposed any more")
+    _look_at_finalists(worker, run, trials["final"].evaluations())
+
+
+def _about(worker: Worker) -> dict[str, object]:
+    return {
+        "made_with": made_with(worker.model.device),
+        "graph": worker.model.graph.to_json(),
+        "outside_params": worker.problem.outside_params,
+        "pictured_prompts": pictured(worker.plan),
+        "model": worker.request.model,
+        "request": worker.request.to_json(),
+    }
+
+
+def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
+    """The scores of another run that hold under the terms of this search; UserError names the terms that differ."""
+    source, objective = Path(worker.request.from_scan or ""), worker.request.objective
+    theirs = relevant(read_run(source)["asked"], objective)
+    if changes := list(differences(theirs, relevant(worker.asked, objective))):
+        raise UserError(f"the scores in {str(source)!r} are of another protocol ({'; '.join(changes)}): ask the same here")
+    return list(scores_in(source, objective))
+
+
+def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture, Score]]:
+    """(label, architecture, score) of everything that a scan or search directory has scored in full by one measure."""
+    command = read_run(folder)["command"]
+    if command not in ("scan", "search"):
+        raise UserError(f"{str(folder)!r} holds a {command} run: scores of architectures are in those of scan and search")
+    archs = {label: Architecture(frozenset(names)) for label, names in read_run(folder, RUNS[command]).get("archs", {}).items()}
+    for row in read_rows(folder, command):
+        if row.get("kind") == "search":
+            e = Evaluation.from_json(row)
+            if e.score.measure == objective:
+                yield e.score.label, e.candidate.arch, e.score
+        elif row.get("measure") == objective and row["label"] in archs:
+            yield row["label"], archs[row["label"]], Score.from_json(row)
+
+
+def evaluated(problem: Problem, known: Iterable[tuple[str, Architecture, Score]]) -> list[Evaluation]:
+    """Scores of an earlier run as evaluations of this search's candidates."""
+    strategy = problem.strategy(problem.request.seed)
+    first = {c.arch.key: c for c in [*strategy.alone(), *strategy.known_designs()]}
+    return [Evaluation(0, first.get(a.key) or strategy.of(a, "known", label), (score,), 0.0, 0.0) for label, a, score in known]
+
+
+def _steps(worker: Worker, progress: Listener) -> Iterator[None]:
+    """Works, here or in other processes, and comes back again and again."""
+    n = worker.request.workers
+    if n == 1 or worker.folder is None:
+        for _ in worker.work():
+            yield
+        return
+    worker.teacher(worker.plan, "teacher")
+    worker.teacher(worker.fresh, "teacher-fresh")
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(n)]
+    arguments = [(worker.request, worker.folder, worker.latencies, i, errors) for i, (_, errors) in enumerate(pipes)]
+    processes = [context.Process(target=_work_apart, args=args, daemon=True) for args in arguments]
+    for process in processes:
+        process.start()
+    try:
+        yield from _wait(processes, [errors for errors, _ in pipes], progress)
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def _wait(processes: Sequence[BaseProcess], errors: Sequence[Connection], progress: Listener) -> Iterator[None]:
+    reported: set[int | None] = set()
+    while any(process.is_alive() for process in processes):
+        for i, process in enumerate(processes):
+            if process.exitcode and process.pid not in reported:
+                reported.add(process.pid)
+                why = errors[i].recv() if errors[i].poll() else f"exit code {process.exitcode}"
+                progress.say(f"worker {i + 1} died ({why}); others take over its architecture", "red")
+        yield
+        time.sleep(POLL_S)
+    if all(process.exitcode for process in processes):
+        raise UserError("all workers died: see their messages above; the same command goes on from here")
+
+
+def _work_apart(request: SearchRequest, folder: Path, latencies: Latencies | None, number: int, errors: Connection) -> None:
+    """A worker process. What a user or the system can mend of its failure goes to `errors` in a line."""
+    try:
+        _share(request, folder, latencies, number)
+    except Exception as err:
+        if (line := explanation(err)) is None:
+            raise
+        errors.send(redacted(line))
+        sys.exit(2)
+
+
+def _share(request: SearchRequest, folder: Path, latencies: Latencies | None, number: int) -> None:
+    """One worker's part of a search: with its share of the processor's threads, or on the GPU of its number."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // request.workers))
+    device = request.device
+    if device in (None, "cuda") and (n_gpus := torch.cuda.device_count()):
+        device = f"cuda:{number % n_gpus}"
+    model = load_model(request.model, request.resolution, device_of(device), getattr(torch, request.dtype))
+    worker = Worker(model, request, folder, lambda name: parts.read_arrays(folder, name), number=number, latencies=latencies)
+    for _ in worker.work():
+        pass
+
+
+def _keep(run: AnyRun, trials: Mapping[str, Trials], teller: Teller) -> None:
+    """Writes a row for every evaluation that has none yet, whoever made it."""
+    written = {(row["kind"], row["trial"]) for row in run.rows() if row["kind"] in KINDS}
+    for kind, study in trials.items():
+        for e in study.evaluations():
+            if (kind, e.trial) not in written:
+                run.append({"kind": kind, **e.to_json()})
+                teller.tell(kind, e)
+
+
+def _timed(worker: Worker, run: AnyRun) -> Worker:
+    """The search with the teacher's latency and what each unit saves of it, measured here unless rows have it already.
+
+    Savings of single units do not add up exactly: they are fitted to a few random sets of units, measured as well.
+    """
+    problem = worker.problem
+    timings = _latencies(worker, run, problem.units)
+    full = timings[FULL]["latency"]
+    alone = {label: (1 - timings[label]["latency_ratio"]) * full for label in problem.units}
+    free, draw = problem.free, np.random.default_rng(worker.request.seed)
+    subsets = [[label for label in free.labels if draw.random() < share] for share in np.linspace(0.1, 0.8, N_CALIBRATIONS)]
+    sets = {f"calibration {i}": free.repair(subset, alone, minimal=False) or frozenset() for i, subset in enumerate(subsets)}
+    measured = _latencies(worker, run, {name: free.arch(choice) for name, choice in sets.items()})
+    saved = [(1 - measured[name]["latency_ratio"]) * full for name in sets]
+    rows = [[label in choice for label in free.labels] for choice in sets.values()]
+    fitted = latency.fitted_savings(list(alone.values()), rows, saved)
+    return replace(worker, latencies=Latencies(full, dict(zip(alone, fitted, strict=True))))
+
+
+def _latencies(worker: Worker, run: AnyRun, archs: Mapping[str, Architecture]) -> dict[str, dict[str, float]]:
+    """label => measure => value of the timings of `archs`, each in turn with the teacher; what has a row is not timed again."""
+    rows = [row for row in run.rows() if row["kind"] == "timing"]
+    done = {(row["label"], row["measure"]) for row in rows}
+    plan = replace(worker.plan, measures=["latency"])
+    for record in Scan(worker.model, archs, plan, done):
+        assert isinstance(record, Score)
+        rows.append({"kind": "timing", **record.to_json()})
+        run.append(rows[-1])
+    timings: dict[str, dict[str, float]] = {}
+    for row in rows:
+        timings.setdefault(row["label"], {})[row["measure"]] = row["value"]
+    return timings
+
+
+def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation]) -> None:
+    """Latency, images and every measure of images that has its judge, of the teacher and of each finalist, on fresh seeds."""
+    archs = {e.candidate.label: e.candidate.arch for e in finals}
+    _latencies(worker, run, archs)
+    judges, plan = worker.plan.judges, worker.plan
+    measures = [m for m in possible(judges, guided=True) if measure(m).kind == "images"]
+    protocol = replace(plan.protocol, seed=worker.fresh.protocol.seed)
+    if not measures:
+        protocol = replace(protocol, n_images=plan.n_pictures)
+    examiner = Examiner(worker.model, replace(plan, protocol=protocol))
+    done = {row["label"] for row in run.rows() if row["kind"] == "seen"}
+    if done >= {FULL, *archs}:
+        return
+    teacher, pictures = examiner.teacher()
+    for label, arch in {FULL: Architecture(), **archs}.items():
+        if label in done:
+            continue
+        try:
+            seen, shown = (teacher, pictures) if label == FULL else examiner.observe(arch, label)
+        except NotFinite as err:
+            lost = failed(arch.key, label, measures, protocol.n_images, protocol.seed, str(err))
+            run.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in lost]})
+            continue
+        parts.keep_picture(run, arch, shown)
+        scores = judge(arch.key, label, measures, seen, teacher, judges, protocol.seed)
+        run.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in scores]})

@@ -1,0 +1,81 @@
+"""Another budget from scores that are there already: the exact solutions, without a forward pass or weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockprune.cost.components import pipeline_costs
+from blockprune.errors import UserError
+from blockprune.model import pretrained
+from blockprune.model.architecture import BlockGraph
+from blockprune.model.trace import trace
+from blockprune.runs.directory import Run, read_run
+from blockprune.runs.provenance import fingerprint
+from blockprune.runs.records import Candidate
+from blockprune.stages.search.problem import Problem
+from blockprune.stages.search.request import SearchRequest
+from blockprune.stages.search.run import evaluated, scores_in
+from blockprune.stages.search.worker import PROBLEM_TERMS
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """The exact solutions, best first, each with the sum that predicts what it loses; units left out for want of a score."""
+
+    request: SearchRequest
+    graph: BlockGraph
+    candidates: list[tuple[Candidate, float]]
+    unscored: list[str]
+
+    def save(self, folder: Path) -> None:
+        """Makes the folder a run directory of the solutions; UserError where it holds something else."""
+        request = self.request
+        asked = {name: getattr(request, name) for name in ("model", "trials", *PROBLEM_TERMS)}
+        asked |= {"from_scan": request.from_scan, "scores": fingerprint([repr(self.candidates)])}
+        solutions = [self._to_json(candidate, total) for candidate, total in self.candidates]
+        with Run(folder, "solve", asked, {}) as run:
+            run.write("solutions.json", json.dumps({"format": 1, "asked": asked, "solutions": solutions}, indent=2) + "\n")
+            for i, solution in enumerate(solutions, 1):
+                run.write(f"solution-{i}.json", json.dumps({"format": 1, **solution}, indent=2) + "\n")
+
+    def _to_json(self, candidate: Candidate, total: float) -> dict[str, Any]:
+        return {
+            "architecture": candidate.arch.to_json(),
+            "predicted": {self.request.objective: total, "how": "sum of the scores of the units alone, above the teacher's"},
+            "cost": self.graph.cost(candidate.arch).to_json(),
+            "over_budget": dict(candidate.over),
+        }
+
+
+def solve(request: SearchRequest) -> Solutions:
+    """The removal sets with the least sum of the scores in the run `request.from_scan` that hold the budgets."""
+    if request.from_scan is None:
+        raise UserError("--solve-only solves on the scores of an earlier run: give --from-scan, a scan or search directory")
+    source, objective = Path(request.from_scan), request.objective
+    about = read_run(source)
+    configs = pretrained.configs(request.model)
+    latent = configs.latent(request.resolution)
+    graph = trace(configs.unet, latent, configs.n_tokens)
+    if about["asked"].get("teacher") != pretrained.identity(request.model):
+        raise UserError(f"the scores in {str(source)!r} are of another teacher: give the --model that they were made with")
+    outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
+    problem = Problem(graph, request, outside)
+    if problem.timed:
+        raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")
+    known = list(scores_in(source, objective))
+    scored = {arch.key for _, arch, _ in known}
+    unscored = [label for label, unit in problem.units.items() if unit.key not in scored]
+    problem.units = {label: unit for label, unit in problem.units.items() if label not in unscored}
+    if not problem.units:
+        raise UserError(
+            f"{str(source)!r} has {objective} of no unit {request.unit!r}: scan them, or give the --unit or the --objective there"
+        )
+    solutions = problem.strategy(request.seed).solutions(evaluated(problem, known))
+    if not solutions:
+        raise UserError(
+            f"{str(source)!r} has no {objective} of the teacher, above which the others are: scan it, or give --objective"
+        )
+    return Solutions(request, graph, solutions, unscored)

@@ -1,0 +1,180 @@
+"""One search in one process: what it scores with, which candidates it considers, and where it keeps the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import BaseStorage
+
+from blockprune.cost import latency
+from blockprune.cost.components import outside_params, unet_inputs
+from blockprune.measures.examiner import FULL, Arrays, Examiner, Objective, Plan, check_kept
+from blockprune.measures.images import Judges
+from blockprune.measures.measure import measure
+from blockprune.measures.score import Score
+from blockprune.model.architecture import Architecture
+from blockprune.model.model import Model
+from blockprune.model.sampling import NotFinite
+from blockprune.runs.parts import strip_png
+from blockprune.runs.records import Candidate, Evaluation
+from blockprune.stages import inputs
+from blockprune.stages.plan import plan_of, terms
+from blockprune.stages.search.problem import Latencies, Problem
+from blockprune.stages.search.request import SearchRequest
+from blockprune.stages.search.search import Chance, Listed, Tiers, finalists, search
+from blockprune.stages.search.trials import Trials, open_storage
+from blockprune.stages.train.recover import Recovery
+
+FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck does not win again
+PICTURE_TERMS = ("prompts", "n_images", "steps", "cfg_scale", "scheduler")
+JUDGE_TERMS = ("detector", "clip", "reference", "n_reference")
+COMMON_TERMS = ("teacher", "latent", "dtype", "device", "seed")
+PROBLEM_TERMS = ("objective", "unit", "keep", "budget", "scope", "macs", "pareto")
+RECOVERY_TERMS = ("recover", "recover_batch_size", "train_data")
+OWN_SAMPLES = "the teacher's own samples"
+
+
+def relevant(asked: dict[str, Any], objective: str) -> dict[str, Any]:
+    """Those of a run's terms that change the numbers of one measure."""
+    names = [*COMMON_TERMS]
+    if measure(objective).kind == "images":
+        names += [*PICTURE_TERMS, *JUDGE_TERMS]
+    else:
+        names += ["eps_samples", "data", *(PICTURE_TERMS if asked.get("data") == OWN_SAMPLES else ())]
+        names += ["cfg_scale"] if "guidance" in measure(objective).needs else []
+    return {name: asked.get(name) for name in names}
+
+
+@dataclass
+class Worker:
+    """A search on a loaded model. Several processes may hold the same one; they meet in its trials.
+
+    `request` is filled with the model's defaults. `keep` stores what the teacher drew, which `recall` gives back; only the process
+    that owns the run stores it. `folder` is that of the run; None for one in memory. `number` tells workers apart.
+    """
+
+    model: Model
+    request: SearchRequest
+    folder: Path | None
+    recall: Callable[[str], Arrays | None]
+    keep: Callable[[str, Arrays], None] = lambda name, arrays: None
+    number: int = 0
+    latencies: Latencies | None = None
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_of(self.model, self.request, [self.request.objective])
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What must be the same for two searches to share scores and candidates."""
+        request = self.request.to_json()
+        return relevant(request | terms(self.model, self.plan, self.request.data), self.request.objective) | {
+            name: request[name] for name in PROBLEM_TERMS
+        }
+
+    @cached_property
+    def problem(self) -> Problem:
+        return Problem(self.model.graph, self.request, outside_params(self.model), self.latencies)
+
+    def trials(self, kind: str = "search") -> Trials:
+        """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"."""
+        asked = self.asked | ({"final_factor": self.request.final_factor} if kind in ("final", "recovered") else {})
+        if kind == "recovered":
+            asked |= {name: getattr(self.request, name) for name in RECOVERY_TERMS}
+        name = (self.request.study_name or "search") + ("" if kind == "search" else f"-{kind}")
+        artifacts = self.folder / "artifacts" if self.folder else None
+        return Trials(self.storage, name, self.request.objective, asked, artifacts=artifacts)
+
+    @cached_property
+    def storage(self) -> BaseStorage:
+        return open_storage(self.request.storage, self.folder / "study.journal" if self.folder else None)
+
+    def tiers(self) -> Tiers:
+        shares = (1,) if self.request.pareto else (0.25, 1)
+        sizes = sorted({max(1, round(share * self.n)) for share in shares})
+        return Tiers(self.objective(self.plan, "teacher"), sizes)
+
+    @property
+    def n(self) -> int:
+        return self.plan.n_noisy if self.plan.denoising_measures else self.plan.protocol.n_images
+
+    @cached_property
+    def fresh(self) -> Plan:
+        """The plan of the finals: other seeds, and more samples."""
+        factor, seed = self.request.final_factor, self.plan.protocol.seed + FRESH
+        n_images = self.plan.protocol.n_images * (factor if self.needs_teacher else 1)
+        protocol = replace(self.plan.protocol, seed=seed, n_images=n_images)
+        n_noisy = self.plan.n_noisy * factor
+        clean = self.plan.clean and inputs.clean_latents(self.model, self.request.data, n_noisy, self.plan.batch_size)
+        return replace(self.plan, protocol=protocol, n_noisy=n_noisy, clean=clean)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return not self.plan.denoising_measures or self.plan.clean is None
+
+    def objective(self, plan: Plan, part: str) -> Objective:
+        return Objective(Examiner(self.model, plan), self.request.objective, self.teacher(plan, part))
+
+    def teacher(self, plan: Plan, part: str) -> Arrays:
+        """What the teacher drew under a plan, kept in the run; empty when nothing asks for it."""
+        if not self.needs_teacher:
+            return {}
+        if (drawn := self.recall(part)) is None:
+            drawn, _ = Examiner(self.model, plan).teacher()
+            self.keep(part, drawn)
+        return check_kept(part, drawn, plan.observed, plan.protocol.n_images)
+
+    def work(self) -> Iterator[tuple[str, Evaluation]]:
+        """Scores until the search and its finals are done; yields what this process scored, with the kind of its trials."""
+        seed, request = self.request.seed + 1000 * self.number, self.request
+        main, strategy, tiers = self.trials(), self.problem.strategy(seed), self.tiers()
+        for e in search(main, strategy, tiers, request.trials):
+            main.count_cached(strategy.cached)
+            yield "search", e
+        for e in search(self.trials("random"), Chance(strategy, seed), tiers, request.random):
+            yield "random", e
+        finals, objective = self.trials("final"), self.objective(self.fresh, "teacher-fresh")
+        chosen = self.problem.timed and finals.known()  # another timing might choose others
+        listed = [] if chosen else finalists(main.evaluations(), self.problem.spaces, request.finalists, self.fast_enough)
+        for e in search(finals, Listed(listed), lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
+            yield "final", e
+        if request.recover:
+            again = Listed([e.candidate for e in finals.evaluations()])
+            recovery = Recovery(self.model, request.train_data, request.recover, request.recover_batch_size, request.seed)
+            for e in search(self.trials("recovered"), again, lambda c, _: (self.recovered(recovery, objective, c),)):
+                yield "recovered", e
+
+    def fast_enough(self, candidate: Candidate) -> bool:
+        """True when a candidate's step, measured in turn with the teacher's, keeps a latency budget with 1 % to spare."""
+        limits = [b.limit for b in self.problem.space.budgets if b.quantity == "latency"]
+        if not limits or self.latencies is None:
+            return True
+        network, model = self.model.network, self.model
+        inputs = unet_inputs(network.config, model.latent, model.graph.n_tokens, 1, model.device, model.dtype)
+        archs = {FULL: Architecture(), "student": candidate.arch}
+        networks = {name: partial(model.removed, arch) for name, arch in archs.items()}
+        timings = latency.measure(networks, inputs, self.plan.n_timings, 2, model.device)
+        return self.latencies.full_s * latency.ratio(timings[FULL], timings["student"])[0] <= 0.99 * min(limits)
+
+    def recovered(self, recovery: Recovery, objective: Objective, candidate: Candidate) -> Score:
+        """The score of a finalist after a short distillation, on data, order and noise that are the same for all finalists."""
+        try:
+            student = recovery.student(candidate.arch)
+        except FloatingPointError as err:
+            failed = objective(candidate.arch, candidate.label, 1)
+            return replace(failed, value=None, low=None, high=None, error=str(err))
+        return objective.of(student, candidate.arch, candidate.label)
+
+    def picture(self, candidate: Candidate) -> bytes | None:
+        """The first images of a finalist, side by side; None when it draws none."""
+        protocol = replace(self.plan.protocol, seed=self.fresh.protocol.seed, n_images=self.plan.n_pictures)
+        examiner = Examiner(self.model, replace(self.plan, protocol=protocol, judges=Judges()))
+        try:
+            return strip_png(examiner.observe(candidate.arch, candidate.label)[1])
+        except NotFinite:
+            return None
