@@ -23,6 +23,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial
 
 from blockprune.model.architecture import Architecture
 from blockprune.runs import directory
@@ -294,6 +295,11 @@ def scores(folder: Path, kind: str) -> dict[tuple[str, int], float]:
     return found
 
 
+def dropped(trial: FrozenTrial) -> bool:
+    """A proposal that came when others had taken the last places: it ends without a score."""
+    return trial.state.name == "PRUNED" and "tiers" not in trial.user_attrs
+
+
 def check_search(folder: Path, other: Path, tolerance: float) -> None:
     """The search has what an undisturbed one has: every score, once, within a relative tolerance; the rest follows from them."""
     for kind, least in {"search": 2 * N_TRIALS - 4, "final": 3}.items():
@@ -302,8 +308,8 @@ def check_search(folder: Path, other: Path, tolerance: float) -> None:
         assert len(common) >= least
         assert {key: ours[key] for key in common} == pytest.approx({key: theirs[key] for key in common}, rel=tolerance, abs=0)
     study = optuna.load_study(study_name="run", storage=open_storage(None, folder / "study.journal"))
-    states = Counter(trial.state.name for trial in study.trials if trial.state.name != "FAIL")
-    assert states == {"COMPLETE": N_TRIALS}, "a trial was left over"
+    owners = [trial for trial in study.trials if trial.state.name != "FAIL" and not dropped(trial)]
+    assert Counter(trial.state.name for trial in owners) == {"COMPLETE": N_TRIALS}, "a trial was left over"
     rows = directory.read_rows(folder)
     for kind in ("timing", "seen"):
         looked_at = [(row["label"], row.get("measure", "")) for row in rows if row["kind"] == kind]
