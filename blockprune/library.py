@@ -232,7 +232,7 @@ def distill(
     [1, 2]
     """
     if arch is not None:
-        fields["arch"] = (",".join(arch) or "full") if isinstance(arch, Architecture) else str(arch)
+        fields["arch"] = (",".join(arch.terms) or "full") if isinstance(arch, Architecture) else str(arch)
     if steps is not None:
         fields["max_train_steps"] = steps
     if isinstance(data, str | Path):

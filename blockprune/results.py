@@ -211,7 +211,7 @@ class SearchResult:
     def to_pandas(self) -> Any:
         """The evaluations as a pandas DataFrame."""
         cells = (
-            {"label": e.score.label, "removed": list(e.candidate.arch), **e.candidate.costs, **e.score.to_json()} for e in self.rows
+            {"label": e.score.label, "removed": e.candidate.arch.terms, **e.candidate.costs, **e.score.to_json()} for e in self.rows
         )
         return _pandas().DataFrame(list(cells))
 

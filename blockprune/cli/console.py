@@ -136,6 +136,6 @@ def print_solutions(solutions: Sequence[tuple[Candidate, float]], measure: str, 
         table.add_column(name, justify="left" if name == "removed" else "right", overflow="fold")
     for rank, (c, predicted) in enumerate(solutions, 1):
         shares = (f"{c.costs['params'] / total.params:.1%}", f"{c.costs['macs_thop'] / total.thop:.1%}")
-        table.add_row(str(rank), *shares, number(predicted), Text(", ".join(c.arch)))
+        table.add_row(str(rank), *shares, number(predicted), Text(", ".join(c.arch.terms)))
     console.print(table)
     console.print("sums of single removals are predictions: score a solution with `blockprune scan --arch`", soft_wrap=True)

@@ -57,7 +57,7 @@ def graph(
 
 def _units(found: BlockGraph, unit: str) -> dict[str, dict[str, object]]:
     return {
-        label: {"removed": list(arch), "saves": (found.total - found.cost(arch)).to_json()}
+        label: {"removed": arch.terms, "saves": (found.total - found.cost(arch)).to_json()}
         for label, arch in found.units(unit).items()
     }
 

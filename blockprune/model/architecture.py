@@ -16,6 +16,7 @@ from blockprune.decode import Natural, Whole, checked
 from blockprune.errors import UserError
 
 CONVENTIONS = ("thop", "conv_linear", "with_attention")
+FITS = ("channel", "linear")
 UNITS = ("stage", "pair", "block", "layer")
 KINDS = {
     "R": "ResNet block",
@@ -82,6 +83,20 @@ def _inside(name: str, outer: str) -> bool:
     return name == outer or name.startswith(outer + ".")
 
 
+def _pair(term: object) -> tuple[str, str]:
+    """(name, kind of fit or "") of a term; UserError for what is no term of an architecture."""
+    name, _, kind = term.partition("~") if isinstance(term, str) else ("", "", "")
+    if not all(part.isidentifier() or (part.isascii() and part.isdigit()) for part in name.split(".")):
+        raise UserError(f"a removed block is a module path such as 'mid_block': got {term!r}")
+    if str(term) != name and kind not in FITS:
+        raise UserError(f"{term!r}: what is fitted in place of a block is one of {', '.join(FITS)}; got {kind!r}")
+    return name, kind
+
+
+def _choices(name: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    return sorted(f"{n}~{kind}" if kind else n for n, kind in pairs if n == name)
+
+
 def _around(name: str) -> Iterator[str]:
     """The modules around a module, innermost first."""
     while "." in name:
@@ -91,36 +106,57 @@ def _around(name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A student: the teacher module paths that are removed, none lying inside another.
+    """A student: the teacher module paths that are removed, none lying inside another, and what stands in for each.
+
+    Nothing stands in for a plain name. Of "mid_block~linear" a linear map does, of "mid_block~channel" a scale and a shift for each
+    channel; both are fitted to what the block did (see `blockprune.model.fit`). `fits` holds these as (name, kind) pairs.
 
     >>> import blockprune as bp
     >>> list(bp.Architecture({"mid_block", "mid_block.attentions.0"}))
     ['mid_block']
+    >>> bp.Architecture({"mid_block~linear"}).terms
+    ['mid_block~linear']
     """
 
     removed: frozenset[str] = frozenset()
+    fits: frozenset[tuple[str, str]] = frozenset()
 
     def __post_init__(self) -> None:
-        names = frozenset(self.removed)
-        for name in names:
-            if not isinstance(name, str) or not all(
-                part.isidentifier() or (part.isascii() and part.isdigit()) for part in name.split(".")
-            ):
-                raise UserError(f"a removed block is a module path such as 'mid_block': got {name!r}")
-        object.__setattr__(self, "removed", frozenset(n for n in names if not any(outer in names for outer in _around(n))))
+        terms = [*self.removed, *(f"{name}~{kind}" for name, kind in self.fits)]
+        pairs = {_pair(term) for term in terms} - {(name, "") for name, _ in self.fits}
+        names = {name for name, _ in pairs}
+        if len(names) < len(pairs):
+            twice = next(name for name in sorted(names) if sum(n == name for n, _ in pairs) > 1)
+            raise UserError(f"two things cannot stand in for {twice!r}: choose one of {', '.join(_choices(twice, pairs))}")
+        outermost = frozenset(n for n in names if not any(outer in names for outer in _around(n)))
+        object.__setattr__(self, "removed", outermost)
+        object.__setattr__(self, "fits", frozenset((n, kind) for n, kind in pairs if kind and n in outermost))
 
     def __or__(self, other: Architecture) -> Architecture:
-        return Architecture(self.removed | other.removed)
+        """Both removals; where both remove a block, what `other` puts in its place."""
+        return Architecture(self.removed | other.removed, other.fits | {fit for fit in self.fits if fit[0] not in other.removed})
 
     def __sub__(self, other: Architecture) -> Architecture:
         """The architecture with the blocks of `other` put back."""
         for name in other.removed:
             if any(name != outer and _inside(name, outer) for outer in self.removed):
                 raise UserError(f"cannot put back {name!r} alone: the block around it is removed; put that back first")
-        return Architecture(frozenset(n for n in self.removed if not any(_inside(n, o) for o in other.removed)))
+        left = frozenset(n for n in self.removed if not any(_inside(n, o) for o in other.removed))
+        return Architecture(left, frozenset(fit for fit in self.fits if fit[0] in left))
+
+    @property
+    def plain(self) -> Architecture:
+        """The same removals with nothing fitted in their place."""
+        return Architecture(self.removed)
+
+    @property
+    def terms(self) -> list[str]:
+        """What is removed, as text: a name, or name~kind where something is fitted in its place; `Architecture(terms)` reads it."""
+        kinds = dict(self.fits)
+        return [f"{name}~{kinds[name]}" if name in kinds else name for name in self]
 
     def __le__(self, other: Architecture) -> bool:
-        """True when `other` removes everything that this removes."""
+        """True when `other` removes everything that this removes, whatever stands in."""
         return all(any(_inside(n, o) for o in other.removed) for n in self.removed)
 
     def __contains__(self, name: str) -> bool:
@@ -136,13 +172,13 @@ class Architecture:
     @property
     def key(self) -> str:
         """A 12-digit content hash: directory name and cache key."""
-        return hashlib.sha256("\n".join(self).encode()).hexdigest()[:12]
+        return hashlib.sha256("\n".join(self.terms).encode()).hexdigest()[:12]
 
     def describe(self) -> str:
-        return "full" if not self.removed else "without " + ", ".join(self)
+        return "full" if not self.removed else "without " + ", ".join(self.terms)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": 1, "removed": list(self)}
+        return {"format": 1, "removed": self.terms}
 
     @classmethod
     def from_json(cls, data: object, what: str = "the architecture") -> Architecture:
@@ -289,14 +325,49 @@ class BlockGraph:
             missing = [r for r in block.requires if r not in arch]
             if missing:
                 raise UserError(f"removing {name!r} alone breaks the U-Net: remove {', '.join(missing)} with it")
+        for name, _ in arch.fits:
+            if why := self.why_unfit(name, arch):
+                raise UserError(f"nothing can be fitted in place of {name!r}: {why}; remove it without")
         return arch
 
+    def why_unfit(self, name: str, arch: Architecture) -> str:
+        """Why nothing can be fitted in place of a removed block of `arch`: there the student has another size; "" if it can."""
+        block = self[name]
+        gone = bool(self.innermost) and self.innermost <= arch.removed
+        if block.requires and not name.startswith("up"):
+            return "the innermost stage goes as one; fit what comes out of its up stage"
+        if gone and block.stage == "mid_block":
+            return "without the innermost stage it runs at another resolution; fit the innermost up stage"
+        return ""
+
+    def fitted(self, arch: Architecture, kind: str) -> Architecture:
+        """`arch` with a fit of that kind ("none" for nothing) in place of each removed block for which there can be one."""
+        if kind == "none":
+            return arch.plain
+        if kind not in FITS:
+            raise UserError(f"unknown fit {kind!r}: choose one of none, {', '.join(FITS)}")
+        return Architecture(arch.removed, frozenset((name, kind) for name in arch if not self.why_unfit(name, arch)))
+
+    def fit_cost(self, name: str, kind: str) -> Cost:
+        """What a fit costs beyond the plain stand-in: 2 C parameters per channel; C_in C_out + C_out for a linear map.
+
+        A linear map takes the place of a shortcut that the plain stand-in keeps.
+        """
+        block = self[name]
+        c_out, height, width = block.shape_out
+        if kind == "channel":
+            return Cost(params=2 * c_out, keys=2)
+        weights = c_out * (c_out if block.stand_in == "DropSkip" else block.shape_in[0])
+        macs = weights * height * width
+        return Cost(weights + c_out, 2, macs, macs, macs) - (block.cost - (block.saves or block.cost))
+
     def cost(self, arch: Architecture) -> Cost:
-        """The exact cost of the U-Net with `arch` removed, by arithmetic: the total less what each removed block saves."""
+        """The exact cost of the U-Net by `arch`, by arithmetic: the total less what removed blocks save, plus what is fitted."""
+        fitted = self.total + sum_costs(self.fit_cost(*fit) for fit in arch.fits)
         if not self.innermost or not self.innermost <= arch.removed:
-            return self.total - sum_costs(self[n].saves or Cost() for n in arch.removed)
+            return fitted - sum_costs(self[n].saves or Cost() for n in arch.removed)
         saved = (self.rescaled.get(n) or self[n].saves or Cost() for n in arch.removed)
-        return self.total + self.rescaling - sum_costs(saved)
+        return fitted + self.rescaling - sum_costs(saved)
 
     def units(self, unit: str) -> dict[str, Architecture]:
         """Every removal at one granularity, label => Architecture, in forward order."""

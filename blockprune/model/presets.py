@@ -103,7 +103,8 @@ def parse(text: str, graph: BlockGraph) -> Architecture:
     """The architecture that `text` says, checked against `graph`.
 
     `text` is a JSON file, or terms separated by commas: a preset; a block name to remove, with or without a leading "-";
-    "+" and a block name to put it back. {a,b} and * stand for several blocks.
+    "+" and a block name to put it back. {a,b} and * stand for several blocks. "~channel" or "~linear" behind a term fits a map in
+    place of each of its blocks for which that can be done.
 
     Raises UserError for unknown, fixed or unmatched blocks, and for a removal that removes nothing though it says something.
     """
@@ -133,13 +134,22 @@ def _read(path: Path) -> Architecture:
 
 
 def _apply(arch: Architecture, term: str, graph: BlockGraph) -> Architecture:
+    term, _, kind = term.partition("~")
     if term in PRESETS:
-        return arch | _checked_preset(term, graph)
+        return arch | _fitted(_checked_preset(term, graph), kind, graph)
     sign, name = (term[0], term[1:]) if term[:1] in ("-", "+") else ("-", term)
     if not name:
         raise UserError("an architecture has an empty term: write presets and block names with single commas between")
     named = Architecture(frozenset(_match(name, graph)))
-    return arch | named if sign == "-" else arch - named
+    return arch | _fitted(named, kind, graph) if sign == "-" else arch - named
+
+
+def _fitted(arch: Architecture, kind: str, graph: BlockGraph) -> Architecture:
+    """`arch` with what "~kind" says fitted in place of each of its blocks, of a preset only where that can be."""
+    if not kind:
+        return arch
+    fitted = graph.fitted(arch, kind)
+    return fitted if fitted.fits or kind == "none" else Architecture(arch.removed, frozenset((name, kind) for name in arch))
 
 
 def _checked_preset(name: str, graph: BlockGraph) -> Architecture:

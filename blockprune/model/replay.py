@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,10 +28,12 @@ class Play(nn.Module):
 class Recording:
     """What every stage and every block of a U-Net returned in one forward pass.
 
-    Masked passes must get the same sample, timesteps and condition as the recorded one.
+    Masked passes must get the same sample, timesteps and condition as the recorded one. With `layers` the outputs of transformer
+    layers are kept, too.
     """
 
-    def __init__(self, graph: BlockGraph) -> None:
+    def __init__(self, graph: BlockGraph, layers: bool = False) -> None:
+        self._layers = [b.name for b in graph if b.kind == "T"] if layers else []
         self._stage_of = {b.name: b.stage for b in graph if b.kind in "RADU"}
         self._steps = list(self._stage_of)
         self._stages = list(dict.fromkeys(self._stage_of.values()))
@@ -40,7 +42,7 @@ class Recording:
     @contextmanager
     def of(self, unet: UNet2DConditionModel) -> Iterator[None]:
         """Within this context a forward pass of `unet` is recorded; a later one replaces it."""
-        names = ["conv_in", *self._stages, *self._steps]
+        names = ["conv_in", *self._stages, *self._steps, *self._layers]
         hooks = [unet.get_submodule(n).register_forward_hook(self._keep(n)) for n in names]
         try:
             yield
@@ -60,12 +62,24 @@ class Recording:
         storages = [t.untyped_storage() for output in self._output.values() for t in _tensors(output)]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
-    def removed(self, unet: UNet2DConditionModel, arch: Architecture) -> AbstractContextManager[UNet2DConditionModel]:
+    def output(self, name: str) -> Tensor:
+        """What a block gave."""
+        output = self._output[name]
+        return output[0] if isinstance(output, tuple) else output
+
+    def removed(
+        self, unet: UNet2DConditionModel, arch: Architecture, fits: Mapping[str, Tensor] | None = None
+    ) -> AbstractContextManager[UNet2DConditionModel]:
         """As `surgery.removed`, with everything before the first removed block replayed."""
         surgery.check_innermost(unet, arch)
-        masks = {name: surgery.stand_in(unet, name) for name in arch}
+        return self.around(unet, arch, surgery.stand_ins(unet, arch, fits))
+
+    def around(
+        self, unet: UNet2DConditionModel, arch: Architecture, masks: Mapping[str, nn.Module]
+    ) -> AbstractContextManager[UNet2DConditionModel]:
+        """`removed` with stand-ins that are given."""
         plays = {n: Play(self._output[n], unet.get_submodule(n)) for n in self._before(arch)}
-        return surgery.swapped(unet, plays | masks)
+        return surgery.swapped(unet, {**plays, **masks})
 
     def _before(self, arch: Architecture) -> list[str]:
         """The largest modules that end before the first removed block begins."""

@@ -18,21 +18,47 @@ from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture
 
 
-class Pass(nn.Module):
+class ChannelFit(nn.Module):
+    """A scale and a shift for each channel of NCHW images or (N, tokens, C) sequences."""
+
+    def __init__(self, channels: int, like: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(like.new_ones(channels), like.requires_grad)
+        self.shift = nn.Parameter(like.new_zeros(channels), like.requires_grad)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        shape = (-1, 1, 1) if hidden.ndim == 4 else (-1,)
+        return hidden * self.scale.view(shape) + self.shift.view(shape)
+
+
+class StandIn(nn.Module):
+    """Takes the place of a removed block; `fit`, where there is one, maps what would pass through to what the block gave."""
+
+    fit: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fit = None
+
+    def out(self, hidden: Tensor) -> Tensor:
+        return hidden if self.fit is None else self.fit(hidden)
+
+
+class Pass(StandIn):
     """The hidden state, unchanged: stands in for a transformer layer, a ResNet of the down path, the mid stage, a resampler."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden
+        return self.out(hidden)
 
 
-class PassAttention(nn.Module):
+class PassAttention(StandIn):
     """The hidden state as a 1-tuple, as an attention returns it."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        return (hidden,)
+        return (self.out(hidden),)
 
 
-class DropSkip(nn.Module):
+class DropSkip(StandIn):
     """The hidden state without the skip that was concatenated behind it: stands in for a ResNet of the up path."""
 
     def __init__(self, channels: int) -> None:
@@ -41,21 +67,22 @@ class DropSkip(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         last = hidden.is_contiguous(memory_format=torch.channels_last) and not hidden.is_contiguous()
-        return hidden[:, : self.channels].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        kept = hidden[:, : self.channels].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return self.out(kept)
 
 
-class Shortcut(nn.Module):
+class Shortcut(StandIn):
     """The trained 1x1 `conv_shortcut` alone: stands in for a ResNet that changes the width."""
 
     def __init__(self, resnet: ResnetBlock2D) -> None:
         super().__init__()
-        self.conv_shortcut = resnet.conv_shortcut
+        self.conv_shortcut: nn.Conv2d = resnet.conv_shortcut
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.conv_shortcut(hidden)
+        return self.out(self.conv_shortcut(hidden))
 
 
-class PassDown(nn.Module):
+class PassDown(StandIn):
     """Stands in for the innermost down stage: as many skips as that pushed, so that the up path's books still balance."""
 
     def __init__(self, n_skips: int) -> None:
@@ -66,7 +93,7 @@ class PassDown(nn.Module):
         return hidden_states, (hidden_states,) * self.n_skips
 
 
-class PassUp(nn.Module):
+class PassUp(StandIn):
     """Stands in for the innermost up stage; `resnets` has the length by which the U-Net pops skips."""
 
     def __init__(self, n_skips: int) -> None:
@@ -74,17 +101,20 @@ class PassUp(nn.Module):
         self.resnets = range(n_skips)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+        return self.out(hidden_states)
 
 
-STAND_INS = (Pass, PassAttention, DropSkip, Shortcut, PassDown, PassUp)
-
-
-def stand_in(unet: UNet2DConditionModel, name: str) -> nn.Module:
+def stand_in(unet: UNet2DConditionModel, name: str, kind: str = "") -> StandIn:
     """A new stand-in for the module `name`; UserError says why a module cannot be removed.
 
-    A trained part that stays (a `conv_shortcut`) is shared with the teacher, not copied.
+    A trained part that stays (a `conv_shortcut`) is shared with the teacher, not copied. `kind` adds a fit that is still to be
+    fitted: it changes nothing, or is the shortcut itself where a linear map takes that one's place.
     """
+    plain = _plain_stand_in(unet, name)
+    return _with_fit(plain, unet.get_submodule(name), kind) if kind else plain
+
+
+def _plain_stand_in(unet: UNet2DConditionModel, name: str) -> StandIn:
     module = _module(unet, name)
     if name == "mid_block" or isinstance(module, BasicTransformerBlock):
         return Pass()
@@ -98,6 +128,54 @@ def stand_in(unet: UNet2DConditionModel, name: str) -> nn.Module:
     raise UserError(f"cannot remove {name!r}: {why_fixed(unet, name)}")
 
 
+def _with_fit(plain: StandIn, module: nn.Module, kind: str) -> StandIn:
+    like, channels = next(module.parameters()), _channels(module)
+    if kind == "channel":
+        plain.fit = ChannelFit(channels, like)
+        return plain
+    shortcut = plain.conv_shortcut if isinstance(plain, Shortcut) else None
+    wide = channels if shortcut is None else int(shortcut.in_channels)
+    sequence = isinstance(module, BasicTransformerBlock)
+    linear: nn.Linear | nn.Conv2d = nn.Linear(wide, channels) if sequence else nn.Conv2d(wide, channels, 1)
+    linear = linear.to(like.device, like.dtype).requires_grad_(False)
+    weight = torch.eye(channels, dtype=like.dtype, device=like.device) if shortcut is None else shortcut.weight
+    bias = like.new_zeros(channels) if shortcut is None or shortcut.bias is None else shortcut.bias
+    linear.weight.copy_(weight.view_as(linear.weight))
+    linear.bias.copy_(bias)  # type: ignore[union-attr]
+    whole = plain if shortcut is None else Pass()
+    whole.fit = linear.requires_grad_(like.requires_grad)
+    return whole
+
+
+def _channels(module: Any) -> int:
+    """Channels of what a block that can be fitted returns."""
+    if isinstance(module, BasicTransformerBlock):
+        return int(module.dim)
+    if isinstance(module, Transformer2DModel):
+        return int(module.in_channels)
+    last = module if isinstance(module, ResnetBlock2D) else module.resnets[-1]
+    return int(last.out_channels)
+
+
+def stand_ins(unet: UNet2DConditionModel, arch: Architecture, fits: Mapping[str, Tensor] | None = None) -> dict[str, StandIn]:
+    """A stand-in for each block that `arch` removes, with the fitted weights of `fits` ("mid_block.fit.weight", …), if given.
+
+    Raises UserError when these are not exactly those of `arch`.
+    """
+    kinds = dict(arch.fits)
+    made = {name: stand_in(unet, name, kinds.get(name, "")) for name in arch}
+    if fits is None:
+        return made
+    parts = {name: module.fit for name, module in made.items() if module.fit is not None}
+    own = {f"{name}.fit.{key}": t for name, fit in parts.items() for key, t in fit.state_dict().items()}
+    if own.keys() != fits.keys() or any(own[key].shape != fits[key].shape for key in own):
+        raise UserError(f"the fitted weights are not those of the architecture {arch.key}: fit it again")
+    with torch.no_grad():
+        for key, t in own.items():
+            t.copy_(fits[key])
+    return made
+
+
 def _module(unet: UNet2DConditionModel, name: str) -> nn.Module:
     try:
         return unet.get_submodule(name)
@@ -105,7 +183,7 @@ def _module(unet: UNet2DConditionModel, name: str) -> nn.Module:
         raise UserError(f"no block {name!r} in this U-Net: see `blockprune graph`") from None
 
 
-def _resnet_stand_in(unet: UNet2DConditionModel, name: str, resnet: ResnetBlock2D) -> nn.Module:
+def _resnet_stand_in(unet: UNet2DConditionModel, name: str, resnet: ResnetBlock2D) -> StandIn:
     hidden = _hidden_width(unet, name, resnet)
     if resnet.up or resnet.down:
         raise UserError(f"cannot remove {name!r}: it changes the resolution")
@@ -174,10 +252,15 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def removed(unet: UNet2DConditionModel, arch: Architecture) -> AbstractContextManager[UNet2DConditionModel]:
-    """A context in which `unet` runs with the blocks of `arch` masked: no weight is copied, none is lost."""
+def removed(
+    unet: UNet2DConditionModel, arch: Architecture, fits: Mapping[str, Tensor] | None = None
+) -> AbstractContextManager[UNet2DConditionModel]:
+    """A context in which `unet` runs with the blocks of `arch` masked: no weight of it is copied, none is lost.
+
+    `fits` are the fitted weights of the stand-ins that have some; without them these still do what plain ones do.
+    """
     check_innermost(unet, arch)
-    return swapped(unet, {name: stand_in(unet, name) for name in arch})
+    return swapped(unet, stand_ins(unet, arch, fits))
 
 
 def check_innermost(unet: UNet2DConditionModel, arch: Architecture) -> None:
@@ -187,18 +270,22 @@ def check_innermost(unet: UNet2DConditionModel, arch: Architecture) -> None:
         raise UserError(f"the innermost stage goes as one: also remove {', '.join(sorted(parts - arch.removed))}")
 
 
-def prune(unet: UNet2DConditionModel, arch: Architecture) -> UNet2DConditionModel:
-    """A standalone student: a copy of `unet` in which the weights of the removed blocks do not exist.
+def prune(unet: UNet2DConditionModel, arch: Architecture, fits: Mapping[str, Tensor] | None = None) -> UNet2DConditionModel:
+    """A standalone student: a copy of `unet` in which the weights of the removed blocks do not exist; `fits` as for `removed`.
 
     Its `save_pretrained` raises UserError; `blockprune.save` and `blockprune.export.pipeline.save_student` write it.
     """
-    with removed(unet, arch) as masked:
+    with removed(unet, arch, fits) as masked:
         return copy.deepcopy(masked)
 
 
 def architecture_of(unet: nn.Module) -> Architecture:
-    """What a pruned or masked U-Net lacks."""
-    return Architecture(frozenset(name for name, module in unet.named_modules() if isinstance(module, STAND_INS)))
+    """What a pruned or masked U-Net lacks, and what stands in for it."""
+    parts = {name: module for name, module in unet.named_modules() if isinstance(module, StandIn)}
+    kinds = {
+        name: "channel" if isinstance(part.fit, ChannelFit) else "linear" for name, part in parts.items() if part.fit is not None
+    }
+    return Architecture(frozenset(parts), frozenset(kinds.items()))
 
 
 @contextmanager
@@ -218,7 +305,7 @@ def skeleton(config: Mapping[str, Any], arch: Architecture) -> UNet2DConditionMo
     """The student's modules on the meta device, without weights."""
     with built("the U-Net"), torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    for name, module in {name: stand_in(unet, name) for name in arch}.items():
+    for name, module in stand_ins(unet, arch).items():
         unet.set_submodule(name, module)
     if arch:
         unet.save_pretrained = refuse_to_save

@@ -81,7 +81,7 @@ def _to_json(view: ModelView) -> dict[str, Any]:
         scores = {m: score.to_json() for m, score in view.scores.get(setting.label, {}).items()}
         settings.append({**asdict(setting), "scores": {m: {key: s[key] for key in SCORE} for m, s in scores.items()}})
     names: dict[str, Any] = {"label": view.label, "model": view.model, "teacher": view.teacher if view.arch else ""}
-    names |= {"arch": list(view.arch), "protocol": view.protocol, "made_with": view.made_with}
+    names |= {"arch": view.arch.terms, "protocol": view.protocol, "made_with": view.made_with}
     return {**names, "settings": settings, "components": [c.to_json() for c in view.components]}
 
 

@@ -183,7 +183,7 @@ def flat(tables: Sequence[ResultTable], convention: str) -> list[dict[str, Any]]
                 row |= {m: r.value(m), f"{m}_low": low, f"{m}_high": high, f"{m}_n": s.n if s else None}
             row |= {"unet_params": r.cost.params if r.cost else None, "pipeline_params": r.whole_params}
             row |= {f"macs_{convention}": r.cost.macs(convention) if r.cost else None}
-            row |= {"latency_s": r.latency_s, "latency_ratio": r.latency_ratio, "removed": list(r.arch), "note": r.note}
+            row |= {"latency_s": r.latency_s, "latency_ratio": r.latency_ratio, "removed": r.arch.terms, "note": r.note}
             rows.append(row)
     return rows
 

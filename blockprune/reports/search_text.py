@@ -60,7 +60,7 @@ def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
         row |= {"clip_score": None}
     row |= {m: own[m].value if m in own else None for m in _others(view) if m != "clip_score"}
     row |= {"params": cost.params, "pipeline_params": cost.params + view.outside_params}
-    return row | {f"macs_{c}": cost.macs(c) for c in CONVENTIONS} | {"removed": " ".join(e.candidate.arch)}
+    return row | {f"macs_{c}": cost.macs(c) for c in CONVENTIONS} | {"removed": " ".join(e.candidate.arch.terms)}
 
 
 def _others(view: SearchView) -> list[str]:

@@ -134,7 +134,7 @@ def ranking(view: ScanView) -> list[dict[str, Any]]:
 def _row(view: ScanView, rank: int | None, label: str) -> dict[str, Any]:
     arch = view.archs[label]
     total, cost = view.graph.total, view.graph.cost(arch)
-    row: dict[str, Any] = {"rank": rank, "label": label, "arch": arch.key, "removed": list(arch)}
+    row: dict[str, Any] = {"rank": rank, "label": label, "arch": arch.key, "removed": arch.terms}
     for m in view.measures:
         score = view.score(label, m)
         low, high = view.interval(label, m) or (None, None)

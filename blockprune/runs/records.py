@@ -57,7 +57,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         c = self.candidate
-        said = {"source": c.source, "removed": list(c.arch), "params": dict(c.params), "over": dict(c.over), "costs": dict(c.costs)}
+        said = {"source": c.source, "removed": c.arch.terms, "params": dict(c.params), "over": dict(c.over), "costs": dict(c.costs)}
         return {
             "trial": self.trial,
             **said,

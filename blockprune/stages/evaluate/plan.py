@@ -72,7 +72,7 @@ class EvaluationPlan:
     @property
     def asked(self) -> dict[str, Any]:
         """What is compared when the run is opened again."""
-        terms: dict[str, Any] = {"identity": self.model.identity, "arch": list(self.subject.arch)}
+        terms: dict[str, Any] = {"identity": self.model.identity, "arch": self.subject.arch.terms}
         terms |= {"protocol": {name: value for name, value in self.protocol.items() if name != "name"}}
         terms |= {"settings": [setting.to_json() for setting in self.settings]}
         return {**self.request.compared(), **terms} | ({"checkpoints": self.finished.digests()} if self.finished else {})
@@ -88,7 +88,7 @@ class EvaluationPlan:
             "model": self.model.name if self.finished else self.request.model,
             "teacher": s.teacher,
             "teacher_id": s.teacher_id,
-            "arch": list(s.arch),
+            "arch": s.arch.terms,
             "graph": s.graph.to_json() if s.graph else None,
             "outside_params": outside_params(self.model),
             "protocol": self.protocol,

@@ -53,7 +53,7 @@ def _about(model: Model, request: ScanRequest, plan: Plan, archs: Mapping[str, A
     asked |= {"removals": fingerprint([f"{label}:{arch.key}" for label, arch in archs.items()])}
     return asked, {
         "made_with": made_with(model.device),
-        "archs": {label: list(arch) for label, arch in {FULL: Architecture(), **archs}.items()},
+        "archs": {label: arch.terms for label, arch in {FULL: Architecture(), **archs}.items()},
         "graph": model.graph.to_json(),
         "measures": [measure(name).to_json() for name in plan.measures],
         "pictured_prompts": pictured(plan),

@@ -393,7 +393,7 @@ def _counts(trial: FrozenTrial) -> bool:
 
 def _trial(candidate: Candidate, state: TrialState, tiers: Sequence[Score] = ()) -> FrozenTrial:
     attrs: dict[str, Any] = {"arch": candidate.arch.key, "label": candidate.label, "source": candidate.source}
-    attrs |= {"removed": list(candidate.arch), "costs": dict(candidate.costs)}
+    attrs |= {"removed": candidate.arch.terms, "costs": dict(candidate.costs)}
     return create_trial(
         state=state,
         value=tiers[-1].value if tiers else None,

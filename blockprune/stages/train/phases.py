@@ -23,7 +23,7 @@ class PlannedPhase:
     last: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"arch": list(self.arch)}
+        return asdict(self) | {"arch": self.arch.terms}
 
 
 def planned(recipe: Recipe, request: TrainRequest, graph: BlockGraph) -> list[PlannedPhase]:

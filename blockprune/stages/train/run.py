@@ -165,7 +165,7 @@ def _about(
     prompts = inputs.prompts_of(request.validation_prompts, model)
     return asked, {
         "made_with": made_with(accelerator.device),
-        "arch": list(phases[-1].arch),
+        "arch": phases[-1].arch.terms,
         "graph": model.graph.to_json(),
         "outside_params": sum(c.params for c in pipeline_costs(pretrained.configs_of(model.pipe), model.latent).values()),
         "recipe_name": request.recipe,
