@@ -89,6 +89,8 @@ def expressible(config: Mapping[str, Any], arch: Architecture) -> Stock | str:
     surgery.check_innermost(teacher, arch)
     if not arch:
         return Stock(_plain(config), BlockMap({}, frozenset()))
+    if arch.fits:
+        return f"a fitted map stands in for {min(arch.fits)[0]}: no stock stage has one"
     inner = surgery.innermost(teacher)
     gone = int(bool(inner) and inner <= arch.removed)
     n_stages = len(teacher.down_blocks) - gone

@@ -15,6 +15,7 @@ from torch import Tensor
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.families import Condition, join, take
+from blockprune.model.fit import Fits, no_fits
 from blockprune.model.replay import Recording
 from blockprune.model.sampling import guide, noise
 
@@ -69,8 +70,16 @@ class Answer:
 
     @torch.inference_mode()
     def __init__(
-        self, unet: UNet2DConditionModel, graph: BlockGraph, samples: NoisySamples, start: int, stop: int, replay: bool = True
+        self,
+        unet: UNet2DConditionModel,
+        graph: BlockGraph,
+        samples: NoisySamples,
+        start: int,
+        stop: int,
+        replay: bool = True,
+        fits: Fits = no_fits,
     ) -> None:
+        self.fits = fits
         self.unet, self.recording = unet, Recording(graph) if replay else None
         self.cfg_scale = samples.cfg_scale if samples.blank is not None else None
         self.input = samples.batch(start, stop, unet)
@@ -86,7 +95,7 @@ class Answer:
     def errors(self, arch: Architecture) -> Floats:
         """(batch,) of |e(removed) - e(full)|² / elements: arXiv 2404.11098, eq. 4, per element. NaN where the U-Net fails."""
         masked = self.recording.removed if self.recording else surgery.removed
-        with masked(self.unet, arch):
+        with masked(self.unet, arch, self.fits(arch)):
             student = self._forward(self.unet)
         return self._compared(student)
 
@@ -112,10 +121,11 @@ def denoising_errors(
     batch_size: int,
     start: int = 0,
     replay: bool = True,
+    fits: Fits = no_fits,
 ) -> Iterator[dict[str, Floats]]:
     """Per batch from sample `start` on: label => the errors (batch,) of every architecture. Keeps one batch at a time."""
     for first in range(start, samples.n, batch_size):
-        answer = Answer(unet, graph, samples, first, min(first + batch_size, samples.n), replay)
+        answer = Answer(unet, graph, samples, first, min(first + batch_size, samples.n), replay, fits)
         yield {label: answer.errors(arch) for label, arch in archs.items()}
 
 
@@ -126,9 +136,15 @@ class Denoiser:
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, graph: BlockGraph, samples: NoisySamples, batch_size: int, keep_bytes: int = 2**31
+        self,
+        unet: UNet2DConditionModel,
+        graph: BlockGraph,
+        samples: NoisySamples,
+        batch_size: int,
+        keep_bytes: int = 2**31,
+        fits: Fits = no_fits,
     ) -> None:
-        self._answer = lambda start, replay: Answer(unet, graph, samples, start, min(start + batch_size, samples.n), replay)
+        self._answer = lambda start, replay: Answer(unet, graph, samples, start, min(start + batch_size, samples.n), replay, fits)
         self.n, self.batch_size, self.keep_bytes = samples.n, batch_size, keep_bytes
         self._answers: list[Answer] = []
 

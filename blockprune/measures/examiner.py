@@ -19,12 +19,15 @@ from blockprune.measures.measure import measure
 from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.families import Condition
+from blockprune.model.fit import Fitter
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite, Protocol
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.uint8]
 FULL = TEACHER
+FIT_SEED = 10**6  # noise and timesteps of the samples that are fitted on are other ones than those that are scored
+ONE_BATCH = 32 * 32  # latents up to this size are fitted in one batch
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,15 @@ class Examiner:
         condition = self.model.encode(prompts)[0] if self.plan.clean else self.conditions[0]
         protocol, blank = self.plan.protocol, self.conditions[1] if "guidance" in measure(name).needs else None
         return NoisySamples(clean, condition, self.model.schedule, self.plan.n_noisy, protocol.seed, blank, protocol.cfg_scale)
+
+    def fitter(self, teacher: Arrays) -> Fitter:
+        """Fits stand-ins to the teacher's blocks, on as many noisy samples as a denoising error takes, of other noise."""
+        model, samples = self.model, self.noisy(teacher)
+        samples = replace(samples, seed=samples.seed + FIT_SEED)
+        size = samples.n if model.latent[0] * model.latent[1] <= ONE_BATCH else self.plan.batch_size
+        starts = range(0, samples.n, size)
+        batches = [samples.batch(start, min(start + size, samples.n), model.network) for start in starts]
+        return Fitter(model.network, model.graph, batches)
 
 
 def check_kept(name: str, arrays: Arrays, wanted: Mapping[str, tuple[int, ...] | None], n: int | None = None) -> Arrays:

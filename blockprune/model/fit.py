@@ -20,7 +20,8 @@ from blockprune.model.surgery import StandIn
 
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT = 4  # every fourth sample is held out, to choose the ridge by
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
+Fits = Callable[[Architecture], Weights]
 Batch = tuple[Tensor, Tensor, Mapping[str, Any]]
 
 
@@ -40,6 +41,13 @@ class Fit:
     ridge: float
     n: int
     weights: Mapping[str, Tensor]
+
+
+def no_fits(arch: Architecture) -> Weights:
+    """The fitted weights of an architecture without fits; UserError for one that needs some."""
+    if arch.fits:
+        raise UserError(f"nothing is fitted yet in place of {min(arch.fits)[0]!r}: score it with `blockprune scan`, or distill it")
+    return {}
 
 
 class Fitter:

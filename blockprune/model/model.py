@@ -16,6 +16,7 @@ from blockprune.model import pretrained, sampling, surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.defaults import defaults_of
 from blockprune.model.families import Condition, Family, family_of
+from blockprune.model.fit import Fits, no_fits
 from blockprune.model.sampling import Protocol
 from blockprune.model.trace import trace
 
@@ -24,7 +25,8 @@ from blockprune.model.trace import trace
 class Model:
     """A pipeline with the graph of its denoising network at one latent size (height, width), and its defaults for scoring.
 
-    `graph` is of the full network. `identify` gives the 12-digit content id of the weights, which may take a while.
+    `graph` is of the full network. `identify` gives the 12-digit content id of the weights, which may take a while. `fits` gives
+    the fitted weights of what stands in for removed blocks.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Model:
     latent: tuple[int, int]
     identify: Callable[[], str]
     defaults: Mapping[str, Any]
+    fits: Fits = no_fits
 
     @cached_property
     def identity(self) -> str:
@@ -74,7 +77,7 @@ class Model:
 
     def removed(self, arch: Architecture) -> AbstractContextManager[UNet2DConditionModel]:
         """A context in which the network runs with the blocks of `arch` masked."""
-        return surgery.removed(self.network, arch)
+        return surgery.removed(self.network, arch, self.fits(arch))
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -58,6 +58,55 @@ def test_other_json_is_refused(bad: object) -> None:
         Architecture.from_json(bad)
 
 
+def test_what_stands_in_is_part_of_the_value() -> None:
+    fitted = arch("mid_block~linear", "down_blocks.0.resnets.1")
+    assert fitted.removed == {"mid_block", "down_blocks.0.resnets.1"} and fitted.fits == {("mid_block", "linear")}
+    assert fitted.to_json() == {"format": 1, "removed": ["down_blocks.0.resnets.1", "mid_block~linear"]}
+    assert Architecture.from_json(json.loads(fitted.dumps())) == fitted == Architecture(frozenset(fitted.terms))
+    assert list(fitted) == ["down_blocks.0.resnets.1", "mid_block"] and "mid_block.resnets.0" in fitted
+    assert fitted.plain == arch("mid_block", "down_blocks.0.resnets.1") != fitted
+    assert len({fitted.key, fitted.plain.key, arch("mid_block~channel", "down_blocks.0.resnets.1").key}) == 3
+    assert fitted.plain <= fitted and fitted <= fitted.plain
+    assert fitted.plain | arch("mid_block~channel") == arch("mid_block~channel", "down_blocks.0.resnets.1")
+    assert fitted | arch("mid_block") == fitted.plain
+    assert fitted - arch("mid_block") == arch("down_blocks.0.resnets.1")
+    assert arch("mid_block", "mid_block.resnets.0~linear") == arch("mid_block")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["mid_block~cubic"], "'mid_block~cubic': what is fitted in place of a block is one of channel, linear; got 'cubic'"),
+        (["mid_block~"], "one of channel, linear; got ''"),
+        (["~linear"], "a module path such as 'mid_block'"),
+        (["mid_block~linear", "mid_block~channel"], "choose one of mid_block~channel, mid_block~linear"),
+        (["mid_block~linear", "mid_block"], "choose one of mid_block, mid_block~linear"),
+    ],
+)
+def test_what_cannot_stand_in(names: list[str], says: str) -> None:
+    with pytest.raises(UserError) as err:
+        arch(*names)
+    assert says in str(err.value)
+
+
+def test_fits_on_a_command_line(graph: BlockGraph) -> None:
+    assert parse("mid_block~linear", graph) == arch("mid_block~linear")
+    assert parse("bk-sdm-base,mid_block~channel", graph) == preset("bk-sdm-base") | arch("mid_block~channel")
+    assert parse("mid_block~linear,mid_block~none", graph) == arch("mid_block")
+    everything = parse("bk-sdm-small~linear", graph)
+    assert everything.removed == preset("bk-sdm-small").removed and {name for name, _ in everything.fits} == everything.removed
+    # without the innermost stage the mid stage runs at another resolution, and only what comes out of the up stage can be fitted
+    tiny = parse("bk-sdm-tiny~linear", graph)
+    assert {name for name, _ in tiny.fits} == {n for n in tiny if not n.startswith(("down_blocks.3", "down_blocks.2.d", "mid"))}
+    for text, says in {
+        "down_blocks.3~linear,up_blocks.0,down_blocks.2.downsamplers.0": "the innermost stage goes as one",
+        "bk-sdm-tiny,mid_block~linear": "without the innermost stage it runs at another resolution",
+        "mid_block~square": "unknown fit 'square'",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            parse(text, graph)
+
+
 def test_graph_round_trip(graph: BlockGraph, graph_xl: BlockGraph) -> None:
     for g in (graph, graph_xl):
         assert BlockGraph.from_json(json.loads(json.dumps(g.to_json()))) == g

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockprune.model.architecture import UNITS
+from blockprune.model.architecture import FITS, UNITS
 from blockprune.request import option
 from blockprune.stages.fields import MEASURES, REMOVE, Drawing, Judging, Noising, OnModel
 
@@ -15,4 +15,11 @@ class ScanRequest(OnModel, Drawing, Judging, Noising):
 
     unit: str | None = option(None, "what to remove one by one; block where no --arch is given", REMOVE, choices=UNITS)
     arch: tuple[str, ...] = option((), "an architecture to score: preset, block names or JSON file; repeatable", REMOVE)
+    fit: tuple[str, ...] = option(
+        ("none",),
+        f"what stands in for what is removed, each scored: none, {', '.join(FITS)} (fitted in closed form); comma-separated",
+        REMOVE,
+        commas=True,
+        choices=("none", *FITS),
+    )
     measures: tuple[str, ...] = option((), "comma-separated; all that have what they need when left out", MEASURES, commas=True)

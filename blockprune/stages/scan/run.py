@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,16 @@ def removals(graph: BlockGraph, request: ScanRequest) -> dict[str, Architecture]
         if (known := chosen.get(label)) is not None and known != presets.parse(text, graph):
             raise UserError(f"two architectures are called {label!r}: rename one file")
         chosen[label] = presets.parse(text, graph)
-    return {label: arch for label, arch in chosen.items() if arch}
+    return {label: arch for name, arch in chosen.items() if arch for label, arch in _fitted(name, arch, request.fit, graph)}
+
+
+def _fitted(label: str, arch: Architecture, kinds: Sequence[str], graph: BlockGraph) -> Iterator[tuple[str, Architecture]]:
+    """The removal with each kind of fit in its place that there can be; "none" keeps what an architecture itself says."""
+    for kind in kinds:
+        if kind == "none":
+            yield label, arch
+        elif (fitted := graph.fitted(arch, kind)).fits:
+            yield f"{label}~{kind}", fitted
 
 
 def _about(model: Model, request: ScanRequest, plan: Plan, archs: Mapping[str, Architecture]) -> tuple[Any, Any]:

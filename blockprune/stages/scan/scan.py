@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -84,9 +84,10 @@ class Scan:
         self.parts: dict[str, Arrays] = {}
 
     def __iter__(self) -> Iterator[Record]:
-        """Costs at once; the teacher; the denoising errors of all; timings; the images of each, in this order."""
+        """Costs at once; the teacher; what is fitted; the denoising errors of all; timings; the images of each, in this order."""
         yield from self._new(self._costs())
         yield from self._teacher()
+        self._fit()
         for measure in names("denoising"):
             yield from self._denoising(measure)
         yield from self._speed()
@@ -105,9 +106,19 @@ class Scan:
         for label, arch in self.archs.items():
             yield from cost_scores(self.model.graph, arch, label, self.model.dtype.itemsize, self.plan.protocol.seed)
 
+    @property
+    def _fits(self) -> bool:
+        return any(arch.fits for arch in self.archs.values())
+
+    def _fit(self) -> None:
+        """From here on what is fitted has its weights."""
+        if self._fits:
+            self.model = replace(self.model, fits=self.examiner.fitter(self._part("teacher") or {}))
+            self.examiner = Examiner(self.model, self.plan)
+
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
-        needed = self.plan.image_measures or (self.plan.denoising_measures and self.plan.clean is None)
+        needed = self.plan.image_measures or ((self.plan.denoising_measures or self._fits) and self.plan.clean is None)
         if not needed or self._part("teacher") is not None:
             return
         seen, pictures = self.examiner.teacher()
@@ -136,7 +147,8 @@ class Scan:
             parts.append(part)
         start = sum(len(next(iter(part.values()))) for part in parts)
         samples = self.examiner.noisy(self._part("teacher") or {}, measure)
-        for batch in denoising_errors(self.model.network, self.model.graph, archs, samples, plan.batch_size, start):
+        model = self.model
+        for batch in denoising_errors(model.network, model.graph, archs, samples, plan.batch_size, start, fits=model.fits):
             yield self._made(f"{measure}-{len(parts):05d}", batch)
             parts.append(batch)
             plan.tick(measure, len(next(iter(batch.values()))) * len(archs))

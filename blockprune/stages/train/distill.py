@@ -22,6 +22,7 @@ from blockprune.errors import UserError
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.families import Condition, take
+from blockprune.model.fit import Fits
 from blockprune.model.pretrained import silence
 from blockprune.runs.records import TrainState
 from blockprune.stages.train import losses
@@ -112,14 +113,18 @@ def _to(condition: Condition, device: torch.device) -> Condition:
     return {k: _to(v, device) if isinstance(v, dict) else v.to(device, torch.float32) for k, v in condition.items()}
 
 
-def student_of(teacher: UNet2DConditionModel, arch: Architecture, initialise: str, seed: int) -> UNet2DConditionModel:
-    """A trainable float32 student without the blocks of `arch`: the teacher's weights, or random ones."""
+def student_of(
+    teacher: UNet2DConditionModel, arch: Architecture, initialise: str, seed: int, fits: Fits | None = None
+) -> UNet2DConditionModel:
+    """A trainable float32 student without the blocks of `arch`: the teacher's weights, fitted ones where
+    `fits` gives them, or random ones."""
     source = teacher
     if initialise == "random":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             source = UNet2DConditionModel.from_config(teacher.config)
-    return surgery.prune(source, arch).float().train().requires_grad_(True)
+    weights = fits(arch) if fits and source is teacher else None
+    return surgery.prune(source, arch, weights).float().train().requires_grad_(True)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def planned(recipe: Recipe, request: TrainRequest, graph: BlockGraph) -> list[Pl
     for i, (phase, n_steps) in enumerate(zip(phases, _shares(phases, request.max_train_steps), strict=True), 1):
         text = request.arch if phase.arch is None or i == len(phases) else phase.arch
         wanted = presets.parse(text or "full", graph)
+        wanted = graph.fitted(wanted, request.fit) if request.fit else wanted
         if not arch <= wanted:
             raise UserError(f"phase {i} puts back {', '.join(arch - wanted)}: a phase may only remove more than the one before")
         teacher, arch = phase.teacher or teacher, wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blockprune.errors import UserError
+from blockprune.model.architecture import FITS
 from blockprune.model.defaults import MOST_BATCH, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from blockprune.model.schedulers import MAX_SEED, SCHEDULERS
 from blockprune.request import Request, option
@@ -26,6 +27,13 @@ class TrainRequest(Request):
         None,
         "what is removed: best.json of a search (heed its warning), a preset, block names or a JSON file",
         STUDENT,
+        compared=False,
+    )
+    fit: str | None = option(
+        None,
+        "a map fitted in place of each removed block, from whose weights training starts; what --arch says when left out",
+        STUDENT,
+        choices=("none", *FITS),
         compared=False,
     )
     teacher: tuple[str, ...] = option(

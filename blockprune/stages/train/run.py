@@ -22,6 +22,7 @@ from blockprune.export.pipeline import ARCHITECTURE, export_pipeline, load_stude
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.defaults import defaults_of
+from blockprune.model.fit import Fitter
 from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import NotFinite
 from blockprune.model.trace import trace
@@ -35,7 +36,7 @@ from blockprune.runs.records import TrainState
 from blockprune.stages import inputs
 from blockprune.stages.plan import N_PICTURES
 from blockprune.stages.train.checkpoints import Snapshot, drop_oldest, read_snapshot, write_snapshot
-from blockprune.stages.train.distill import Distiller, Settings, student_of
+from blockprune.stages.train.distill import Distiller, Sampler, Settings, student_of
 from blockprune.stages.train.launch import accelerated, launched
 from blockprune.stages.train.phases import PlannedPhase, planned
 from blockprune.stages.train.recipe import Recipe, read_recipe
@@ -44,6 +45,8 @@ from blockprune.stages.train.samples import data_of, provider_of, samples_of
 from blockprune.stages.train.validation import Validation
 
 Weights = Mapping[str, Tensor]
+N_FIT = 256  # samples that stand-ins are fitted on
+FIT_FROM = 2**40  # the first of them; updates take samples 0, 1, …
 
 
 @dataclass(frozen=True)
@@ -252,10 +255,11 @@ class Training:
         """The phase ready to run: its teacher, and the student as the phase before left it, with more removed."""
         r, first = self.request, self.phases[0]
         teacher = self.model if phase.teacher == first.teacher else _loaded(phase.teacher, r, self.accelerator)
-        student = student_of(teacher.network, phase.arch, self.recipe.initialise, r.seed)
-        if weights is not None and start is None:
-            student.load_state_dict({name: weights[name] for name in student.state_dict()})
         samples = samples_of(teacher, self.provider, r.seed, r.random_flip, self.recipe.caption_dropout)
+        fits = self._fitter(teacher, samples) if start is None and phase.arch.fits else None
+        student = student_of(teacher.network, phase.arch, self.recipe.initialise, r.seed, fits)
+        if weights is not None and start is None:
+            student.load_state_dict({name: weights.get(name, t) for name, t in student.state_dict().items()})
         settings = Settings(
             r.train_batch_size,
             r.gradient_accumulation_steps,
@@ -266,6 +270,12 @@ class Training:
         )
         how = (samples, self.recipe, settings, phase.first, start)
         return Distiller(self.accelerator, teacher.network, student, teacher.graph, phase.arch, *how)
+
+    def _fitter(self, teacher: Model, samples: Sampler) -> Fitter:
+        """Fits what stands in for removed blocks, on training samples that no update sees with the same noise."""
+        size = self.request.train_batch_size
+        drawn = (samples.batch(range(g, g + size), self.accelerator.device) for g in range(FIT_FROM, FIT_FROM + N_FIT, size))
+        return Fitter(teacher.network, teacher.graph, [(b.noisy, b.timesteps, b.condition) for b in drawn])
 
     def _log(self, state: TrainState) -> None:
         self.run.append({"kind": "train", **state.to_json()})
