@@ -80,6 +80,8 @@ def _block_table(found: BlockGraph, convention: str) -> Table:
     )
     stage = ""
     for block in found:
+        if block.kind == "C":  # three for each layer: shown when they are asked for as units
+            continue
         if block.kind != "F" and block.stage != stage:
             table.add_section()
         stage = "" if block.kind == "F" else block.stage
@@ -101,7 +103,7 @@ def _arrow(before: object, after: object) -> str:
 
 
 def _resolution(block: Block) -> str:
-    if block.kind == "T":
+    if block.kind in "TC":
         return f"{block.shape_in[1]} tokens"
     return _arrow(*(f"{h}x{w}" for _, h, w in (block.shape_in, block.shape_out)))
 

@@ -11,7 +11,9 @@ from typing import Any
 from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture
 
+COMPONENTS = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed-forward"}
 PARTS = {"resnets": "ResNet", "attentions": "attention", "downsamplers": "downsampler", "upsamplers": "upsampler"}
+FITTED = {"linear": "A fitted linear map", "channel": "A fitted scale and shift per channel"}
 STAGES = {"down_blocks": "down stage", "up_blocks": "up stage", "mid_block": "mid stage"}
 ENTRIES = {"teacher": "teacher", "data": "training data", "steps": "training steps"}
 USED = {"title", "license", "base_model", "costs", "scores"}
@@ -58,9 +60,13 @@ def _usage(pipeline: str, why_not_stock: str) -> list[str]:
 
 
 def in_words(arch: Architecture) -> list[str]:
-    """One line a stage: what is removed of it, by name and in words."""
+    """One line a stage: what is removed of it, by name and in words; one more for what is fitted in place of blocks."""
     names = sorted(arch, key=lambda name: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in name.split(".")])
-    return [f"`{stage}`: {_stage_in_words(stage, list(inside))}" for stage, inside in groupby(names, _stage_of)]
+    lines = [f"`{stage}`: {_stage_in_words(stage, list(inside))}" for stage, inside in groupby(names, _stage_of)]
+    for kind, what in FITTED.items():
+        if fitted := [f"`{name}`" for name in arch if (name, kind) in arch.fits]:
+            lines.append(f"{what} stands in for {'each of ' if len(fitted) > 1 else ''}{', '.join(fitted)}")
+    return lines
 
 
 def _stage_of(name: str) -> str:
@@ -74,9 +80,17 @@ def _stage_in_words(stage: str, names: Sequence[str]) -> str:
         return f"the whole {title}"
     inside = [name.removeprefix(stage + ".").split(".") for name in names]
     words = [f"{PARTS.get(p[0], p[0])} {p[1]}" for p in inside if len(p) == 2]
-    for attention, layers in groupby((p for p in inside if len(p) > 2), lambda p: p[1]):
-        words.append(f"transformer layers {_runs(sorted(int(p[-1]) for p in layers))} of attention {attention}")
+    deep = sorted((p for p in inside if len(p) > 2), key=_attention_and_part)
+    deep = sorted((p for p in inside if len(p) > 2), key=_attention_and_part)
+    for (attention, part), layers in groupby(deep, _attention_and_part):
+        what = f"{COMPONENTS[part]} of " if part else ""
+        words.append(f"{what}transformer layers {_runs(sorted(int(p[3]) for p in layers))} of attention {attention}")
     return f"{', '.join(words)} of the {title}"
+
+
+def _attention_and_part(parts: Sequence[str]) -> tuple[str, str]:
+    """Of "attentions.1.transformer_blocks.0.ff": the attention's number, and the component, "" for a whole layer."""
+    return parts[1], parts[4] if len(parts) > 4 else ""
 
 
 def _runs(numbers: Sequence[int]) -> str:

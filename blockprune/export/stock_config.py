@@ -89,6 +89,8 @@ def expressible(config: Mapping[str, Any], arch: Architecture) -> Stock | str:
     surgery.check_innermost(teacher, arch)
     if not arch:
         return Stock(_plain(config), BlockMap({}, frozenset()))
+    if lost := next((name for name in arch if name.rpartition(".")[2] in surgery.COMPONENTS), None):
+        return f"{lost} is gone alone: a stock transformer layer has its attentions and its feed-forward"
     if arch.fits:
         return f"a fitted map stands in for {min(arch.fits)[0]}: no stock stage has one"
     inner = surgery.innermost(teacher)

@@ -17,11 +17,12 @@ from blockprune.errors import UserError
 
 CONVENTIONS = ("thop", "conv_linear", "with_attention")
 FITS = ("channel", "linear")
-UNITS = ("stage", "pair", "block", "layer")
+UNITS = ("stage", "pair", "block", "layer", "component")
 KINDS = {
     "R": "ResNet block",
     "A": "attention",
     "T": "transformer layer",
+    "C": "component of a transformer layer",
     "M": "mid stage",
     "S": "innermost stage",
     "D": "downsampler",
@@ -239,7 +240,7 @@ class BlockRecord(msgspec.Struct):
     """A Block in JSON."""
 
     name: str
-    kind: Literal["R", "A", "T", "M", "S", "D", "U", "F"]
+    kind: Literal["R", "A", "T", "C", "M", "S", "D", "U", "F"]
     stage: str
     shape_in: Shape
     shape_out: Shape
@@ -414,8 +415,9 @@ class GraphRecord(msgspec.Struct):
 def _label(block: Block, unit: str) -> str:
     """The unit of removal to which a block belongs, or "" for none."""
     inside_mid = block.stage == "mid_block" and block.kind != "M"
-    if block.kind == "T" or unit == "layer":
-        return block.name if block.kind == "T" and unit == "layer" else ""
+    inner = {"T": "layer", "C": "component"}
+    if block.kind in inner or unit in inner.values():
+        return block.name if inner.get(block.kind) == unit else ""
     if block.requires:
         return "innermost" if unit == "stage" else ""
     if block.kind == "M" or unit == "block":

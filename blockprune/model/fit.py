@@ -62,6 +62,7 @@ class Fitter:
         self.unet, self.graph, self.batches, self.keep_bytes = unet, graph, batches, keep_bytes
         self._place = {block.name: i for i, block in enumerate(graph)}
         self._kept: list[Recording] = []
+        self._kinds: set[str] = set()  # of small blocks that recordings hold, too
         self._known: dict[str, Fit] = {}
 
     @torch.no_grad()
@@ -72,6 +73,8 @@ class Fitter:
     @torch.no_grad()
     def fits(self, arch: Architecture) -> list[Fit]:
         """A Fit for each fitted block of `arch`, in forward order."""
+        if new := {self.graph[name].kind for name, _ in arch.fits} & {"T", "C"} - self._kinds:
+            self._kept, self._kinds = [], self._kinds | new
         order = sorted((name for name, _ in arch.fits), key=self._place.__getitem__)
         keys = {name: self._up_to(arch, name).key for name in order}
         left = [name for name in order if keys[name] not in self._known]
@@ -102,7 +105,7 @@ class Fitter:
         """The teacher's pass over batch `i`."""
         if i < len(self._kept):
             return self._kept[i]
-        recording, (sample, t, condition) = Recording(self.graph, layers=True), self.batches[i]
+        recording, (sample, t, condition) = Recording(self.graph, self._kinds), self.batches[i]
         with recording.of(self.unet):
             self.unet(sample, t, **condition, return_dict=False)
         if i == len(self._kept) and sum(r.mem_bytes for r in self._kept) < self.keep_bytes:

@@ -15,6 +15,7 @@ from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture, BlockGraph
 
 MAX_NAMES = 1_000_000
+COMPONENTS = (".attn1", ".attn2", ".ff")
 _BASE = (
     "down_blocks.{0,1,2}.{resnets,attentions}.1",
     "down_blocks.3.resnets.1",
@@ -164,7 +165,8 @@ def _match(pattern: str, graph: BlockGraph) -> Iterator[str]:
         if "*" not in name:
             yield graph[name].name
             continue
-        found = [b.name for b in graph if b.removable and not b.requires and b.kind != "T" and fnmatch.fnmatchcase(b.name, name)]
+        kinds = "C" if name.endswith(COMPONENTS) else "T" if "transformer_blocks" in name else "RAM"
+        found = [b.name for b in graph if b.removable and b.kind in kinds and fnmatch.fnmatchcase(b.name, name)]
         if not found:
             raise UserError(f"no removable block matches {name!r}: see `blockprune graph`")
         yield from found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,12 +28,12 @@ class Play(nn.Module):
 class Recording:
     """What every stage and every block of a U-Net returned in one forward pass.
 
-    Masked passes must get the same sample, timesteps and condition as the recorded one. With `layers` the outputs of transformer
-    layers are kept, too.
+    Masked passes must get the same sample, timesteps and condition as the recorded one. The outputs of blocks of the kinds
+    `also` are kept, too ("T" for transformer layers, "C" for their components).
     """
 
-    def __init__(self, graph: BlockGraph, layers: bool = False) -> None:
-        self._layers = [b.name for b in graph if b.kind == "T"] if layers else []
+    def __init__(self, graph: BlockGraph, also: Collection[str] = ()) -> None:
+        self._also = [b.name for b in graph if b.kind in also]
         self._stage_of = {b.name: b.stage for b in graph if b.kind in "RADU"}
         self._steps = list(self._stage_of)
         self._stages = list(dict.fromkeys(self._stage_of.values()))
@@ -42,7 +42,7 @@ class Recording:
     @contextmanager
     def of(self, unet: UNet2DConditionModel) -> Iterator[None]:
         """Within this context a forward pass of `unet` is recorded; a later one replaces it."""
-        names = ["conv_in", *self._stages, *self._steps, *self._layers]
+        names = ["conv_in", *self._stages, *self._steps, *self._also]
         hooks = [unet.get_submodule(n).register_forward_hook(self._keep(n)) for n in names]
         try:
             yield

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture
 
+COMPONENTS = ("attn1", "attn2", "ff")  # of a transformer layer: self-attention, cross-attention, feed-forward
+
 
 class ChannelFit(nn.Module):
     """A scale and a shift for each channel of NCHW images or (N, tokens, C) sequences."""
 
-    def __init__(self, channels: int, like: Tensor) -> None:
+    def __init__(self, channels: int, scale: float, like: Tensor) -> None:
         super().__init__()
-        self.scale = nn.Parameter(like.new_ones(channels), like.requires_grad)
+        self.scale = nn.Parameter(like.new_full((channels,), scale), like.requires_grad)
         self.shift = nn.Parameter(like.new_zeros(channels), like.requires_grad)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -82,6 +85,13 @@ class Shortcut(StandIn):
         return self.out(self.conv_shortcut(hidden))
 
 
+class Zero(StandIn):
+    """Zeros, or what is fitted to the input: stands in for a component of a transformer layer, beside its residual."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(hidden) if self.fit is None else self.fit(hidden)
+
+
 class PassDown(StandIn):
     """Stands in for the innermost down stage: as many skips as that pushed, so that the up path's books still balance."""
 
@@ -120,6 +130,8 @@ def _plain_stand_in(unet: UNet2DConditionModel, name: str) -> StandIn:
         return Pass()
     if isinstance(module, Transformer2DModel):
         return PassAttention()
+    if _is_component(unet, name):
+        return Zero()
     if isinstance(module, ResnetBlock2D):
         return _resnet_stand_in(unet, name, module)
     if name in innermost(unet):
@@ -128,17 +140,23 @@ def _plain_stand_in(unet: UNet2DConditionModel, name: str) -> StandIn:
     raise UserError(f"cannot remove {name!r}: {why_fixed(unet, name)}")
 
 
+def _is_component(unet: UNet2DConditionModel, name: str) -> bool:
+    layer, _, part = name.rpartition(".")
+    return part in COMPONENTS and isinstance(unet.get_submodule(layer), BasicTransformerBlock)
+
+
 def _with_fit(plain: StandIn, module: nn.Module, kind: str) -> StandIn:
     like, channels = next(module.parameters()), _channels(module)
+    start = 0.0 if isinstance(plain, Zero) else 1.0
     if kind == "channel":
-        plain.fit = ChannelFit(channels, like)
+        plain.fit = ChannelFit(channels, start, like)
         return plain
     shortcut = plain.conv_shortcut if isinstance(plain, Shortcut) else None
     wide = channels if shortcut is None else int(shortcut.in_channels)
-    sequence = isinstance(module, BasicTransformerBlock)
+    sequence = isinstance(module, BasicTransformerBlock | Attention | FeedForward)
     linear: nn.Linear | nn.Conv2d = nn.Linear(wide, channels) if sequence else nn.Conv2d(wide, channels, 1)
     linear = linear.to(like.device, like.dtype).requires_grad_(False)
-    weight = torch.eye(channels, dtype=like.dtype, device=like.device) if shortcut is None else shortcut.weight
+    weight = start * torch.eye(channels, dtype=like.dtype, device=like.device) if shortcut is None else shortcut.weight
     bias = like.new_zeros(channels) if shortcut is None or shortcut.bias is None else shortcut.bias
     linear.weight.copy_(weight.view_as(linear.weight))
     linear.bias.copy_(bias)  # type: ignore[union-attr]
@@ -149,8 +167,10 @@ def _with_fit(plain: StandIn, module: nn.Module, kind: str) -> StandIn:
 
 def _channels(module: Any) -> int:
     """Channels of what a block that can be fitted returns."""
-    if isinstance(module, BasicTransformerBlock):
-        return int(module.dim)
+    if isinstance(module, BasicTransformerBlock | FeedForward):
+        return int(module.dim if isinstance(module, BasicTransformerBlock) else module.net[-1].out_features)
+    if isinstance(module, Attention):
+        return int(module.query_dim)
     if isinstance(module, Transformer2DModel):
         return int(module.in_channels)
     last = module if isinstance(module, ResnetBlock2D) else module.resnets[-1]

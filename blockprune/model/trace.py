@@ -77,6 +77,8 @@ def _block_names(unet: UNet2DConditionModel) -> dict[str, str]:
     for name, module in unet.named_modules():
         if type(module) in KIND_OF and "." in name:
             names[name] = KIND_OF[type(module)]
+        if isinstance(module, BasicTransformerBlock):
+            names |= {f"{name}.{part}": "C" for part in surgery.COMPONENTS if getattr(module, part, None) is not None}
     for path in ("down_blocks", "up_blocks"):
         for i, stage in enumerate(getattr(unet, path)):
             if not any(name.startswith(f"{path}.{i}.") for name in names):

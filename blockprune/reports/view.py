@@ -96,7 +96,8 @@ def short(label: str) -> str:
     stage = [PATHS[words[0]], *words[1:2]] if words[0] != "mid_block" else ["mid"]
     rest = words[2:] if words[0] != "mid_block" else words[1:]
     pairs = list(zip(rest[::2], rest[1::2], strict=False))
-    return " ".join([*stage, *(f"{PARTS[part]}{i}" if part in PARTS else f"{part} {i}" for part, i in pairs)])
+    last = rest[len(pairs) * 2 :]
+    return " ".join([*stage, *(f"{PARTS[part]}{i}" if part in PARTS else f"{part} {i}" for part, i in pairs), *last])
 
 
 def worse(measure: str, value: float) -> float:

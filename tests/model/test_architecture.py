@@ -121,6 +121,19 @@ def test_units_of_sd1(graph: BlockGraph) -> None:
     assert shortcuts == ["down_blocks.1.resnets.0", "down_blocks.2.resnets.0", "up_blocks.2.resnets.0", "up_blocks.3.resnets.0"]
 
 
+def test_components_of_sd1(graph: BlockGraph) -> None:
+    units = graph.units("component")
+    layers = graph.units("layer")
+    assert list(units) == [f"{layer}.{part}" for layer in layers for part in ("attn1", "attn2", "ff")]
+    for layer in layers:
+        inside = arch(*(f"{layer}.{part}" for part in ("attn1", "attn2", "ff")))
+        norms = graph.cost(inside) - graph.cost(arch(layer))  # the layer's norms are what is left of it
+        width = graph[layer].shape_in[0]
+        assert norms.params == 3 * 2 * width and norms.conv_linear == norms.with_attention == 0
+    assert parse("*.attn2", graph) == arch(*(f"{layer}.attn2" for layer in layers))
+    assert all(".transformer_blocks." not in name for name in parse("down_blocks.*", graph))
+
+
 def test_skip_edges_of_sd1(graph: BlockGraph) -> None:
     """As diffusers pops them: last pushed, first taken."""
     down = ["conv_in"]

@@ -27,8 +27,20 @@ from blockprune.model.trace import trace
 
 GRAPHS = {kind: trace(tiny.config(kind)) for kind in tiny.KINDS}
 LINEAR_BLOCKS = {
-    "sd1": ("mid_block", "down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "up_blocks.1.resnets.1", "up_blocks.2.attentions.0"),
-    "sdxl": ("mid_block", "up_blocks.0.resnets.0", "down_blocks.1.attentions.0.transformer_blocks.1"),
+    "sd1": (
+        "mid_block",
+        "down_blocks.0.resnets.0",
+        "down_blocks.1.resnets.0",
+        "up_blocks.1.resnets.1",
+        "up_blocks.2.attentions.0",
+        "up_blocks.1.attentions.0.transformer_blocks.0.ff",
+    ),
+    "sdxl": (
+        "mid_block",
+        "up_blocks.0.resnets.0",
+        "down_blocks.1.attentions.0.transformer_blocks.1",
+        "down_blocks.1.attentions.0.transformer_blocks.1.attn2",
+    ),
 }
 
 
@@ -196,7 +208,8 @@ def test_costs_are_exact(kind: str, fit: str) -> None:
     graph, config = GRAPHS[kind], tiny.config(kind)
     sample = torch.empty(1, 4, 8, 8, device="meta")
     condition = family_of(config).blank(config, 1, 77, sample)
-    archs = {**graph.units("block"), **dict(list(graph.units("layer").items())[:3]), **presets_of(graph)}
+    deep = {label: arch for unit in ("layer", "component") for label, arch in list(graph.units(unit).items())[:4]}
+    archs = {**graph.units("block"), **deep, **presets_of(graph)}
     if graph.innermost:
         archs |= {"innermost": Architecture(graph.innermost), "without mid": Architecture(graph.innermost | {"mid_block"})}
     for label, arch in archs.items():

@@ -32,6 +32,8 @@ def run(unet: UNet2DConditionModel, inputs: dict) -> torch.Tensor:
 def every_removal(kind: str, units: tuple[str, ...] = UNITS, n_random: int = 6) -> dict[str, Architecture]:
     graph = GRAPHS[kind]
     single = {label: arch for unit in units for label, arch in graph.units(unit).items()}
+    alike = {name for name in graph.units("component") if ".transformer_blocks.0." not in name}  # to those of the first layer
+    single = {label: arch for label, arch in single.items() if label not in alike}
     blocks, draw = list(graph.units("block").values()), random.Random(0)
     mixed = {}
     for i in range(n_random):

@@ -54,8 +54,8 @@ def layer_taps(graph: BlockGraph, arch: Architecture) -> list[Tap]:
 
 
 def self_attention_taps(graph: BlockGraph, arch: Architecture) -> list[Tap]:
-    """The self-attention output of every transformer layer that both have (arXiv 2312.04005)."""
-    return [Tap(f"{b.name}.attn1", f"{b.name}.attn1") for b in graph if b.kind == "T" and b.name not in arch]
+    """The self-attention output of every transformer layer that both have one in (arXiv 2312.04005)."""
+    return [Tap(name, name) for b in graph if b.kind == "T" and (name := f"{b.name}.attn1") not in arch]
 
 
 def taps_of(graph: BlockGraph, arch: Architecture, choice: str | Sequence[str], self_attention: bool = False) -> list[Tap]:
