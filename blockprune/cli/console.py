@@ -27,17 +27,22 @@ def print_ranking(view: ScanView, console: Console) -> None:
     """Prints every architecture from the least to the most quality lost, with intervals where the width allows them."""
     rows = ranking(view)
     measures = [m for m in view.measures if MEASURES[m].of_quality]
+    heads = [f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}" for m in measures]
+    heads += ["params saved", "MACs saved", "latency, x teacher"]
     wide = console.width >= 60 + 28 * len(measures)
+    shown = _shown(len(heads), len(measures), console.width)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("removed", overflow="fold")
-    for m in measures:
-        table.add_column(f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}", justify="right", no_wrap=True)
-    for name in ("params saved", "MACs saved", "latency, x teacher"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for i in shown:
+        table.add_column(heads[i], justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row, measures, view, wide), style="bold" if row["rank"] == 0 else "red" if row["error"] else "")
+        label, cells = _label(row), _cells(row, measures, view, wide)
+        table.add_row(*label, *(cells[i] for i in shown), style="bold" if row["rank"] == 0 else "red" if row["error"] else "")
     console.print(table)
+    if len(shown) < len(heads):
+        left_out = ", ".join(head for i, head in enumerate(heads) if i not in shown)
+        console.print(Text(f"left out at {console.width} columns, all in scan.csv: {left_out}"))
     for row in rows:
         if row["error"]:
             console.print(Text(f"{row['label']}: {row['error']}", style="red"))
@@ -46,12 +51,23 @@ def print_ranking(view: ScanView, console: Console) -> None:
             console.print(Text(line.replace("`", "")), end="\n" if line else "")
 
 
+def _shown(n: int, n_measures: int, width: int) -> list[int]:
+    """Which of the columns a terminal has room for beside the names: the first measure, parameters saved, then from the left."""
+    first = [0, n_measures, n - 1] if n_measures else list(range(n))
+    order = [*first, *(i for i in range(n) if i not in first)]
+    return sorted(order[: max(2, (width - 36) // 16)])
+
+
+def _label(row: Mapping[str, Any]) -> list[Text]:
+    return [Text("-" if row["rank"] is None else str(row["rank"])), Text(row["label"])]
+
+
 def _cells(row: Mapping[str, Any], measures: list[str], view: ScanView, wide: bool) -> list[Text]:
     total = view.graph.total
-    cells = ["-" if row["rank"] is None else str(row["rank"]), row["label"]]
-    cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) if wide else number(row[m]) for m in measures]
+    cells = [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) if wide else number(row[m]) for m in measures]
     cells += [_saved(row["params_saved"], total.params), _saved(row["macs_saved_thop"], total.thop)]
-    return [Text(c) for c in [*cells, scan_step_time(view, row["label"])]]
+    ratio = scan_step_time(view, row["label"])
+    return [Text(c) for c in [*cells, ratio if wide else ratio.partition(" [")[0]]]
 
 
 def _saved(saved: int, total: int) -> str:
@@ -111,8 +127,10 @@ def print_finalists(view: SearchView, console: Console) -> None:
     captions = [caption_title(view)] if view.caption(None) else []
     last = "on the front" if view.is_front else "within budget"
     objective = f"{view.measure}, fresh seeds"
-    for name in ("#", "architecture", objective, *captions, "parameters", "MACs (thop)", "latency, x teacher", last):
-        table.add_column(name, justify="left" if name == "architecture" else "right", no_wrap=True)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("architecture", no_wrap=True)
+    for name in (objective, *captions, "parameters", "MACs (thop)", "latency, x teacher", last):
+        table.add_column(name, justify="right", overflow="fold")
     total = view.graph.total
     if (teacher := view.caption(None)) is not None:
         table.add_row("-", "teacher", "-", with_interval(teacher.value, teacher.low, teacher.high), "100.0%", "100.0%", "-", "-")

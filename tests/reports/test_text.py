@@ -22,6 +22,7 @@ from scipy.stats import kendalltau
 from blockprune.cli.console import print_ranking
 from blockprune.errors import UserError
 from blockprune.measures.examiner import with_ratio
+from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.trace import trace
@@ -374,6 +375,17 @@ def test_the_printed_ranking_takes_labels_literally(make: Callable[..., ScanView
     assert "Kendall τ" in text
     narrow = printed(Console(width=80), lambda c: print_ranking(view, c))
     assert max(map(len, narrow.splitlines())) <= 80 or "Kendall" in max(narrow.splitlines(), key=len)
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_printed_ranking_names_every_removal_and_what_it_leaves_out(make: Callable[..., ScanView], width: int) -> None:
+    view = make()
+    text = printed(Console(width=width), lambda c: print_ranking(view, c))
+    assert all(re.search(rf"^ +[\d-]+ +{re.escape(label)} ", text, re.MULTILINE) for label in view.archs)
+    lost = [m for m in view.measures if MEASURES[m].of_quality and not re.search(rf"^ +# .* {m} ", text, re.MULTILINE)]
+    left_out = text.partition("left out at")[2]
+    assert all(f"{m} " in left_out for m in lost) and (lost or width > 80)
+    assert "…" not in text
 
 
 def test_progress_without_a_terminal_is_a_line_per_step() -> None:

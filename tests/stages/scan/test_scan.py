@@ -146,7 +146,10 @@ def test_the_guided_error_is_that_of_the_guided_prediction(model: Model) -> None
     teacher = plainly()
     with surgery.removed(model.network, arch):
         masked = plainly()
-    assert found["mid"] == pytest.approx((masked - teacher).square().mean((1, 2, 3)).double().numpy(), rel=1e-4)
+    expected = (masked - teacher).square().mean((1, 2, 3)).sqrt().double().numpy()
+    tolerance = 2 * scale * rounding(model.network, torch.float32)  # guidance magnifies the rounding of both answers
+    assert tolerance < expected.min() / 10
+    np.testing.assert_allclose(np.sqrt(found["mid"]), expected, rtol=0, atol=tolerance)
 
 
 def test_a_guided_error_without_guidance_is_refused() -> None:
