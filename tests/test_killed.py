@@ -272,7 +272,7 @@ NARROW = {
         "os.rename run/student/.architecture",
         "os.rename run/.pipeline.part",
     ],
-    "cache": ["os.remove run/.shard-00003.safetensors.lock", "os.rename run/.cache.json.part"],
+    "cache": ["os.remove run/.shard-00003.safetensors.lock", "os.rename run/.cache.part.json"],
 }
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,9 @@ from blockprune.decode import Object, Positive, checked, parse_json, read_json, 
 from blockprune.errors import UserError
 from blockprune.model.families import Condition, join
 from blockprune.model.sampling import encode, upcast
+from blockprune.runs.atomic import writing
 from blockprune.runs.directory import differences
+from blockprune.runs.lock import locked
 
 FORMAT = 1
 INDEX = "cache.json"
@@ -231,11 +231,11 @@ def write_cache(
     ranges, left = shards(len(reader), shard_size), unfinished(folder, len(reader), shard_size)
     reader.skip(_skipped(folder, len(reader), shard_size))
     for name in ranges.keys() - left.keys():
-        with _claimed(folder / name, wait=False):
+        with locked(folder / name, wait=False):
             pass  # and so goes the lock of a process that was killed after it wrote the shard
     for wait in (False, True):
         for name in list(left):
-            with _claimed(folder / name, wait) as mine:
+            with locked(folder / name, wait) as mine:
                 if not mine:
                     continue
                 if _whole(folder / name, left[name]) is None:
@@ -245,8 +245,8 @@ def write_cache(
                 del left[name]
     reader.skip(skipped := _skipped(folder, len(reader), shard_size))
     done = begun | {"n_skipped": len(skipped), "skipped": {str(i): why for i, why in sorted(skipped.items())}}
-    with _claimed(folder / INDEX, wait=True):
-        _replace(folder / INDEX, lambda part: part.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8"))
+    with locked(folder / INDEX), writing(folder / INDEX) as part:
+        part.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
     return done
 
 
@@ -303,53 +303,8 @@ def _write(path: Path, live: Live, rows: range, flip: bool, tick: Callable[[str,
     tensors = {name: torch.cat(parts) for name, parts in found.items()} | {"caption": torch.tensor([distinct[c] for c in captions])}
     tensors |= {f"condition/{name}": tensor for name, tensor in _flat(live.condition(list(distinct)))}
     metadata = {"skipped": json.dumps({i: live.reader.skipped[i] for i in rows if i in live.reader.skipped})}
-    _replace(path, lambda part: save_file(tensors, part, metadata))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Makes `path`, which the caller has claimed, what `write` writes: at once, when it is on the disk."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        part.chmod(0o644)  # safetensors makes files that no one else may read
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _claimed(path: Path, wait: bool) -> Iterator[bool]:
-    """True while no other process writes that file; the system frees the claim of a process that is killed."""
-    lock = path.with_name(f".{path.name}.lock")
-    fd = _locked(lock, wait)
-    try:
-        yield fd is not None
-    finally:
-        if fd is not None:
-            lock.unlink(missing_ok=True)
-            os.close(fd)
-
-
-def _locked(lock: Path, wait: bool) -> int | None:
-    """A descriptor that holds the lock file; None when another process does and this one is not to wait."""
-    while True:
-        fd = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # its last holder removed the file, so another process may have made and locked a new one
-            if os.path.samestat(os.fstat(fd), lock.stat()):
-                return fd
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
+    with writing(path) as part:
+        save_file(tensors, part, metadata)
 
 
 def _begin(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -360,13 +315,14 @@ def _begin(folder: Path, wanted: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise UserError(f"cannot make the folder {str(folder)!r} ({err.strerror}): choose another --out") from None
-    with _claimed(folder / INDEX, wait=True):
+    with locked(folder / INDEX):
         if (folder / INDEX).exists():
             _check_terms(folder, read_cache(folder)["asked"], wanted["asked"])
             return
         if any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UserError(f"{str(folder)!r} is not empty and holds no cache: choose another --out")
-        _replace(folder / INDEX, lambda part: part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8"))
+        with writing(folder / INDEX) as part:
+            part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_terms(folder: Path, held: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +22,8 @@ from blockprune.data.captions import flaw, metadata_of, read_metadata
 from blockprune.data.image_files import IMAGE_SUFFIXES, Unreadable, read_image
 from blockprune.errors import UserError
 from blockprune.measures.statistics import Detector, Stats
+from blockprune.runs.atomic import writing
+from blockprune.runs.lock import locked
 
 _log = logging.getLogger("blockprune")
 
@@ -161,8 +161,7 @@ def cached_stats(folder: ImageFolder, detector: Detector, prepared: str, prepare
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockprune" / "references"
     cache.mkdir(parents=True, exist_ok=True)
     kept = cache / f"{key}.npz"
-    with (cache / f"{key}.lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(kept):
         if not kept.is_file():
             write_stats(kept, stats_of_folder(folder, detector, prepare=prepare), detector.name)
     return read_reference(kept, detector)
@@ -219,13 +218,8 @@ def write_stats(path: str | Path, stats: Stats, detector_name: str) -> None:
     arrays = {"mu": stats.mu, "sigma": stats.sigma, "n": np.array(stats.n), "detector": np.array(detector_name)}
     if stats.features is not None:
         arrays["features"] = stats.features.astype(np.float32)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with writing(path) as part, part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; free space or choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()

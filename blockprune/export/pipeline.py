@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from blockprune.model.config_schema import UNetConfig
 from blockprune.model.defaults import BUILT_IN
 from blockprune.model.families import family_of
 from blockprune.model.trace import trace
-from blockprune.runs.directory import writing
+from blockprune.runs.atomic import writing, writing_folder
 
 # not the name that stock loaders look for: they would fill the removed blocks of the full configuration at random
 WEIGHTS = "pruned_unet.safetensors"
@@ -141,7 +138,7 @@ def export_pipeline(
     _same_keys(state, surgery.skeleton(unet.config, arch).state_dict(), f"the U-Net to export as {arch.key}")
     found = expressible(unet.config, arch)
     blocks = found.blocks if isinstance(found, Stock) else slots(unet.config, arch)
-    with _folder_in_the_making(folder) as part, pretrained.silence():
+    with writing_folder(folder) as part, pretrained.silence():
         _write_teacher(pipe, part)
         if isinstance(found, Stock):
             stock = surgery.skeleton(found.config, Architecture())
@@ -185,44 +182,6 @@ def check_free(folder: Path) -> None:
     """Raises UserError when `folder` is there already and not an empty directory."""
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} is there already: choose another --out, or remove it")
-
-
-@contextmanager
-def _folder_in_the_making(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that becomes it when the context ends well, and disappears when it does not.
-
-    One that a killed process left is emptied; UserError while another process is at it.
-    """
-    folder = Path(os.path.abspath(folder))
-    part = folder.with_name(f".{folder.name}.part")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        lock = _locked(part)
-    except OSError as err:
-        raise UserError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another --out") from None
-    if lock is None:
-        raise UserError(f"another process is writing {str(folder)!r}: wait for it, or choose another --out")
-    try:
-        for left in part.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield part
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds a lock on a folder, as far as its file system has such locks; None when another process does."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except OSError:  # a network file system may lock no folders
-        pass
-    return fd
 
 
 def _changes(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ import pytest
 import torch
 from captioned import break_folder, write_folder, write_shards
 
-from blockprune.data.encoded import AGAIN, Cached, Encoded, Live, Provider, _claimed, terms, unfinished, write_cache
+from blockprune.data.encoded import AGAIN, Cached, Encoded, Live, Provider, terms, unfinished, write_cache
 from blockprune.data.training_data import Reader, source_of
 from blockprune.errors import UserError
 from blockprune.model import pretrained, sampling
@@ -167,7 +166,7 @@ def test_a_damaged_shard_is_found_and_made_again(
     folder = tmp_path / "cache"
     ticks: list[tuple[str, int]] = []
     write_cache(*models["tiny-digits"], folder, 3, teacher="teacher", flip=True)
-    (folder / ".shard-00001.safetensors.part").write_bytes(b"left by a killed process")
+    (folder / ".shard-00001.part.safetensors").write_bytes(b"left by a killed process")
     (folder / ".shard-00001.safetensors.lock").write_bytes(b"")
     DAMAGE[kind](folder / "shard-00001.safetensors")
     assert unfinished(folder, N, 3) == {"shard-00001.safetensors": 3}
@@ -258,26 +257,6 @@ def test_a_shard_of_a_killed_process_is_taken_over(models: dict[str, Any], writt
         write_cache(*models["tiny-digits"], folder, 3, teacher="teacher", flip=True, tick=tick)
     assert list(dict.fromkeys(order)) == [f"shard-0000{k}.safetensors" for k in (1, 2, 0)]
     same(folder, written["tiny-digits"])
-
-
-def test_a_lock_file_that_its_holder_removed_is_not_taken_for_the_lock(tmp_path: Path) -> None:
-    path, lock, taken = tmp_path / "x", tmp_path / ".x.lock", threading.Event()
-    fd = os.open(lock, os.O_CREAT | os.O_RDWR)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-
-    def wait() -> None:
-        with _claimed(path, wait=True) as mine:
-            assert mine and lock.exists()
-            taken.set()
-
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    assert not taken.wait(0.2)
-    lock.unlink()
-    os.close(fd)
-    assert taken.wait(60)
-    waiter.join(60)
-    assert not lock.exists()
 
 
 @pytest.mark.slow
