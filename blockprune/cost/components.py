@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -187,15 +188,9 @@ def verify(configs: Configs, arch: Architecture, latent: tuple[int, int]) -> dic
     thop = {name: crosscheck.check_thop(p.module, p.kwargs, costs[name]) for name, p in parts().items()}
     fvcore = {}
     for name, part in parts().items():
-        kwargs = {k: _zeros(v) for k, v in part.kwargs.items()}
+        kwargs = recursively_apply(lambda t: torch.zeros(t.shape, dtype=t.dtype), part.kwargs)
         fvcore[name] = crosscheck.check_fvcore(crosscheck.hollow(part.module), kwargs, costs[name])
     return {name: {"thop": thop[name], "fvcore": fvcore[name]} for name in costs}
-
-
-def _zeros(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _zeros(v) for k, v in value.items()}
-    return torch.zeros(value.shape, dtype=value.dtype)
 
 
 def random_unet(

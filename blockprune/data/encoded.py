@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import torch
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,8 +47,7 @@ class Encoded:
 
     def rows(self, which: slice) -> Encoded:
         """Some of the pairs, as tensors of their own."""
-        parts = {name: tensor[which].clone() for name, tensor in _flat(self.condition)}
-        return Encoded(self.mean[which].clone(), self.logvar[which].clone(), _nested(parts))
+        return Encoded(*recursively_apply(lambda t: t[which].clone(), (self.mean, self.logvar, self.condition)))
 
     @property
     def mem_bytes(self) -> int:
@@ -112,9 +112,7 @@ class Live(Provider):
 
     def condition(self, captions: Sequence[str]) -> Condition:
         """The condition of each caption, on CPU."""
-        return _nested(
-            {name: tensor.cpu().clone() for name, tensor in _flat(encode(self.pipe, captions, self.latent, self.chunk)[0])}
-        )
+        return recursively_apply(lambda t: t.cpu().clone(), encode(self.pipe, captions, self.latent, self.chunk)[0])
 
 
 def terms(reader: Reader, teacher: str, flip: bool, dtype: torch.dtype) -> dict[str, Any]:

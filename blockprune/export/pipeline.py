@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -202,11 +203,7 @@ def _probe(config: Mapping[str, Any]) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     side = 2 ** len(config["down_block_types"])
     sample = torch.randn(2, config["in_channels"], side, side, generator=g)
-
-    def noise(value: Any) -> Any:
-        return {k: noise(v) for k, v in value.items()} if isinstance(value, dict) else torch.randn(value.shape, generator=g)
-
-    condition = noise(family_of(config).blank(config, 2, 8, sample))
+    condition = recursively_apply(lambda t: torch.randn(t.shape, generator=g), family_of(config).blank(config, 2, 8, sample))
     return {"sample": sample, "timestep": torch.tensor([20, 700]), **condition}
 
 

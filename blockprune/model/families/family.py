@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import concatenate, recursively_apply, send_to_device
 from diffusers import DDPMScheduler
 from torch import Tensor
 
@@ -38,21 +39,14 @@ class Family:
 
 def join(*conditions: Condition) -> Condition:
     """The conditions one below the other, along the batch dimension."""
-    return _zip(lambda *rows: torch.cat(rows), *conditions)
+    return concatenate(conditions)
 
 
 def take(condition: Condition, rows: Any) -> Condition:
     """The given rows (slice or index tensor) of a condition."""
-    return _zip(lambda t: t[rows], condition)
+    return recursively_apply(lambda t: t[rows], condition)
 
 
 def on(device: str | torch.device, condition: Condition) -> Condition:
     """The condition on a device."""
-    return _zip(lambda t: t.to(device), condition)
-
-
-def _zip(fn: Callable[..., Tensor], *conditions: Condition) -> Condition:
-    first = conditions[0]
-    return {
-        k: _zip(fn, *(c[k] for c in conditions)) if isinstance(first[k], dict) else fn(*(c[k] for c in conditions)) for k in first
-    }
+    return send_to_device(condition, device)
