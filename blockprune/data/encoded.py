@@ -116,7 +116,7 @@ class Live(Provider):
 
 
 def terms(reader: Reader, teacher: str, flip: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """What makes a cache the right one; `teacher` is the `checkpoints.identity` of the model whose encoders are used."""
+    """What makes a cache the right one; `teacher` is the `identity` of the model whose encoders are used."""
     data = {"data": reader.source.identity, "n": len(reader), "resolution": reader.source.size}
     return data | {"flip": flip, "teacher": teacher, "dtype": str(dtype).removeprefix("torch.")}
 

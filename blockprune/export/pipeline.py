@@ -26,6 +26,7 @@ from blockprune.model.compare import difference
 from blockprune.model.config_schema import UNetConfig
 from blockprune.model.defaults import BUILT_IN
 from blockprune.model.families import family_of
+from blockprune.model.identity import identity
 from blockprune.model.trace import trace
 from blockprune.runs.atomic import writing, writing_folder
 
@@ -248,7 +249,7 @@ def teacher_of(pipe: DiffusionPipeline) -> tuple[str, str]:
         about = read_teacher(Path(name)) or {"model": "", "identity": ""}
         return about["model"], about["identity"]
     known = name in (*BUILT_IN, *pretrained.ALIASES) or (name and os.path.exists(name))
-    return name, pretrained.identity(name) if known else ""
+    return name, identity(name) if known else ""
 
 
 def card_entries(model: str, config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
@@ -263,9 +264,9 @@ def card_entries(model: str, config: Mapping[str, Any], arch: Architecture) -> d
 
 
 def exported_identity(folder: Path) -> str:
-    """The content id of an exported folder, as `checkpoints.identity` gives it for other models."""
+    """The content id of an exported folder, as `identity` gives it for other models."""
     weights = folder / "unet" / WEIGHTS
-    return pretrained.identity(str(folder), [weights] if weights.is_file() else None)
+    return identity(str(folder), [weights] if weights.is_file() else None)
 
 
 def exported_skeleton(folder: Path) -> UNet2DConditionModel:

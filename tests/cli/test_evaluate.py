@@ -344,10 +344,10 @@ def test_an_exported_folder_that_does_not_name_its_teacher(
 def test_an_export_names_its_teacher_but_no_path(
     tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path], distilled: Path
 ) -> None:
-    from blockprune.model import pretrained
+    from blockprune.model.identity import identity
 
     said = json.loads((distilled / "pipeline" / "pruning" / "teacher.json").read_text())
-    assert (said["model"], said["identity"]) == ("tiny-digits", pretrained.identity("tiny-digits"))
+    assert (said["model"], said["identity"]) == ("tiny-digits", identity("tiny-digits"))
     assert said["unet"]["block_out_channels"] == features_config()["block_out_channels"]
     shutil.copytree(distilled / "student", tmp_path / "student")
     assert cli("export", tmp_path / "student", "--teacher", detectors.BUILT_IN, "--out", tmp_path / "out")[0] == 0

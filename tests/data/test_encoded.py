@@ -21,6 +21,7 @@ from blockprune.data.training_data import Reader, source_of
 from blockprune.errors import UserError
 from blockprune.model import pretrained, sampling
 from blockprune.model.families import Condition
+from blockprune.model.identity import identity
 
 Cli = Callable[..., tuple[int, str, str]]
 N = 7
@@ -367,7 +368,7 @@ def test_the_command_writes_a_cache_and_goes_on(cli: Cli, tiny_folder: Callable[
     code, _, err = cli(*args, "--device", "cpu")
     assert (code, err) == (0, "")
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.safetensors")}
-    teacher = pretrained.identity(str(tiny_folder("sdxl")))
+    teacher = identity(str(tiny_folder("sdxl")))
     cached = Cached(tmp_path / "cache", terms(Reader(source_of(data, 16)), teacher, True, torch.float32))
     assert len(cached.encoded(range(7), [True] * 7).mean) == 7
 

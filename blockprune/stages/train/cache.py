@@ -11,6 +11,7 @@ from blockprune.data import encoded, training_data
 from blockprune.errors import UserError
 from blockprune.model import pretrained
 from blockprune.model.defaults import defaults_of
+from blockprune.model.identity import identity
 from blockprune.model.place import device_of
 from blockprune.progress import Listener
 from blockprune.stages.train.request import CacheRequest
@@ -32,7 +33,7 @@ def encode(request: CacheRequest, out: Path, progress: Listener) -> dict[str, An
         reader,
         out,
         request.shard_size,
-        teacher=pretrained.identity(request.model),
+        teacher=identity(request.model),
         flip=request.random_flip,
         chunk=request.batch_size,
         tick=progress.tick,
