@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import stat
@@ -40,6 +41,20 @@ class Command(TyperCommand):
         elif "out" in ctx.params:
             check_folder(Path("runs"))
         return rest
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Leaves out the --no-… of a flag that is off by default, so that long names stand whole in 80 columns."""
+        shown = copy.copy(self)
+        shown.params = [self._as_shown(param) for param in self.params]
+        super(Command, shown).format_help(ctx, formatter)
+
+    def _as_shown(self, param: Any) -> Any:
+        request = getattr(self.callback, "request", None)
+        if not param.secondary_opts or request is None or request.__dataclass_fields__[param.name].default:
+            return param
+        shown = copy.copy(param)
+        shown.secondary_opts = []
+        return shown
 
     def _takes(self, name: str) -> tuple[Bounds | None, bool]:
         """The numbers that a parameter takes, and whether it takes several values with commas between."""

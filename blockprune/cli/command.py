@@ -20,7 +20,10 @@ OUTPUT = "Output"
 GROUPS = ("Model", "Student", "What to remove", "Measures", "Sampling", "Budget", "Search", "Recovery")
 LAST_GROUPS = ("Scale", OUTPUT)
 CONFIG_FILE = Annotated[
-    Path | None, typer.Option(help="a .toml file with fields of the request; flags win", rich_help_panel=OUTPUT)
+    Path | None,
+    typer.Option(
+        help="a .toml file with fields of the request; options win, and --no-NAME turns a flag off", rich_help_panel=OUTPUT
+    ),
 ]
 
 
