@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockprune.data import encoded
-from blockprune.decode import DEPTH, Object, checked, json_lines, parse_json, read_bytes, read_json, read_toml
+from blockprune.decode import DEPTH, Object, check_keys, checked, json_lines, parse_json, read_bytes, read_json, read_toml
 from blockprune.errors import UserError
 from blockprune.export import adapters, pipeline
 from blockprune.export.stock_config import BlockMap, BlockMapRecord
@@ -30,7 +30,6 @@ from blockprune.model.architecture import Architecture, ArchitectureRecord, Bloc
 from blockprune.model.config_schema import SCHEMAS
 from blockprune.model.defaults import defaults_of
 from blockprune.model.trace import trace
-from blockprune.named import check_keys
 from blockprune.reports.dossiers import dossier_of
 from blockprune.runs import schema
 from blockprune.runs.records import Candidate, Evaluation

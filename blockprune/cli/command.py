@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from blockprune.cli.arguments import number
+from blockprune.cli.checks import number
 from blockprune.decode import Object, read_toml
 from blockprune.model.defaults import BUILT_IN, defaults_of
 from blockprune.request import Option, Request, bounds, flag, kind, several

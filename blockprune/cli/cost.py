@@ -61,7 +61,7 @@ def run(request: CostRequest, macs: options.Macs = "thop", as_json: options.AsJs
 def _place(request: CostRequest) -> tuple[Any, Any]:
     import torch
 
-    from blockprune.model.place import device_of
+    from blockprune.model.device import device_of
 
     return device_of(request.device), getattr(torch, request.dtype)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from blockprune.data.captions import flaw, metadata_of, read_metadata
 from blockprune.data.image_files import IMAGE_SUFFIXES, Unreadable, read_image
 from blockprune.errors import UserError
-from blockprune.measures.statistics import Detector, Stats
+from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.runs.atomic import writing
 from blockprune.runs.lock import locked
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from blockprune.assets import ASSETS
 from blockprune.errors import UserError
-from blockprune.measures.statistics import Detector
+from blockprune.measures.fid_kid import Detector
 
 Features = NDArray[np.float32]
 

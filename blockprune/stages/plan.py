@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from blockprune.measures.examiner import Plan
 from blockprune.measures.images import Judges
 from blockprune.measures.measure import MEASURES, measure
+from blockprune.measures.runner import Plan
 from blockprune.model import sampling
 from blockprune.model.model import Model
 from blockprune.runs.provenance import fingerprint
-from blockprune.stages import inputs
+from blockprune.stages import loading
 
 N_PICTURES = 6
 OWN_SAMPLES = "the teacher's own samples"
@@ -54,13 +54,13 @@ def plan_of(model: Model, request: Measuring, measures: Sequence[str]) -> Plan:
     batch_size, n_noisy = request.batch_size or 1, request.eps_samples or 1
     protocol = sampling.Protocol(n_images, steps, cfg_scale, request.seed, model.latent, request.scheduler or "")
     sampling.check_schedule(model.pipe, protocol)
-    judges = inputs.judges_of(model, request.detector, request.inception_weights, request.clip, request.reference)
+    judges = loading.judges_of(model, request.detector, request.inception_weights, request.clip, request.reference)
     judges = judges.with_own(measures)
     measures = measures or possible(judges, guided=cfg_scale > 1)
     judges.check(measures)
     denoises = any(measure(name).kind == "denoising" for name in measures)
-    clean = inputs.clean_latents(model, request.data, n_noisy, batch_size) if denoises else None
-    prompts = inputs.prompts_of(request.prompts, model)
+    clean = loading.clean_latents(model, request.data, n_noisy, batch_size) if denoises else None
+    prompts = loading.prompts_of(request.prompts, model)
     return Plan(measures, protocol, prompts, n_noisy, clean, judges, batch_size, min(N_PICTURES, n_images))
 
 
@@ -74,7 +74,7 @@ def possible(judges: Judges, guided: bool) -> list[str]:
 def terms(model: Model, plan: Plan, data: str | None) -> dict[str, Any]:
     """What changes numbers besides the request's own fields: two runs with equal fields and terms may share their rows."""
     found = {"teacher": model.identity, "latent": list(model.latent), "device": model.device.type}
-    return found | {"prompts": fingerprint(plan.prompts), **inputs.describe(plan.judges), "data": data or OWN_SAMPLES}
+    return found | {"prompts": fingerprint(plan.prompts), **loading.describe(plan.judges), "data": data or OWN_SAMPLES}
 
 
 def pictured(plan: Plan) -> list[str]:

@@ -21,7 +21,7 @@ from scipy.stats import kendalltau
 
 from blockprune.cli.console import print_ranking
 from blockprune.errors import UserError
-from blockprune.measures.examiner import with_ratio
+from blockprune.measures.runner import with_ratio
 from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.trace import trace

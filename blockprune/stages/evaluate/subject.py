@@ -15,13 +15,13 @@ from blockprune.data import image_folder
 from blockprune.data.image_files import as_stored
 from blockprune.errors import UserError
 from blockprune.export import pipeline
-from blockprune.measures.statistics import Detector, Stats
+from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.model import presets, pretrained, surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.defaults import BUILT_IN, DEFAULTS, OWN, defaults_of
+from blockprune.model.device import device_of
 from blockprune.model.identity import identity
 from blockprune.model.model import Model, load_model, of_pipeline
-from blockprune.model.place import device_of
 from blockprune.model.pretrained import Configs
 from blockprune.model.trace import trace
 from blockprune.stages.evaluate.protocol import Rules

@@ -17,13 +17,13 @@ import torch
 
 from blockprune.cost import latency
 from blockprune.errors import UserError, explanation, redacted
-from blockprune.measures.examiner import FULL, Examiner
 from blockprune.measures.images import failed, judge
 from blockprune.measures.measure import measure
+from blockprune.measures.runner import FULL, MeasureRunner
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
+from blockprune.model.device import device_of
 from blockprune.model.model import Model, load_model
-from blockprune.model.place import device_of
 from blockprune.model.sampling import NotFinite
 from blockprune.progress import Listener
 from blockprune.runs import AnyRun, open_run, parts
@@ -236,16 +236,16 @@ def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation]) ->
     protocol = replace(plan.protocol, seed=worker.fresh.protocol.seed)
     if not measures:
         protocol = replace(protocol, n_images=plan.n_pictures)
-    examiner = Examiner(worker.model, replace(plan, protocol=protocol))
+    runner = MeasureRunner(worker.model, replace(plan, protocol=protocol))
     done = {row["label"] for row in run.rows() if row["kind"] == "seen"}
     if done >= {FULL, *archs}:
         return
-    teacher, pictures = examiner.teacher()
+    teacher, pictures = runner.teacher()
     for label, arch in {FULL: Architecture(), **archs}.items():
         if label in done:
             continue
         try:
-            seen, shown = (teacher, pictures) if label == FULL else examiner.observe(arch, label)
+            seen, shown = (teacher, pictures) if label == FULL else runner.observe(arch, label)
         except NotFinite as err:
             lost = failed(arch.key, label, measures, protocol.n_images, protocol.seed, str(err))
             run.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in lost]})

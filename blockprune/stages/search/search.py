@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from blockprune.measures.examiner import FULL
+from blockprune.measures.runner import FULL
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.runs.records import Candidate, Evaluation

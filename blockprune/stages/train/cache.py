@@ -11,8 +11,8 @@ from blockprune.data import encoded, training_data
 from blockprune.errors import UserError
 from blockprune.model import pretrained
 from blockprune.model.defaults import defaults_of
+from blockprune.model.device import device_of
 from blockprune.model.identity import identity
-from blockprune.model.place import device_of
 from blockprune.progress import Listener
 from blockprune.stages.train.request import CacheRequest
 from blockprune.stages.train.samples import data_of

@@ -12,7 +12,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from blockprune.errors import UserError
-from blockprune.model.place import device_of
+from blockprune.model.device import device_of
 
 
 def launched() -> bool:

@@ -7,9 +7,9 @@ from functools import cached_property
 
 from diffusers import UNet2DConditionModel
 
-from blockprune.measures.examiner import FULL, Examiner, Images, Plan
 from blockprune.measures.images import judge
 from blockprune.measures.measure import measure
+from blockprune.measures.runner import FULL, Images, MeasureRunner, Plan
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import Model
@@ -58,6 +58,6 @@ class Validation:
     def look(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> tuple[Images, list[Score]]:
         """The first images (k, H, W, 3) of a student, and its scores. Raises NotFinite."""
         with self.model.running(student):
-            seen, pictures = Examiner(self.model, self.plan).observe(Architecture(), FULL)
+            seen, pictures = MeasureRunner(self.model, self.plan).observe(Architecture(), FULL)
         plan = self.plan
         return pictures, list(judge(arch.key, label, plan.measures, seen, None, plan.judges, plan.protocol.seed))

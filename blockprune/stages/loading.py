@@ -15,8 +15,8 @@ from blockprune.data.digits import DigitScenes
 from blockprune.data.image_files import MAX_ASPECT
 from blockprune.errors import UserError
 from blockprune.measures import detectors
+from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.measures.images import Judges
-from blockprune.measures.statistics import Detector, Stats
 from blockprune.model.defaults import GENERIC_PROMPTS
 from blockprune.model.model import Model
 

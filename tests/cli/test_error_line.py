@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
-from blockprune.cli import edge
+from blockprune.cli import error_line
 from blockprune.errors import UserError, redacted
 from blockprune.stages.search.trials import open_storage, storage_name
 
@@ -30,7 +30,7 @@ NUMBERS_OF_ERRORS = [errno.ENAMETOOLONG, errno.EROFS, errno.EACCES, errno.ENOTDI
 @pytest.mark.parametrize("number", NUMBERS_OF_ERRORS)
 def test_any_failure_of_the_system_is_one_line(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     for error in (OSError(number, os.strerror(number), "its/path"), RuntimeError(f"I/O error: (os error {number})")):
-        with pytest.raises(SystemExit) as left, edge.one_line_errors():
+        with pytest.raises(SystemExit) as left, error_line.one_line_errors():
             raise error
         err = capfd.readouterr().err
         assert left.value.code == 2
@@ -103,7 +103,7 @@ def test_a_storage_is_called_by_its_host_and_database() -> None:
 
 
 def test_a_storage_that_fails_later_is_one_line() -> None:
-    said = edge.explanation(OperationalError("SELECT secret", {}, Exception("postgresql://u:secret@h/x")))
+    said = error_line.explanation(OperationalError("SELECT secret", {}, Exception("postgresql://u:secret@h/x")))
     assert said is not None
     assert "OperationalError" in said
     assert "secret" not in said

@@ -12,7 +12,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from blockprune.cli.edge import one_line_errors
+from blockprune.cli.error_line import one_line_errors
 from blockprune.errors import UserError
 from blockprune.request import Bounds, bounds, check_text, shown
 from blockprune.runs.directory import check_file, check_folder, check_run_folder
@@ -26,7 +26,7 @@ OUT_IS_FILE = ("report", "map-adapter", "stats")
 OUT_IS_RUN = ("scan", "search", "distill", "evaluate")
 
 
-class Command(TyperCommand):
+class CheckedCommand(TyperCommand):
     """A command that begins only when nothing on its command line is wrong by itself."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -46,7 +46,7 @@ class Command(TyperCommand):
         """Leaves out the --no-… of a flag that is off by default, so that long names stand whole in 80 columns."""
         shown = copy.copy(self)
         shown.params = [self._as_shown(param) for param in self.params]
-        super(Command, shown).format_help(ctx, formatter)
+        super(CheckedCommand, shown).format_help(ctx, formatter)
 
     def _as_shown(self, param: Any) -> Any:
         request = getattr(self.callback, "request", None)
