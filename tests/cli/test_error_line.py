@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 
 from blockprune.cli import error_line
 from blockprune.errors import UserError, redacted
-from blockprune.stages.search.trials import open_storage, storage_name
+from blockprune.stages.search.storage import open_storage, storage_name
 
 Cli = Callable[..., tuple[int, str, str]]
 OneLine = Callable[..., str]
@@ -93,13 +93,6 @@ def test_no_form_of_a_url_shows_its_password(form: str, secret: str) -> None:
     url = form.format(secret)
     assert secret not in storage_name(url)
     assert secret not in redacted(f"Got an unexpected argument ({url})")
-
-
-def test_a_storage_is_called_by_its_host_and_database() -> None:
-    assert storage_name("postgresql://u:pw@db.example.org:5432/studies?sslmode=require") == (
-        "the storage postgresql://db.example.org:5432/studies"
-    )
-    assert storage_name("sqlite:////tmp/x.db") == "the storage sqlite:////tmp/x.db"
 
 
 def test_a_storage_that_fails_later_is_one_line() -> None:

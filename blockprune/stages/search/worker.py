@@ -26,7 +26,8 @@ from blockprune.stages.plan import plan_of, terms
 from blockprune.stages.search.problem import Latencies, Problem
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.search import Chance, Listed, Tiers, finalists, search
-from blockprune.stages.search.trials import Trials, open_storage
+from blockprune.stages.search.storage import open_storage
+from blockprune.stages.search.trials import Trials
 from blockprune.stages.train.recover import Recovery
 
 FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck does not win again

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blockprune.data.encoded import INDEX, Cached, Live, Provider, Remembered
+from blockprune.data.cache import INDEX, Cached
+from blockprune.data.encoded import Live, Provider, Remembered
 from blockprune.data.training_data import CaptionedDataset, Reader, source_of
 from blockprune.errors import UserError
 from blockprune.model.families import on
