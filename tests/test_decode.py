@@ -34,7 +34,7 @@ from blockprune.reports.dossiers import dossier_of
 from blockprune.runs import schema
 from blockprune.runs.records import Candidate, Evaluation
 from blockprune.stages.evaluate.protocol import Rules
-from blockprune.stages.search import trials
+from blockprune.stages.search import storage, trials
 from blockprune.stages.search.storage import open_storage
 from blockprune.stages.search.trials import Trials
 from blockprune.stages.train import checkpoints, recipe
@@ -121,7 +121,7 @@ def test_what_is_no_toml(text: str, tmp_path: Path) -> None:
 
 
 def schemas() -> Iterator[type]:
-    for module in (adapters, encoded, pipeline, trials, config_schema, schema, recipe, checkpoints, defaults):
+    for module in (adapters, cache, pipeline, storage, trials, config_schema, schema, recipe, checkpoints, defaults):
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, msgspec.Struct):
                 yield value

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,7 +75,7 @@ class Cached(Provider):
         return Encoded(torch.cat(means), torch.cat(logvars), join(*conditions))
 
     @contextmanager
-    def _open(self, shard: int) -> Iterator[Any]:
+    def _open(self, shard: int) -> Iterator[safe_open]:
         path = self.folder / self.names[shard]
         try:
             with safe_open(path, framework="pt") as file:
@@ -83,7 +84,7 @@ class Cached(Provider):
             raise UserError(f"cannot read {str(path)!r} ({err}): {AGAIN}") from None
 
 
-def _row(file: Any, row: int, flip: bool) -> tuple[Tensor, Tensor, Condition]:
+def _row(file: safe_open, row: int, flip: bool) -> tuple[Tensor, Tensor, Condition]:
     """Mean, log-variance and condition of one row of an open shard, each with a batch dimension of 1."""
     mirrored = "_flipped" if flip else ""
     mean, logvar = (file.get_slice(f"{name}{mirrored}")[row : row + 1] for name in ("mean", "logvar"))
@@ -94,7 +95,7 @@ def _row(file: Any, row: int, flip: bool) -> tuple[Tensor, Tensor, Condition]:
 
 
 def write_cache(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     reader: Reader,
     folder: str | Path,
     shard_size: int = 512,

@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
-from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from blockprune.data.training_data import Reader
@@ -69,7 +69,7 @@ class Live(Provider):
     UserError when the VAE overflows.
     """
 
-    def __init__(self, pipe: Any, reader: Reader, chunk: int = 1) -> None:
+    def __init__(self, pipe: DiffusionPipeline, reader: Reader, chunk: int = 1) -> None:
         self.pipe, self.reader, self.chunk = pipe, reader, chunk
         side, factor = reader.source.size, pipe.vae_scale_factor
         if side % factor:

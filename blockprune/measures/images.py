@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blockprune.errors import UserError
 from blockprune.measures import intervals
+from blockprune.measures.detectors import Scorer
 from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.measures.intervals import Statistic
 from blockprune.measures.measure import NEEDS, Measure, Seen, measure
@@ -28,7 +29,7 @@ class Judges:
 
     detector: Detector | None = None
     reference: Stats | None = None
-    scorer: Any = None
+    scorer: Scorer | None = None
     is_splits: int = 1
     own: tuple[Measure, ...] = ()
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from blockprune import decode
 from blockprune.assets import ASSETS
-from blockprune.errors import UserError
+from blockprune.errors import UserError, first_line
 from blockprune.model.config_schema import SCHEMAS
 from blockprune.model.defaults import BUILT_IN
 
@@ -196,7 +196,7 @@ def _reason(err: Exception) -> str:
         "LocalEntryNotFoundError": "no connection",
         "GatedRepoError": "it wants a login",
     }
-    return known.get(type(err).__name__, _first_line(err)[:100])
+    return known.get(type(err).__name__, first_line(err)[:100])
 
 
 def _of_single_file(path: Path) -> list[Path]:
@@ -361,11 +361,7 @@ def unloadable(what: str, err: Exception) -> Exception:
     """The error of a file that a library could not load; one that is no fault of the file stays as it is."""
     if isinstance(err, UserError | MemoryError):
         return err
-    return UserError(f"cannot load {what}: {_first_line(err)}; {decode.FETCH}")
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:300]
+    return UserError(f"cannot load {what}: {first_line(err)}; {decode.FETCH}")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from blockprune.measures.images import Judges
 from blockprune.measures.measure import MEASURES, measure
@@ -12,40 +12,10 @@ from blockprune.model import sampling
 from blockprune.model.model import Model
 from blockprune.runs.provenance import fingerprint
 from blockprune.stages import loading
+from blockprune.stages.fields import Measuring
 
 N_PICTURES = 6
 OWN_SAMPLES = "the teacher's own samples"
-
-
-class Measuring(Protocol):
-    """The fields of a request that say how something is measured, filled with the model's defaults."""
-
-    @property
-    def n_images(self) -> int | None: ...
-    @property
-    def steps(self) -> int | None: ...
-    @property
-    def cfg_scale(self) -> float | None: ...
-    @property
-    def scheduler(self) -> str | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def batch_size(self) -> int | None: ...
-    @property
-    def prompts(self) -> str | None: ...
-    @property
-    def reference(self) -> str | None: ...
-    @property
-    def detector(self) -> str | None: ...
-    @property
-    def inception_weights(self) -> str | None: ...
-    @property
-    def clip(self) -> str | None: ...
-    @property
-    def eps_samples(self) -> int | None: ...
-    @property
-    def data(self) -> str | None: ...
 
 
 def plan_of(model: Model, request: Measuring, measures: Sequence[str]) -> Plan:

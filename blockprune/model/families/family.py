@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import concatenate, recursively_apply, send_to_device
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
 Condition = dict[str, Any]
 Size = tuple[int, int]
 
 
-def _ddpm(pipe: Any) -> DDPMScheduler:
+def _ddpm(pipe: DiffusionPipeline) -> DDPMScheduler:
     return DDPMScheduler.from_config(pipe.scheduler.config)
 
 
@@ -30,11 +30,11 @@ class Family:
     """
 
     name: str
-    text: Callable[[Any, Sequence[str], Size], Condition]
-    empty: Callable[[Any, Size], Condition]
+    text: Callable[[DiffusionPipeline, Sequence[str], Size], Condition]
+    empty: Callable[[DiffusionPipeline, Size], Condition]
     blank: Callable[[Mapping[str, Any], int, int, Tensor], Condition]
     network: str = "unet"
-    schedule: Callable[[Any], DDPMScheduler] = _ddpm
+    schedule: Callable[[DiffusionPipeline], DDPMScheduler] = _ddpm
 
 
 def join(*conditions: Condition) -> Condition:

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from blockprune.model.families import sd
 from blockprune.model.families.family import Condition, Family, Size
 
 
-def _text(pipe: Any, prompts: Sequence[str], size: Size) -> Condition:
+def _text(pipe: DiffusionPipeline, prompts: Sequence[str], size: Size) -> Condition:
     embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=pipe.device, do_classifier_free_guidance=False)
     time_ids = torch.tensor([*size, 0, 0, *size], dtype=embeds.dtype, device=embeds.device).repeat(len(prompts), 1)
     return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
 
-def _empty(pipe: Any, size: Size) -> Condition:
+def _empty(pipe: DiffusionPipeline, size: Size) -> Condition:
     row = _text(pipe, [""], size)
     if not pipe.config.force_zeros_for_empty_prompt:
         return row

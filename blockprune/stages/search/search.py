@@ -18,7 +18,7 @@ from blockprune.stages.search.proposals import Proposer
 from blockprune.stages.search.space import Choice, Space
 from blockprune.stages.search.trials import Trials
 
-SCAN, PRESET, EXACT, FINAL = "scan", "preset", "exact", "final"
+SCAN, PRESET, EXACT = "scan", "preset", "exact"
 POLL_S = 0.2
 
 

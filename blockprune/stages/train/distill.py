@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class Sampler:
         seed = int(np.random.SeedSequence([self.seed, 2, g]).generate_state(1, np.uint64)[0] >> 1)
         return torch.randn(2, *self.latent, generator=torch.Generator().manual_seed(seed))
 
-    def _dropped(self, condition: Condition, drop: Any) -> Condition:
+    def _dropped(self, condition: Condition, drop: NDArray[np.bool_]) -> Condition:
         if not drop.any():
             return condition
         n = len(drop)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blockprune.errors import UserError
+from blockprune.errors import UserError, first_line
 from blockprune.export import pipeline
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
@@ -59,7 +59,7 @@ class Finished:
             unet = surgery.skeleton(config, self.archs[step])
             unet.load_state_dict(weights, assign=True)
         except (UserError, ValueError, RuntimeError) as err:
-            raise UserError(f"the checkpoint {str(place)!r} cannot be used ({str(err).splitlines()[0]}): remove it") from None
+            raise UserError(f"the checkpoint {str(place)!r} cannot be used ({first_line(err)}): remove it") from None
         return unet.to(device, dtype).requires_grad_(False)
 
 

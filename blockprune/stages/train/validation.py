@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from diffusers import UNet2DConditionModel
@@ -14,14 +14,9 @@ from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import Model
 from blockprune.model.sampling import Protocol, check_schedule
-from blockprune.stages.fields import Drawing, Judging, Noising
+from blockprune.stages.fields import Measuring
 from blockprune.stages.plan import plan_of, possible
 from blockprune.stages.train.request import TrainRequest
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measuring(Drawing, Judging, Noising):
-    """How a validation draws, and who judges: the request's own words, else the model's."""
 
 
 class Validation:
@@ -32,7 +27,7 @@ class Validation:
 
     def __init__(self, model: Model, request: TrainRequest) -> None:
         self.model = model
-        self.asked = _Measuring(
+        self.asked = Measuring(
             n_images=request.n_images,
             steps=request.denoising_steps,
             cfg_scale=request.cfg_scale,
