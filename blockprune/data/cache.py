@@ -44,12 +44,11 @@ class Cached(Provider):
 
     def __init__(self, folder: str | Path, asked: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        said = read_cache(self.folder)
-        held = said["asked"]
-        self.n, self.flip, self.shard_size = int(held["n"]), bool(held["flip"]), int(held["shard_size"])
+        stored = read_cache(self.folder)["asked"]
+        self.n, self.flip, self.shard_size = int(stored["n"]), bool(stored["flip"]), int(stored["shard_size"])
         needed = {name: value for name, value in (asked or {}).items() if name != "flip" or value}
-        _check_terms(self.folder, {name: held.get(name) for name in needed}, needed)
-        self.identity = identity_of_pairs(held["data"], held["resolution"])
+        _check_terms(self.folder, {name: stored.get(name) for name in needed}, needed)
+        self.identity = identity_of_pairs(stored["data"], stored["resolution"])
         self.names = list(shards(self.n, self.shard_size))
         if bad := unfinished(self.folder, self.n, self.shard_size):
             raise UserError(f"{len(bad)} of {len(self.names)} shards of {str(self.folder)!r} are missing or damaged: {AGAIN}")
@@ -149,10 +148,10 @@ def unfinished(folder: Path, n: int, shard_size: int) -> dict[str, int]:
 
 def _skipped(folder: Path, n: int, shard_size: int) -> dict[int, str]:
     """The broken samples that the finished shards name."""
-    found: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for name, rows in shards(n, shard_size).items():
-        found |= {int(i): why for i, why in (_whole(folder / name, len(rows)) or {}).items()}
-    return found
+        reasons |= {int(i): why for i, why in (_whole(folder / name, len(rows)) or {}).items()}
+    return reasons
 
 
 def _whole(path: Path, n_rows: int) -> dict[str, str] | None:
@@ -175,19 +174,20 @@ def _whole(path: Path, n_rows: int) -> dict[str, str] | None:
 
 def _write(path: Path, live: Live, rows: range, flip: bool, tick: Callable[[str, int], None]) -> None:
     """Encodes the pairs of one shard and writes it, whole or not at all."""
-    found: dict[str, list[Tensor]] = {}
+    moments: dict[str, list[Tensor]] = {}
     captions: list[str] = []
     for start in range(rows.start, rows.stop, live.chunk):
         pairs = [live.reader.pair(i) for i in range(start, min(start + live.chunk, rows.stop))]
         images = torch.stack([p.image for p in pairs])
         for tail, x in (("", images), ("_flipped", images.flip(-1)))[: 1 + flip]:
             mean, logvar = live.moments(x)
-            found.setdefault(f"mean{tail}", []).append(mean)
-            found.setdefault(f"logvar{tail}", []).append(logvar)
+            moments.setdefault(f"mean{tail}", []).append(mean)
+            moments.setdefault(f"logvar{tail}", []).append(logvar)
         captions += [p.caption for p in pairs]
         tick(path.name, len(pairs))
     distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    tensors = {name: torch.cat(parts) for name, parts in found.items()} | {"caption": torch.tensor([distinct[c] for c in captions])}
+    tensors = {name: torch.cat(parts) for name, parts in moments.items()}
+    tensors |= {"caption": torch.tensor([distinct[c] for c in captions])}
     tensors |= {f"condition/{name}": tensor for name, tensor in flat(live.condition(list(distinct)))}
     metadata = {"skipped": json.dumps({i: live.reader.skipped[i] for i in rows if i in live.reader.skipped})}
     with writing(path) as part:
@@ -239,8 +239,8 @@ def read_cache(folder: Path) -> dict[str, Any]:
     """What the cache.json of a cache says; UserError when there is none or it cannot be read."""
     remedy = "delete the folder and run `blockprune cache` again"
     missing = f"no cache in {str(folder)!r}: make one with `blockprune cache --out {folder}`"
-    said = read_json(folder / INDEX, Object, remedy, missing)
-    if said.get("format") != FORMAT:
+    cache_json = read_json(folder / INDEX, Object, remedy, missing)
+    if cache_json.get("format") != FORMAT:
         raise UserError(f"{str(folder / INDEX)!r} is no cache of format {FORMAT}, which this version reads: make a new one")
-    checked(said, CacheRecord, repr(str(folder / INDEX)), remedy)
-    return said
+    checked(cache_json, CacheRecord, repr(str(folder / INDEX)), remedy)
+    return cache_json

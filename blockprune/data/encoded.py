@@ -58,8 +58,8 @@ class Provider(ABC):
 
     def latents(self, indices: Sequence[int], flips: Sequence[bool], noise: Tensor) -> tuple[Tensor, Condition]:
         """Latents (B, C, h, w) drawn with that noise, as the U-Net takes them, and their condition."""
-        found = self.encoded(indices, flips)
-        return found.latents(noise), found.condition
+        pairs = self.encoded(indices, flips)
+        return pairs.latents(noise), pairs.condition
 
 
 class Live(Provider):
@@ -114,8 +114,8 @@ class Remembered(Provider):
     def encoded(self, indices: Sequence[int], flips: Sequence[bool]) -> Encoded:
         wanted = list(zip(indices, flips, strict=True))
         if missing := [pair for pair in dict.fromkeys(wanted) if pair not in self._rows]:
-            found = self.provider.encoded([i for i, _ in missing], [flip for _, flip in missing])
-            fresh = {pair: found.rows(slice(k, k + 1)) for k, pair in enumerate(missing)}
+            pairs = self.provider.encoded([i for i, _ in missing], [flip for _, flip in missing])
+            fresh = {pair: pairs.rows(slice(k, k + 1)) for k, pair in enumerate(missing)}
         else:
             fresh = {}
         rows = [self._rows.get(pair) or fresh[pair] for pair in wanted]

@@ -47,8 +47,8 @@ class ImageFolder:
         self.folder = Path(folder)
         if not os.path.isdir(self.folder):
             raise UserError(f"no folder of images at {str(self.folder)!r}: give a folder that exists")
-        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
-        self.names = sorted(p.relative_to(self.folder).as_posix() for p in found)
+        files = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
+        self.names = sorted(p.relative_to(self.folder).as_posix() for p in files)
         if not self.names:
             raise UserError(f"no images in {str(self.folder)!r}: it needs files such as .png or .jpg")
         self.max_aspect = max_aspect
@@ -160,11 +160,11 @@ def cached_stats(folder: ImageFolder, detector: Detector, prepared: str, prepare
     ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockprune" / "references"
     cache.mkdir(parents=True, exist_ok=True)
-    kept = cache / f"{key}.npz"
-    with locked(kept):
-        if not kept.is_file():
-            write_stats(kept, stats_of_folder(folder, detector, prepare=prepare), detector.name)
-    return read_reference(kept, detector)
+    file = cache / f"{key}.npz"
+    with locked(file):
+        if not file.is_file():
+            write_stats(file, stats_of_folder(folder, detector, prepare=prepare), detector.name)
+    return read_reference(file, detector)
 
 
 def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -> Stats:
@@ -192,9 +192,9 @@ def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -
     real = (np.floating, np.integer)
     if not sound or not all(any(np.issubdtype(a.dtype, k) for k in real) and np.isfinite(a).all() for a in numbers):
         raise UserError(f"{str(path)!r} holds no usable mu (D,) and sigma (D, D): make it again with `blockprune stats`")
-    kept = None if features is None else features.astype(np.float64)
+    features = None if features is None else features.astype(np.float64)
     n = int(arrays["n"]) if "n" in arrays and np.issubdtype(arrays["n"].dtype, np.integer) and arrays["n"].shape == () else 0
-    return Stats(mu.astype(np.float64), sigma.astype(np.float64), n, kept)
+    return Stats(mu.astype(np.float64), sigma.astype(np.float64), n, features)
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -138,12 +138,12 @@ def export_pipeline(
         )
     state = {name: t.detach().contiguous() for name, t in unet.state_dict().items()}
     _same_keys(state, surgery.skeleton(unet.config, arch).state_dict(), f"the U-Net to export as {arch.key}")
-    found = expressible(unet.config, arch)
-    blocks = found.blocks if isinstance(found, Stock) else slots(unet.config, arch)
+    stock_form = expressible(unet.config, arch)
+    blocks = stock_form.blocks if isinstance(stock_form, Stock) else slots(unet.config, arch)
     with writing_folder(folder) as part, pretrained.silence():
         _write_teacher(pipe, part)
-        if isinstance(found, Stock):
-            stock = surgery.skeleton(found.config, Architecture())
+        if isinstance(stock_form, Stock):
+            stock = surgery.skeleton(stock_form.config, Architecture())
             stock.load_state_dict({str(blocks.new_name(name)): t for name, t in state.items()}, assign=True)
             stock.save_pretrained(part / "unet")
         else:
@@ -152,12 +152,12 @@ def export_pipeline(
         (part / PRUNING / ARCHITECTURE).write_text(arch.dumps(), encoding="utf-8")
         (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n", encoding="utf-8")
         (part / PRUNING / TEACHER).write_text(json.dumps(_teacher(pipe.unet.config, *teacher), indent=2) + "\n", encoding="utf-8")
-        readme = model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card)
+        readme = model_card(arch, type(pipe).__name__, stock_form if isinstance(stock_form, str) else "", card)
         (part / "README.md").write_text(readme, encoding="utf-8", errors="backslashreplace")
         for weights in part.rglob("*.safetensors"):  # safetensors writes files that only their owner may read
             weights.chmod((part / "README.md").stat().st_mode)
         _check_same(part, unet.config, arch, state, blocks)
-    return found
+    return stock_form
 
 
 def _teacher(config: Mapping[str, Any], model: str, identity: str) -> dict[str, Any]:
@@ -234,9 +234,9 @@ def read_teacher(folder: Path) -> dict[str, Any] | None:
     None for a stock folder that does not say; one that `load_pipeline` alone loads has its teacher's configuration at the least.
     """
     if (folder / PRUNING / TEACHER).exists():
-        found = _json(folder / PRUNING / TEACHER)
-        decode.checked(found, TeacherRecord, repr(str(folder / PRUNING / TEACHER)), "export the student again")
-        return found
+        teacher_json = _json(folder / PRUNING / TEACHER)
+        decode.checked(teacher_json, TeacherRecord, repr(str(folder / PRUNING / TEACHER)), "export the student again")
+        return teacher_json
     if (folder / "unet" / ARCHITECTURE).is_file():
         return {"model": "", "identity": "", "unet": _unet_config(folder / "unet")}
     return None

@@ -102,10 +102,10 @@ class Run(Stored):
         if not (self.path / "run.json").exists():
             self.write("run.json", json.dumps(wanted, indent=2) + "\n")
             return
-        held = read_run(self.path)
-        if held.get("command") != wanted["command"]:
-            raise UserError(f"{str(self.path)!r} holds a {held.get('command')} run: choose another --out")
-        if changes := list(differences(held["asked"], wanted["asked"])):
+        run_json = read_run(self.path)
+        if run_json.get("command") != wanted["command"]:
+            raise UserError(f"{str(self.path)!r} holds a {run_json.get('command')} run: choose another --out")
+        if changes := list(differences(run_json["asked"], wanted["asked"])):
             raise UserError(f"{str(self.path)!r} holds another run ({'; '.join(changes)}): choose another --out or ask the same")
 
     def _trim(self) -> None:
@@ -141,9 +141,9 @@ class Run(Stored):
     def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leaves only the rows that are wanted: those after the checkpoint from which work goes on will be made again."""
         rows = self.rows()
-        kept = [row for row in rows if wanted(row)]
-        if len(kept) < len(rows):
-            self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        wanted_rows = [row for row in rows if wanted(row)]
+        if len(wanted_rows) < len(rows):
+            self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in wanted_rows))
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Writes a whole file, atomically; folders in `name` are made."""
@@ -220,12 +220,12 @@ def read_rows(path: Path, command: str | None = None) -> list[dict[str, Any]]:
 
     UserError for a line that is no object or, where the command that wrote the run is given, no row of that command.
     """
-    file, found = path / "rows.jsonl", []
+    file, rows = path / "rows.jsonl", []
     for what, row in decode.json_lines(file, DELETE, limit=MAX_ROWS_BYTES) if file.exists() else ():
         if command is not None:
             check_row(command, row, what, DELETE)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def plain(value: Any) -> Any:

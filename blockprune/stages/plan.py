@@ -36,15 +36,15 @@ def plan_of(model: Model, request: Measuring, measures: Sequence[str]) -> Plan:
 
 def possible(judges: Judges, guided: bool) -> list[str]:
     """Every measure that has what it needs."""
-    own = {m.name for m in judges.own}
-    there = (m for m in MEASURES.values() if m.computable and (m.look is None or m.name in own))
-    return [m.name for m in there if not judges.lacks(m.name) and (guided or "guidance" not in m.needs)]
+    looking = {m.name for m in judges.own}
+    computable = (m for m in MEASURES.values() if m.computable and (m.look is None or m.name in looking))
+    return [m.name for m in computable if not judges.lacks(m.name) and (guided or "guidance" not in m.needs)]
 
 
 def terms(model: Model, plan: Plan, data: str | None) -> dict[str, Any]:
     """What changes numbers besides the request's own fields: two runs with equal fields and terms may share their rows."""
-    found = {"teacher": model.identity, "latent": list(model.latent), "device": model.device.type}
-    return found | {"prompts": fingerprint(plan.prompts), **loading.describe(plan.judges), "data": data or OWN_SAMPLES}
+    of_model = {"teacher": model.identity, "latent": list(model.latent), "device": model.device.type}
+    return of_model | {"prompts": fingerprint(plan.prompts), **loading.describe(plan.judges), "data": data or OWN_SAMPLES}
 
 
 def pictured(plan: Plan) -> list[str]:

@@ -88,8 +88,8 @@ def _exported(folder: Path, model: Model) -> Subject:
         configs = replace(configs, unet=about["unet"])
     graph = trace(configs.unet, model.latent, configs.n_tokens) if about else None
     teacher, teacher_id = (about["model"], about["identity"]) if about else ("", "")
-    own = defaults_of(str(folder)) if (folder / OWN).is_file() else _defaults_of_teacher(teacher, teacher_id)
-    return Subject(replace(model, name=str(folder), defaults=own), arch, Architecture(), configs, graph, teacher, teacher_id)
+    defaults = defaults_of(str(folder)) if (folder / OWN).is_file() else _defaults_of_teacher(teacher, teacher_id)
+    return Subject(replace(model, name=str(folder), defaults=defaults), arch, Architecture(), configs, graph, teacher, teacher_id)
 
 
 def _along_training(request: EvaluateRequest, resolution: str | None, finished: Finished, given: Model | None) -> Subject:
@@ -119,9 +119,9 @@ def laid_out(rules: Rules, reference: str | None, prompts: str | None) -> tuple[
     if reference is None:
         raise UserError(f"this protocol needs its reference: give --reference DIR, laid out as {wanted}, or a stats.npz")
     images = Path(reference, rules.reference_folder)
-    found = len(image_folder.ImageFolder(images)) if images.is_dir() and any(images.iterdir()) else 0
-    if found != (rules.n_reference or found) or not found:
-        raise UserError(f"{str(images)!r} has {found} images: this protocol takes --reference DIR, laid out as {wanted}")
+    n_images = len(image_folder.ImageFolder(images)) if images.is_dir() and any(images.iterdir()) else 0
+    if n_images != (rules.n_reference or n_images) or not n_images:
+        raise UserError(f"{str(images)!r} has {n_images} images: this protocol takes --reference DIR, laid out as {wanted}")
     if prompts is None and rules.prompts_file:
         prompts = str(Path(reference, rules.prompts_file))
         if not Path(prompts).is_file():

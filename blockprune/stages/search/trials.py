@@ -108,9 +108,9 @@ class Trials:
     @staticmethod
     def candidate(trial: FrozenTrial) -> Candidate:
         """What a trial scores."""
-        said = trial.user_attrs
-        arch = Architecture(frozenset(said["removed"]))
-        return Candidate(arch, said["label"], said["source"], trial.params, trial.constraints, said["costs"])
+        attrs = trial.user_attrs
+        arch = Architecture(frozenset(attrs["removed"]))
+        return Candidate(arch, attrs["label"], attrs["source"], trial.params, trial.constraints, attrs["costs"])
 
     def known(self) -> set[str]:
         """The keys of architectures that are scored, in work or waiting."""
@@ -124,13 +124,13 @@ class Trials:
 
     def evaluations(self) -> list[Evaluation]:
         """What is scored, in the order of the trials, each architecture once."""
-        found: dict[str, Evaluation] = {}
+        by_arch: dict[str, Evaluation] = {}
         for trial in self.trials(*DONE):
             if "tiers" in trial.user_attrs:
-                found.setdefault(trial.user_attrs["arch"], self._kept(trial))
-        return list(found.values())
+                by_arch.setdefault(trial.user_attrs["arch"], self._finished(trial))
+        return list(by_arch.values())
 
-    def _kept(self, trial: FrozenTrial) -> Evaluation:
+    def _finished(self, trial: FrozenTrial) -> Evaluation:
         """The evaluation of a finished trial, which does not change any more."""
         if trial.number not in self._evaluations:
             self._evaluations[trial.number] = _evaluation(trial)

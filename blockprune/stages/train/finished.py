@@ -31,9 +31,9 @@ class Finished:
     @classmethod
     def of(cls, folder: Path) -> Finished:
         """UserError when `folder` is no distillation, or has nothing to look at yet."""
-        if (said := read_run(folder))["command"] != "distill":
+        if (run_json := read_run(folder))["command"] != "distill":
             raise UserError(
-                f"--checkpoints takes the run directory of a distillation: {str(folder)!r} holds a run of {said['command']!r}"
+                f"--checkpoints takes the run directory of a distillation: {str(folder)!r} holds a run of {run_json['command']!r}"
             )
         asked = read_run(folder, TrainedRun)["asked"]
         phases = asked["phases"]
