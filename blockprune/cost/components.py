@@ -19,6 +19,7 @@ from blockprune.cost import crosscheck, latency
 from blockprune.errors import UserError
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture, Cost
+from blockprune.model.config_schema import Config
 from blockprune.model.count import count
 from blockprune.model.families import family_of
 from blockprune.model.model import Model
@@ -45,7 +46,7 @@ class Part:
 
 
 def unet_inputs(
-    config: Mapping[str, Any],
+    config: Config,
     latent: tuple[int, int],
     n_tokens: int,
     batch_size: int = 1,
@@ -81,7 +82,7 @@ def other_parts(
     return parts
 
 
-def _text_part(name: str, config: Mapping[str, Any]) -> Part:
+def _text_part(name: str, config: Config) -> Part:
     kind = (config.get("architectures") or ["?"])[0]
     if kind not in TEXT_MODELS:
         raise UserError(f"{name} is a {kind}, whose cost is not known here: give a model with {' or '.join(TEXT_MODELS)}")
@@ -194,7 +195,7 @@ def verify(configs: Configs, arch: Architecture, latent: tuple[int, int]) -> dic
 
 
 def random_unet(
-    config: Mapping[str, Any],
+    config: Config,
     arch: Architecture,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -23,7 +23,7 @@ from blockprune.export.stock_config import BlockMap, Stock, expressible, slots
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import difference
-from blockprune.model.config_schema import UNetConfig
+from blockprune.model.config_schema import Config, UNetConfig
 from blockprune.model.defaults import BUILT_IN
 from blockprune.model.families import family_of
 from blockprune.model.identity import identity
@@ -160,7 +160,7 @@ def export_pipeline(
     return stock_form
 
 
-def _teacher(config: Mapping[str, Any], model: str, identity: str) -> dict[str, Any]:
+def _teacher(config: Config, model: str, identity: str) -> dict[str, Any]:
     """What tells an exported student where it comes from; of a local teacher the last part of its path."""
     public = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
     return {"model": Path(model).name if os.path.exists(model) else model, "identity": identity, "unet": public}
@@ -186,12 +186,12 @@ def check_free(folder: Path) -> None:
         raise UserError(f"{str(folder)!r} is there already: choose another --out, or remove it")
 
 
-def _changes(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
+def _changes(teacher: Config, student: Config) -> list[str]:
     a, b = (json.loads(json.dumps({k: v for k, v in c.items() if not k.startswith("_")})) for c in (teacher, student))
     return sorted(k for k in {*a, *b} - {"sample_size"} if a.get(k) != b.get(k))
 
 
-def _check_same(folder: Path, config: Mapping[str, Any], arch: Architecture, state: Mapping[str, Tensor], blocks: BlockMap) -> None:
+def _check_same(folder: Path, config: Config, arch: Architecture, state: Mapping[str, Tensor], blocks: BlockMap) -> None:
     """Raises UserError unless the exported U-Net is the student, on the CPU in float32 (see `compare`)."""
     student, again = surgery.skeleton(config, arch), load_pipeline(folder).unet
     student.load_state_dict({name: t.float().cpu() for name, t in state.items()}, assign=True)
@@ -199,7 +199,7 @@ def _check_same(folder: Path, config: Mapping[str, Any], arch: Architecture, sta
         raise UserError(f"the export of {arch.key} is not the student: {fault}; please report this architecture")
 
 
-def _probe(config: Mapping[str, Any]) -> dict[str, Any]:
+def _probe(config: Config) -> dict[str, Any]:
     """Random arguments of the U-Net's forward, two rows, a small latent."""
     g = torch.Generator().manual_seed(0)
     side = 2 ** len(config["down_block_types"])
@@ -252,7 +252,7 @@ def teacher_of(pipe: DiffusionPipeline) -> tuple[str, str]:
     return name, identity(name) if known else ""
 
 
-def card_entries(model: str, config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+def card_entries(model: str, config: Config, arch: Architecture) -> dict[str, Any]:
     """What a card says of a student: its costs, and its teacher, a hub id also as base model, a local path by its last part."""
     graph = trace(config)
     costs = {"teacher": graph.total.to_json(), "student": graph.cost(graph.check(arch)).to_json()}

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from blockprune.model import pretrained
-from blockprune.model.pretrained import Config
+from blockprune.model.config_schema import Config
 
 WHOLE = 2**20  # numbers of a tensor that all count
 SAMPLE = 1024  # that count of a larger one, its first

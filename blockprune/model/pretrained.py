@@ -22,10 +22,9 @@ from safetensors import SafetensorError, safe_open
 from blockprune import decode
 from blockprune.assets import ASSETS
 from blockprune.errors import UserError, first_line
-from blockprune.model.config_schema import SCHEMAS
+from blockprune.model.config_schema import SCHEMAS, Config
 from blockprune.model.defaults import BUILT_IN
 
-Config = Mapping[str, Any]
 PIPELINES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 CLASSES = {"model_index.json": tuple(PIPELINES), "unet/config.json": ("UNet2DConditionModel",)}
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import concatenate, recursively_apply, send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
+
+from blockprune.model.config_schema import Config
 
 Condition = dict[str, Any]
 Size = tuple[int, int]
@@ -32,7 +34,7 @@ class Family:
     name: str
     text: Callable[[DiffusionPipeline, Sequence[str], Size], Condition]
     empty: Callable[[DiffusionPipeline, Size], Condition]
-    blank: Callable[[Mapping[str, Any], int, int, Tensor], Condition]
+    blank: Callable[[Config, int, int, Tensor], Condition]
     network: str = "unet"
     schedule: Callable[[DiffusionPipeline], DDPMScheduler] = _ddpm
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from blockprune.model.config_schema import Config
 from blockprune.model.families.family import Condition, Family, Size
 
 
@@ -20,7 +20,7 @@ def _empty(pipe: DiffusionPipeline, size: Size) -> Condition:
     return _text(pipe, [""], size)
 
 
-def blank(config: Mapping[str, Any], n: int, n_tokens: int, like: Tensor) -> Condition:
+def blank(config: Config, n: int, n_tokens: int, like: Tensor) -> Condition:
     return {"encoder_hidden_states": like.new_zeros(n, n_tokens, config["cross_attention_dim"])}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from blockprune.model.config_schema import Config
 from blockprune.model.families import sd
 from blockprune.model.families.family import Condition, Family, Size
 
@@ -28,7 +28,7 @@ def _empty(pipe: DiffusionPipeline, size: Size) -> Condition:
     return zeros | {"added_cond_kwargs": added | {"text_embeds": torch.zeros_like(added["text_embeds"])}}
 
 
-def _blank(config: Mapping[str, Any], n: int, n_tokens: int, like: Tensor) -> Condition:
+def _blank(config: Config, n: int, n_tokens: int, like: Tensor) -> Condition:
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     added = {"text_embeds": like.new_zeros(n, pooled), "time_ids": like.new_zeros(n, 6)}
     return sd.blank(config, n, n_tokens, like) | {"added_cond_kwargs": added}

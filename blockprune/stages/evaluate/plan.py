@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from blockprune.cost.components import outside_params
 from blockprune.errors import UserError
@@ -111,7 +111,7 @@ class EvaluationPlan:
         at = setting.checkpoint
         return self.finished.archs[at] if self.finished and at is not None else self.subject.arch
 
-    def network(self, setting: Setting) -> Any:
+    def network(self, setting: Setting) -> UNet2DConditionModel:
         """The network of a setting: the model's own, a checkpoint, or a copy of one of these in 8 bits."""
         network, model = self.model.network, self.model
         if self.finished and setting.checkpoint is not None:
