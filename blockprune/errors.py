@@ -65,5 +65,10 @@ def _of_system(err: OSError) -> str:
     where = "" if path is None else f"{os.fsdecode(path) if isinstance(path, bytes) else str(path)!r}: "
     if err.errno in FULL or "No space left on device" in str(err):
         return f"{where}the disk is full: free some space and run the same command again"
-    what = err.strerror or (str(err).strip().splitlines() or [type(err).__name__])[0]
+    what = err.strerror or first_line(err)
     return f"{where}{what}: {REMEDIES.get(err.errno or 0, 'mend that and run the same command again')}"
+
+
+def first_line(err: BaseException) -> str:
+    """What an error says, in a line of at most 300 characters."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0][:300]

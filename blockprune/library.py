@@ -22,9 +22,9 @@ from blockprune.measures.measure import Measure, chosen
 from blockprune.model import presets, pretrained, surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.defaults import defaults_of
+from blockprune.model.device import device_of
 from blockprune.model.families import family_of
 from blockprune.model.model import Model, load_model, of_pipeline
-from blockprune.model.place import device_of
 from blockprune.model.trace import trace
 from blockprune.progress import Bars, Listener, Silent
 from blockprune.results import EvaluateResult, ScanResult, SearchResult, TrainResult

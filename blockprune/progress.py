@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingCo
 from rich.text import Text
 
 NOT_A_TERMINAL_WIDTH = 160
+LONGEST_STEP_S = 3600.0  # Rich knows no speed, so no time left, of what is done more seldom
 
 
 class Listener(Protocol):
@@ -97,7 +98,13 @@ class Bars:
                 _Rate(),
                 TimeRemainingColumn(),
             )
-            self._bars = Progress(*columns, console=self.console, transient=not self.console.is_jupyter, get_time=self.clock)
+            self._bars = Progress(
+                *columns,
+                console=self.console,
+                transient=not self.console.is_jupyter,
+                get_time=self.clock,
+                speed_estimate_period=LONGEST_STEP_S,
+            )
             self._all = self._bars.add_task("", total=1, unit=self.unit, visible=False)
             self._now = self._bars.add_task("", total=1, unit=self.unit, visible=False)
             self._bars.start()
@@ -150,11 +157,12 @@ class Bars:
         """ "[3/40] mid_block: 64 images, 12.3 images/s, 0:03:20 left"; the rate is over all steps, as the time left is."""
         done, elapsed = sum(self.done.values()), max(self.clock() - self.start, 1e-9)
         left = max(sum(self.steps.values()) - done, 0) * elapsed / done
-        rate = f"{self.done[step]} {self.unit}, {done / elapsed:.3g} {self.unit}/s, {_duration(left)} left"
+        rate = f"{self.done[step]} {self.unit}, {done / elapsed:.3g} {self.unit}/s, {duration(left)} left"
         return f"[{self._finished()}/{len(self.steps)}] {step}: {rate}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:03:20."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 

@@ -11,7 +11,7 @@ from blockprune.errors import UserError
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.runs import AnyRun
-from blockprune.runs.directory import writing
+from blockprune.runs.atomic import writing
 from blockprune.runs.memory import MemoryRun
 from blockprune.runs.records import Evaluation, TrainState
 

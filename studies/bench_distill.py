@@ -31,7 +31,7 @@ from blockprune.cost.latency import peak_bytes
 from blockprune.model import presets
 from blockprune.model.model import Model, load_model
 from blockprune.runs.provenance import made_with
-from blockprune.stages import inputs
+from blockprune.stages import loading
 from blockprune.stages.train.distill import Batch, Distiller, Sampler, Settings, student_of
 from blockprune.stages.train.recipe import read_recipe
 from blockprune.stages.train.samples import data_of, provider_of, samples_of
@@ -56,7 +56,7 @@ class Plain:
             for tap in taps:
                 modules[getattr(tap, who)].register_forward_hook(self._keep(who, getattr(tap, who)))
         self.images = torch.randint(256, (batch_size, 3, *model.pixels), dtype=torch.uint8)
-        prompts = inputs.prompts_of(None, model)
+        prompts = loading.prompts_of(None, model)
         self.captions = [prompts[i % len(prompts)] for i in range(batch_size)]
 
     def _keep(self, who: str, name: str) -> Any:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from blockprune.cost.components import random_unet
 from blockprune.measures.denoising import Denoiser, NoisySamples
-from blockprune.measures.examiner import FIT_SEED, Examiner
+from blockprune.measures.runner import FIT_SEED, MeasureRunner
 from blockprune.model import fit as fitting
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture, BlockGraph
@@ -93,7 +93,7 @@ def random_archs(graph: BlockGraph, n: int, seed: int) -> list[Architecture]:
 def tiny(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model("tiny-digits")
     plan = plan_of(model, ScanRequest(measures=("eps_mse",)).filled(model.defaults), ["eps_mse"])
-    samples = Examiner(model, plan).noisy({})
+    samples = MeasureRunner(model, plan).noisy({})
     batch = NoisySamples(samples.latents, samples.condition, samples.schedule, args.samples, FIT_SEED).batch(
         0, args.samples, model.network
     )

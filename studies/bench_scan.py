@@ -38,8 +38,8 @@ import numpy as np
 import torch
 
 from blockprune.measures.denoising import NoisySamples, denoising_errors
-from blockprune.measures.examiner import Plan
 from blockprune.measures.images import Judges
+from blockprune.measures.runner import Plan
 from blockprune.measures.score import Score
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
@@ -47,7 +47,7 @@ from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import Protocol
 from blockprune.model.trace import trace
 from blockprune.runs.provenance import made_with
-from blockprune.stages import inputs
+from blockprune.stages import loading
 from blockprune.stages.scan.scan import Scan
 
 MASKS = ("down_blocks.0.resnets.0", "down_blocks.2.attentions.1", "mid_block", "up_blocks.1.resnets.1", "up_blocks.3.attentions.2")
@@ -142,10 +142,10 @@ def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
     model = load_model("tiny-digits")
     model.pipe.set_progress_bar_config(disable=True)
     protocol = Protocol(n_images, model.defaults["steps"], model.defaults["cfg_scale"], 0, model.latent)
-    prompts = inputs.prompts_of(None, model)
+    prompts = loading.prompts_of(None, model)
     prompts = [prompts[i % len(prompts)] for i in range(n_images)]
     archs = {"full": Architecture(), **{name: Architecture(frozenset({name})) for name in MASKS}}
-    judges = inputs.judges_of(model, None, None, None, None)
+    judges = loading.judges_of(model, None, None, None, None)
     ways = {"plain": plain_loop, "scan": ours}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -179,7 +179,7 @@ def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
 
 def compare_replay(n: int, rounds: int) -> dict[str, Any]:
     model = load_model("tiny-digits")
-    latents, captions = inputs.clean_latents(model, "digits", n, 64) or (torch.empty(0), [])
+    latents, captions = loading.clean_latents(model, "digits", n, 64) or (torch.empty(0), [])
     condition, _ = model.encode(captions)
     samples = NoisySamples(latents, condition, model.schedule, n, 0)
     seconds: dict[bool, list[float]] = {True: [], False: []}

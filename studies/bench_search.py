@@ -35,7 +35,8 @@ from blockprune.runs.records import Candidate
 from blockprune.stages.search.proposals import sampler_of
 from blockprune.stages.search.search import Candidates, Chance, Strategy, search
 from blockprune.stages.search.space import Space
-from blockprune.stages.search.trials import Trials, open_storage
+from blockprune.stages.search.storage import open_storage
+from blockprune.stages.search.trials import Trials
 
 BUDGETS = [
     ("71%params",),

@@ -23,7 +23,7 @@ from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.model import load_model
 from blockprune.model.trace import trace
-from blockprune.stages import inputs
+from blockprune.stages import loading
 from blockprune.stages.search.budget import parse_budget
 from blockprune.stages.search.space import Choice, Space
 
@@ -76,7 +76,7 @@ def table(path: Path) -> dict[Choice, float]:
 
 def denoiser(n: int) -> Denoiser:
     model = load_model("tiny-digits")
-    clean = inputs.clean_latents(model, None, n, BATCH_SIZE)
+    clean = loading.clean_latents(model, None, n, BATCH_SIZE)
     assert clean
     samples = NoisySamples(clean[0], model.encode(clean[1])[0], model.schedule, n, seed=0)
     return Denoiser(model.network, model.graph, samples, BATCH_SIZE)

@@ -28,7 +28,8 @@ from sklearn.svm import SVC
 
 from blockprune.data.digits import CELL_PX, EMPTY, SCENE_PX, DigitScenes
 from blockprune.measures.detectors import BUILT_IN, HubDetector
-from blockprune.measures.statistics import Stats, fid_statistic, interval, mean_statistic
+from blockprune.measures.fid_kid import Stats, fid_statistic
+from blockprune.measures.intervals import interval, mean_statistic
 
 N_SHOWN = 24
 Row = dict[str, Any]

@@ -20,12 +20,13 @@ import torch
 from quality_tiny_digits import cells, real_scenes, train_reader
 
 from blockprune.data.digits import EMPTY
-from blockprune.measures.statistics import Statistic, fid_statistic, mean_statistic, paired_interval
+from blockprune.measures.fid_kid import fid_statistic
+from blockprune.measures.intervals import Statistic, mean_statistic, paired_interval
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import load_model
 from blockprune.model.sampling import Protocol
 from blockprune.runs.provenance import made_with
-from blockprune.stages import inputs
+from blockprune.stages import loading
 
 Row = dict[str, Any]
 
@@ -39,7 +40,7 @@ class Scenes:
         values = self.model.defaults
         self.protocol = Protocol(n, values["steps"], values["cfg_scale"], 5000, self.model.latent)
         self.conditions = self.model.encode(captions)
-        self.judges = inputs.judges_of(self.model, None, None, None, None)
+        self.judges = loading.judges_of(self.model, None, None, None, None)
         self.reader = train_reader(4000)
 
     def measure(self, arch: Architecture) -> dict[str, Statistic]:

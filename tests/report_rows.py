@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from blockprune.cost.latency import Timing
 from blockprune.cost.table import components
-from blockprune.measures.examiner import FULL, error_score, with_ratio
+from blockprune.measures.fid_kid import Stats
 from blockprune.measures.images import Judges, failed, judge
 from blockprune.measures.measure import measure, names
+from blockprune.measures.runner import FULL, error_score, with_ratio
 from blockprune.measures.score import Score
-from blockprune.measures.statistics import Stats
 from blockprune.model.architecture import Architecture, BlockGraph, Cost
 from blockprune.model.trace import trace
 from blockprune.runs.directory import Run

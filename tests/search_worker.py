@@ -11,7 +11,8 @@ from optuna.storages import BaseStorage
 
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
-from blockprune.stages.search.trials import Trials, open_storage
+from blockprune.stages.search.storage import open_storage
+from blockprune.stages.search.trials import Trials
 
 ASKED = {"objective": "eps_mse", "seed": 0}
 NAMES = [f"down_blocks.{i}" for i in range(12)]

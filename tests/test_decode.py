@@ -18,8 +18,8 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockprune.data import encoded
-from blockprune.decode import DEPTH, Object, checked, json_lines, parse_json, read_bytes, read_json, read_toml
+from blockprune.data import cache
+from blockprune.decode import DEPTH, Object, check_keys, checked, json_lines, parse_json, read_bytes, read_json, read_toml
 from blockprune.errors import UserError
 from blockprune.export import adapters, pipeline
 from blockprune.export.stock_config import BlockMap, BlockMapRecord
@@ -30,13 +30,13 @@ from blockprune.model.architecture import Architecture, ArchitectureRecord, Bloc
 from blockprune.model.config_schema import SCHEMAS
 from blockprune.model.defaults import defaults_of
 from blockprune.model.trace import trace
-from blockprune.named import check_keys
 from blockprune.reports.dossiers import dossier_of
 from blockprune.runs import schema
 from blockprune.runs.records import Candidate, Evaluation
 from blockprune.stages.evaluate.protocol import Rules
-from blockprune.stages.search import trials
-from blockprune.stages.search.trials import Trials, open_storage
+from blockprune.stages.search import storage, trials
+from blockprune.stages.search.storage import open_storage
+from blockprune.stages.search.trials import Trials
 from blockprune.stages.train import checkpoints, recipe
 from blockprune.stages.train.finished import Finished
 from blockprune.stages.train.recipe import Recipe
@@ -121,7 +121,7 @@ def test_what_is_no_toml(text: str, tmp_path: Path) -> None:
 
 
 def schemas() -> Iterator[type]:
-    for module in (adapters, encoded, pipeline, trials, config_schema, schema, recipe, checkpoints, defaults):
+    for module in (adapters, cache, pipeline, storage, trials, config_schema, schema, recipe, checkpoints, defaults):
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, msgspec.Struct):
                 yield value
@@ -277,7 +277,7 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
         lambda: {"step": 3, "sha256": {"student.safetensors": "0" * 64}},
         _written("step-0000003/checkpoint.json", checkpoints.read_snapshot),
     ),
-    "cache": (lambda: {"format": 1, "source": "x", "asked": TERMS}, _written("cache.json", encoded.Cached)),
+    "cache": (lambda: {"format": 1, "source": "x", "asked": TERMS}, _written("cache.json", cache.Cached)),
     "trained": (lambda: TRAINED, _written("run.json", Finished.of)),
     "teacher": (
         lambda: {"model": "m", "identity": "i", "unet": _plain(_config("sd1"))},

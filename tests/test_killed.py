@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial
 
 from blockprune.model.architecture import Architecture
 from blockprune.runs import directory
-from blockprune.stages.search.trials import open_storage
+from blockprune.stages.search.storage import open_storage
 
 SEED = int(os.environ.get("BLOCKPRUNE_KILL_SEED") or random.SystemRandom().randrange(10**6))
 ROUNDS = int(os.environ.get("BLOCKPRUNE_KILL_ROUNDS") or 1)
@@ -38,7 +38,7 @@ LIMIT_S = 240.0  # of one run, so that one that hangs is told from one that is s
 LAUNCHER = """
 import importlib, json, os, signal, sys
 from blockprune.cli import main
-for name in ("cli.console", "data.encoded", "library", "reports.canvas", "stages.train.cache"):
+for name in ("cli.console", "data.cache", "library", "reports.canvas", "stages.train.cache"):
     importlib.import_module(f"blockprune.{name}")
 for name in ("matplotlib.pyplot", "diffusers", "transformers"):
     importlib.import_module(name)
@@ -272,7 +272,7 @@ NARROW = {
         "os.rename run/student/.architecture",
         "os.rename run/.pipeline.part",
     ],
-    "cache": ["os.remove run/.shard-00003.safetensors.lock", "os.rename run/.cache.json.part"],
+    "cache": ["os.remove run/.shard-00003.safetensors.lock", "os.rename run/.cache.part.json"],
 }
 
 

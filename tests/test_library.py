@@ -196,6 +196,19 @@ def test_bad_fields_are_user_errors(fields: dict[str, Any], says: str) -> None:
         bp.evaluate(**{**QUICK, **fields})
 
 
+def test_checkpoints_of_a_run_on_a_loaded_pipeline(pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"steps": 1, "train_batch_size": 2, "n_images": 2, "denoising_steps": 1, "progress": bp.Silent()}
+    bp.distill(pipe, "mid_block", out=tmp_path / "run", **quick)
+    for model in (None, pipe):
+        rows = bp.evaluate(model, checkpoints=str(tmp_path / "run"), measures=["clip_score"], **QUICK).rows
+        assert [row["checkpoint"] for row in rows] == [1]
+    other = bp.load_pipeline("tiny-digits")
+    with torch.no_grad():
+        other.unet.conv_in.bias += 1
+    with pytest.raises(UserError, match="is not the teacher of the run"):
+        bp.evaluate(other, checkpoints=str(tmp_path / "run"), **QUICK)
+
+
 def test_a_pruned_pipeline_is_pruned_already(pipe: DiffusionPipeline) -> None:
     with pytest.raises(UserError, match="is pruned already"):
         bp.evaluate(bp.prune(pipe, "mid_block"), arch="mid_block", **QUICK)

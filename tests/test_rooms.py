@@ -15,7 +15,7 @@ import blockprune
 ROOT = Path(blockprune.__file__).parent
 # A room may import those before it. A tuple is in import order inside one room; a stage knows no other but those before it.
 ROOMS = (
-    *("errors", "decode", "named", "request", "progress", "assets", "model", "cost", "measures", "runs", "data"),
+    *("errors", "decode", "request", "progress", "assets", "model", "cost", "measures", "runs", "data"),
     *("export", "stages", "reports", "results", "library", "cli", "__main__"),
 )
 STAGES = ("train", "evaluate", "scan", "search")

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from blockprune.cli import cache, cost, distill, edge, evaluate, export, graph, map_adapter, report, scan, search, stats
-from blockprune.cli.arguments import Command
+from blockprune.cli import cache, cost, distill, error_line, evaluate, export, graph, map_adapter, report, scan, search, stats
+from blockprune.cli.checks import CheckedCommand
 
 app = typer.Typer(
     name="blockprune",
@@ -37,25 +37,25 @@ def _main(
     """Which blocks of a diffusion U-Net can go, what each one costs in quality, and how to get a good smaller model."""
 
 
-app.command("graph", cls=Command)(graph.graph)
-app.command("cost", cls=Command)(cost.cost)
-app.command("cache", cls=Command)(cache.cache)
-app.command("scan", cls=Command)(scan.scan)
-app.command("search", cls=Command)(search.search)
-app.command("distill", cls=Command)(distill.distill)
-app.command("evaluate", cls=Command)(evaluate.evaluate)
-app.command("export", cls=Command)(export.export)
-app.command("map-adapter", cls=Command)(map_adapter.map_adapter)
-app.command("report", cls=Command)(report.report)
-app.command("stats", cls=Command)(stats.stats)
+app.command("graph", cls=CheckedCommand)(graph.graph)
+app.command("cost", cls=CheckedCommand)(cost.cost)
+app.command("cache", cls=CheckedCommand)(cache.cache)
+app.command("scan", cls=CheckedCommand)(scan.scan)
+app.command("search", cls=CheckedCommand)(search.search)
+app.command("distill", cls=CheckedCommand)(distill.distill)
+app.command("evaluate", cls=CheckedCommand)(evaluate.evaluate)
+app.command("export", cls=CheckedCommand)(export.export)
+app.command("map-adapter", cls=CheckedCommand)(map_adapter.map_adapter)
+app.command("report", cls=CheckedCommand)(report.report)
+app.command("stats", cls=CheckedCommand)(stats.stats)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command and leaves with its exit code: 2 and one line for what the user can mend, 130 on Ctrl-C."""
     _quieten()
-    edge.make_printable()
+    error_line.make_printable()
     try:
-        with edge.one_line_errors():
+        with error_line.one_line_errors():
             code = app(args=argv, prog_name="blockprune", standalone_mode=False)
     except typer.Abort:
         code = 130

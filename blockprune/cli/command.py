@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from blockprune.cli.arguments import number
+from blockprune.cli.checks import number
 from blockprune.decode import Object, read_toml
 from blockprune.model.defaults import BUILT_IN, defaults_of
 from blockprune.request import Option, Request, bounds, flag, kind, several
@@ -20,7 +20,10 @@ OUTPUT = "Output"
 GROUPS = ("Model", "Student", "What to remove", "Measures", "Sampling", "Budget", "Search", "Recovery")
 LAST_GROUPS = ("Scale", OUTPUT)
 CONFIG_FILE = Annotated[
-    Path | None, typer.Option(help="a .toml file with fields of the request; flags win", rich_help_panel=OUTPUT)
+    Path | None,
+    typer.Option(
+        help="a .toml file with fields of the request; options win, and --no-NAME turns a flag off", rich_help_panel=OUTPUT
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ from blockprune.cli import options
 from blockprune.cli.command import command
 from blockprune.errors import UserError
 from blockprune.model.defaults import MOST_BATCH, MOST_STEPS
-from blockprune.request import option
+from blockprune.request import Bounds, option
 from blockprune.stages.fields import MEASURES, REMOVE, SAMPLING, SCALE, OnModel
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from blockprune.model.architecture import Architecture, BlockGraph, Cost
     from blockprune.model.pretrained import Configs
+
+MOST_ROUNDS = 10**5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class CostRequest(OnModel):
     verify: bool = option(False, "check the counts with the thop and fvcore packages", MEASURES)
     components: bool = option(False, "each part for all architectures side by side; with --latency, time each", MEASURES)
     latency: bool = option(False, "measure a U-Net step, with random weights", MEASURES)
-    rounds: int = option(20, "measured steps of each, teacher and student in turn", MEASURES, least=5, most=10**5)
+    rounds: int = option(20, "measured steps of each, teacher and student in turn", MEASURES, least=1, most=MOST_ROUNDS)
     batch_size: int = option(1, "rows of the measured U-Net step; guidance takes two per image", SCALE, least=1, most=MOST_BATCH)
 
     def check(self) -> None:
@@ -39,6 +41,8 @@ class CostRequest(OnModel):
             raise UserError("several --arch are compared part by part: add --components, or give one")
         if self.components and (self.verify or self.batch_size != 1):
             raise UserError("--components goes without --verify and --batch-size: leave them out")
+        if self.latency:
+            Bounds(5, MOST_ROUNDS).check("--rounds", self.rounds)
 
 
 def run(request: CostRequest, macs: options.Macs = "thop", as_json: options.AsJson = False) -> None:
@@ -57,7 +61,7 @@ def run(request: CostRequest, macs: options.Macs = "thop", as_json: options.AsJs
 def _place(request: CostRequest) -> tuple[Any, Any]:
     import torch
 
-    from blockprune.model.place import device_of
+    from blockprune.model.device import device_of
 
     return device_of(request.device), getattr(torch, request.dtype)
 

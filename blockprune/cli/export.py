@@ -30,7 +30,8 @@ def export(
     """
     from blockprune.export.pipeline import card_entries, check_free, export_pipeline, load_student, read_architecture
     from blockprune.export.stock_config import Stock
-    from blockprune.model.pretrained import identity, load
+    from blockprune.model.identity import identity
+    from blockprune.model.pretrained import load
 
     check_free(out)
     folder = _student_folder(student)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,20 +81,15 @@ def _write(mapped: Mapped, out: Path) -> None:
     """The tensors, and peft's configuration beside them where there is one; nothing half-written."""
     from safetensors.torch import save
 
-    kept = {key: t.contiguous() for key, t in mapped.tensors.items()}
-    contents = {out: save(kept, {"format": "pt", **mapped.metadata})}
+    from blockprune.runs.atomic import writing
+
+    tensors = {key: t.contiguous() for key, t in mapped.tensors.items()}
+    contents = {out: save(tensors, {"format": "pt", **mapped.metadata})}
     if mapped.config is not None:
         contents[out.with_name(CONFIG)] = (json.dumps(mapped.config, indent=2, sort_keys=True) + "\n").encode()
-    parts = {path: path.with_name(f".{path.name}.part") for path in contents}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with ExitStack() as stack:
             for path, content in contents.items():
-                parts[path].write_bytes(content)
-            for path, part in parts.items():
-                part.replace(path)
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
+                stack.enter_context(writing(path)).write_bytes(content)
     except OSError as err:
         raise UserError(f"cannot write to {str(out)!r} ({err.strerror}): choose another --out") from None

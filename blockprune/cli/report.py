@@ -34,7 +34,7 @@ def report(
     others = _free(out)
     from blockprune.reports.dossiers import dossier_of
     from blockprune.reports.html.page import report_files
-    from blockprune.runs.directory import writing
+    from blockprune.runs.atomic import writing
 
     dossier = dossier_of(runs, allow_mismatch)
     files = report_files(dossier, convention)

@@ -28,7 +28,7 @@ def stats(
     """
     from blockprune.data.image_folder import ImageFolder, stats_of_folder, write_stats
     from blockprune.measures.detectors import load_detector
-    from blockprune.model.place import device_of
+    from blockprune.model.device import device_of
 
     images = ImageFolder(folder)
     judge = load_detector(detector, str(device_of(device)), inception_weights)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -18,6 +19,7 @@ from blockprune.cost import crosscheck, latency
 from blockprune.errors import UserError
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture, Cost
+from blockprune.model.config_schema import Config
 from blockprune.model.count import count
 from blockprune.model.families import family_of
 from blockprune.model.model import Model
@@ -44,7 +46,7 @@ class Part:
 
 
 def unet_inputs(
-    config: Mapping[str, Any],
+    config: Config,
     latent: tuple[int, int],
     n_tokens: int,
     batch_size: int = 1,
@@ -80,7 +82,7 @@ def other_parts(
     return parts
 
 
-def _text_part(name: str, config: Mapping[str, Any]) -> Part:
+def _text_part(name: str, config: Config) -> Part:
     kind = (config.get("architectures") or ["?"])[0]
     if kind not in TEXT_MODELS:
         raise UserError(f"{name} is a {kind}, whose cost is not known here: give a model with {' or '.join(TEXT_MODELS)}")
@@ -187,19 +189,13 @@ def verify(configs: Configs, arch: Architecture, latent: tuple[int, int]) -> dic
     thop = {name: crosscheck.check_thop(p.module, p.kwargs, costs[name]) for name, p in parts().items()}
     fvcore = {}
     for name, part in parts().items():
-        kwargs = {k: _zeros(v) for k, v in part.kwargs.items()}
+        kwargs = recursively_apply(lambda t: torch.zeros(t.shape, dtype=t.dtype), part.kwargs)
         fvcore[name] = crosscheck.check_fvcore(crosscheck.hollow(part.module), kwargs, costs[name])
     return {name: {"thop": thop[name], "fvcore": fvcore[name]} for name in costs}
 
 
-def _zeros(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _zeros(v) for k, v in value.items()}
-    return torch.zeros(value.shape, dtype=value.dtype)
-
-
 def random_unet(
-    config: Mapping[str, Any],
+    config: Config,
     arch: Architecture,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,

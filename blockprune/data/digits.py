@@ -53,26 +53,9 @@ class Labels:
 
 
 def caption(labels: Labels) -> str:
-    """Return the caption of a scene; `parse_caption` is its inverse."""
+    """Return the caption of a scene."""
     cells = [f"{DIGIT_WORDS[digit]} {where}" for digit, where in zip(labels.digits, CELL_WORDS, strict=True) if digit != EMPTY]
     return f"{WEIGHT_WORDS[labels.weight]} {SLANT_WORDS[labels.slant]}: {', '.join(cells)}"
-
-
-def parse_caption(text: str) -> Labels:
-    """Return the labels that a caption states; raises ValueError on any other text."""
-    try:
-        style, cells = text.split(": ")
-        weight, slant = style.split(" ", 1)
-        digits = [EMPTY] * 4
-        for cell in cells.split(", "):
-            digit, where = cell.split(" ", 1)
-            digits[CELL_WORDS.index(where)] = DIGIT_WORDS.index(digit)
-        labels = Labels(tuple(digits), SLANT_WORDS.index(slant), WEIGHT_WORDS.index(weight))  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"not a caption of a digit scene: {text!r} ({error})") from error
-    if caption(labels) != text:
-        raise ValueError(f"not a caption in its normal form: {text!r}, expected {caption(labels)!r}")
-    return labels
 
 
 @lru_cache(maxsize=1)

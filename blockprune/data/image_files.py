@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blockprune.errors import first_line
+
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_ASPECT = 64  # a longer strip would fill the memory when its shorter side is enlarged
 
@@ -49,7 +51,7 @@ def read_image(file: Path | io.BytesIO, max_aspect: float = float("inf")) -> Ten
                 raise ValueError(f"{image.width}x{image.height} pixels are too long a strip")
             pixels = np.array(image.convert("RGB"))
     except Exception as err:  # Pillow's decoders raise almost anything on broken files
-        why = getattr(err, "strerror", None) or (str(err).splitlines() or [type(err).__name__])[0]
+        why = getattr(err, "strerror", None) or first_line(err)
         raise Unreadable(re.sub(r" <_io.*", "", why)[:100]) from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

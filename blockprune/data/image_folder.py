@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,7 +21,9 @@ from torch import Tensor
 from blockprune.data.captions import flaw, metadata_of, read_metadata
 from blockprune.data.image_files import IMAGE_SUFFIXES, Unreadable, read_image
 from blockprune.errors import UserError
-from blockprune.measures.statistics import Detector, Stats
+from blockprune.measures.fid_kid import Detector, Stats
+from blockprune.runs.atomic import writing
+from blockprune.runs.lock import locked
 
 _log = logging.getLogger("blockprune")
 
@@ -47,8 +47,8 @@ class ImageFolder:
         self.folder = Path(folder)
         if not os.path.isdir(self.folder):
             raise UserError(f"no folder of images at {str(self.folder)!r}: give a folder that exists")
-        found = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
-        self.names = sorted(p.relative_to(self.folder).as_posix() for p in found)
+        files = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
+        self.names = sorted(p.relative_to(self.folder).as_posix() for p in files)
         if not self.names:
             raise UserError(f"no images in {str(self.folder)!r}: it needs files such as .png or .jpg")
         self.max_aspect = max_aspect
@@ -160,12 +160,11 @@ def cached_stats(folder: ImageFolder, detector: Detector, prepared: str, prepare
     ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockprune" / "references"
     cache.mkdir(parents=True, exist_ok=True)
-    kept = cache / f"{key}.npz"
-    with (cache / f"{key}.lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.is_file():
-            write_stats(kept, stats_of_folder(folder, detector, prepare=prepare), detector.name)
-    return read_reference(kept, detector)
+    file = cache / f"{key}.npz"
+    with locked(file):
+        if not file.is_file():
+            write_stats(file, stats_of_folder(folder, detector, prepare=prepare), detector.name)
+    return read_reference(file, detector)
 
 
 def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -> Stats:
@@ -193,9 +192,9 @@ def read_reference(path: str | Path, detector: Detector, batch_size: int = 32) -
     real = (np.floating, np.integer)
     if not sound or not all(any(np.issubdtype(a.dtype, k) for k in real) and np.isfinite(a).all() for a in numbers):
         raise UserError(f"{str(path)!r} holds no usable mu (D,) and sigma (D, D): make it again with `blockprune stats`")
-    kept = None if features is None else features.astype(np.float64)
+    features = None if features is None else features.astype(np.float64)
     n = int(arrays["n"]) if "n" in arrays and np.issubdtype(arrays["n"].dtype, np.integer) and arrays["n"].shape == () else 0
-    return Stats(mu.astype(np.float64), sigma.astype(np.float64), n, kept)
+    return Stats(mu.astype(np.float64), sigma.astype(np.float64), n, features)
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -219,13 +218,8 @@ def write_stats(path: str | Path, stats: Stats, detector_name: str) -> None:
     arrays = {"mu": stats.mu, "sigma": stats.sigma, "n": np.array(stats.n), "detector": np.array(detector_name)}
     if stats.features is not None:
         arrays["features"] = stats.features.astype(np.float32)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with writing(path) as part, part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; free space or choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,11 +23,12 @@ from blockprune.export.stock_config import BlockMap, Stock, expressible, slots
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import difference
-from blockprune.model.config_schema import UNetConfig
+from blockprune.model.config_schema import Config, UNetConfig
 from blockprune.model.defaults import BUILT_IN
 from blockprune.model.families import family_of
+from blockprune.model.identity import identity
 from blockprune.model.trace import trace
-from blockprune.runs.directory import writing
+from blockprune.runs.atomic import writing, writing_folder
 
 # not the name that stock loaders look for: they would fill the removed blocks of the full configuration at random
 WEIGHTS = "pruned_unet.safetensors"
@@ -139,12 +138,12 @@ def export_pipeline(
         )
     state = {name: t.detach().contiguous() for name, t in unet.state_dict().items()}
     _same_keys(state, surgery.skeleton(unet.config, arch).state_dict(), f"the U-Net to export as {arch.key}")
-    found = expressible(unet.config, arch)
-    blocks = found.blocks if isinstance(found, Stock) else slots(unet.config, arch)
-    with _folder_in_the_making(folder) as part, pretrained.silence():
+    stock_form = expressible(unet.config, arch)
+    blocks = stock_form.blocks if isinstance(stock_form, Stock) else slots(unet.config, arch)
+    with writing_folder(folder) as part, pretrained.silence():
         _write_teacher(pipe, part)
-        if isinstance(found, Stock):
-            stock = surgery.skeleton(found.config, Architecture())
+        if isinstance(stock_form, Stock):
+            stock = surgery.skeleton(stock_form.config, Architecture())
             stock.load_state_dict({str(blocks.new_name(name)): t for name, t in state.items()}, assign=True)
             stock.save_pretrained(part / "unet")
         else:
@@ -153,15 +152,15 @@ def export_pipeline(
         (part / PRUNING / ARCHITECTURE).write_text(arch.dumps(), encoding="utf-8")
         (part / PRUNING / BLOCK_MAP).write_text(json.dumps(blocks.to_json(), indent=2) + "\n", encoding="utf-8")
         (part / PRUNING / TEACHER).write_text(json.dumps(_teacher(pipe.unet.config, *teacher), indent=2) + "\n", encoding="utf-8")
-        readme = model_card(arch, type(pipe).__name__, found if isinstance(found, str) else "", card)
+        readme = model_card(arch, type(pipe).__name__, stock_form if isinstance(stock_form, str) else "", card)
         (part / "README.md").write_text(readme, encoding="utf-8", errors="backslashreplace")
         for weights in part.rglob("*.safetensors"):  # safetensors writes files that only their owner may read
             weights.chmod((part / "README.md").stat().st_mode)
         _check_same(part, unet.config, arch, state, blocks)
-    return found
+    return stock_form
 
 
-def _teacher(config: Mapping[str, Any], model: str, identity: str) -> dict[str, Any]:
+def _teacher(config: Config, model: str, identity: str) -> dict[str, Any]:
     """What tells an exported student where it comes from; of a local teacher the last part of its path."""
     public = {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
     return {"model": Path(model).name if os.path.exists(model) else model, "identity": identity, "unet": public}
@@ -187,50 +186,12 @@ def check_free(folder: Path) -> None:
         raise UserError(f"{str(folder)!r} is there already: choose another --out, or remove it")
 
 
-@contextmanager
-def _folder_in_the_making(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that becomes it when the context ends well, and disappears when it does not.
-
-    One that a killed process left is emptied; UserError while another process is at it.
-    """
-    folder = Path(os.path.abspath(folder))
-    part = folder.with_name(f".{folder.name}.part")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        lock = _locked(part)
-    except OSError as err:
-        raise UserError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another --out") from None
-    if lock is None:
-        raise UserError(f"another process is writing {str(folder)!r}: wait for it, or choose another --out")
-    try:
-        for left in part.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield part
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds a lock on a folder, as far as its file system has such locks; None when another process does."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except OSError:  # a network file system may lock no folders
-        pass
-    return fd
-
-
-def _changes(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
+def _changes(teacher: Config, student: Config) -> list[str]:
     a, b = (json.loads(json.dumps({k: v for k, v in c.items() if not k.startswith("_")})) for c in (teacher, student))
     return sorted(k for k in {*a, *b} - {"sample_size"} if a.get(k) != b.get(k))
 
 
-def _check_same(folder: Path, config: Mapping[str, Any], arch: Architecture, state: Mapping[str, Tensor], blocks: BlockMap) -> None:
+def _check_same(folder: Path, config: Config, arch: Architecture, state: Mapping[str, Tensor], blocks: BlockMap) -> None:
     """Raises UserError unless the exported U-Net is the student, on the CPU in float32 (see `compare`)."""
     student, again = surgery.skeleton(config, arch), load_pipeline(folder).unet
     student.load_state_dict({name: t.float().cpu() for name, t in state.items()}, assign=True)
@@ -238,16 +199,12 @@ def _check_same(folder: Path, config: Mapping[str, Any], arch: Architecture, sta
         raise UserError(f"the export of {arch.key} is not the student: {fault}; please report this architecture")
 
 
-def _probe(config: Mapping[str, Any]) -> dict[str, Any]:
+def _probe(config: Config) -> dict[str, Any]:
     """Random arguments of the U-Net's forward, two rows, a small latent."""
     g = torch.Generator().manual_seed(0)
     side = 2 ** len(config["down_block_types"])
     sample = torch.randn(2, config["in_channels"], side, side, generator=g)
-
-    def noise(value: Any) -> Any:
-        return {k: noise(v) for k, v in value.items()} if isinstance(value, dict) else torch.randn(value.shape, generator=g)
-
-    condition = noise(family_of(config).blank(config, 2, 8, sample))
+    condition = recursively_apply(lambda t: torch.randn(t.shape, generator=g), family_of(config).blank(config, 2, 8, sample))
     return {"sample": sample, "timestep": torch.tensor([20, 700]), **condition}
 
 
@@ -277,9 +234,9 @@ def read_teacher(folder: Path) -> dict[str, Any] | None:
     None for a stock folder that does not say; one that `load_pipeline` alone loads has its teacher's configuration at the least.
     """
     if (folder / PRUNING / TEACHER).exists():
-        found = _json(folder / PRUNING / TEACHER)
-        decode.checked(found, TeacherRecord, repr(str(folder / PRUNING / TEACHER)), "export the student again")
-        return found
+        teacher_json = _json(folder / PRUNING / TEACHER)
+        decode.checked(teacher_json, TeacherRecord, repr(str(folder / PRUNING / TEACHER)), "export the student again")
+        return teacher_json
     if (folder / "unet" / ARCHITECTURE).is_file():
         return {"model": "", "identity": "", "unet": _unet_config(folder / "unet")}
     return None
@@ -292,10 +249,10 @@ def teacher_of(pipe: DiffusionPipeline) -> tuple[str, str]:
         about = read_teacher(Path(name)) or {"model": "", "identity": ""}
         return about["model"], about["identity"]
     known = name in (*BUILT_IN, *pretrained.ALIASES) or (name and os.path.exists(name))
-    return name, pretrained.identity(name) if known else ""
+    return name, identity(name) if known else ""
 
 
-def card_entries(model: str, config: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+def card_entries(model: str, config: Config, arch: Architecture) -> dict[str, Any]:
     """What a card says of a student: its costs, and its teacher, a hub id also as base model, a local path by its last part."""
     graph = trace(config)
     costs = {"teacher": graph.total.to_json(), "student": graph.cost(graph.check(arch)).to_json()}
@@ -307,9 +264,9 @@ def card_entries(model: str, config: Mapping[str, Any], arch: Architecture) -> d
 
 
 def exported_identity(folder: Path) -> str:
-    """The content id of an exported folder, as `checkpoints.identity` gives it for other models."""
+    """The content id of an exported folder, as `identity` gives it for other models."""
     weights = folder / "unet" / WEIGHTS
-    return pretrained.identity(str(folder), [weights] if weights.is_file() else None)
+    return identity(str(folder), [weights] if weights.is_file() else None)
 
 
 def exported_skeleton(folder: Path) -> UNet2DConditionModel:

@@ -13,6 +13,7 @@ from blockprune.decode import checked
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import other_settings
+from blockprune.model.config_schema import Config
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 STAGES = {*WITHOUT_ATTENTION, *WITHOUT_ATTENTION.values()}
@@ -62,7 +63,7 @@ class BlockMapRecord(msgspec.Struct):
 class Stock:
     """A U-Net of stock diffusers: its configuration, and where it keeps the teacher's blocks."""
 
-    config: Mapping[str, Any]
+    config: Config
     blocks: BlockMap
 
 
@@ -80,7 +81,7 @@ class _Stage:
     depths: tuple[int, ...] | None
 
 
-def expressible(config: Mapping[str, Any], arch: Architecture) -> Stock | str:
+def expressible(config: Config, arch: Architecture) -> Stock | str:
     """The stock form of the U-Net of `config` without the blocks of `arch`; the reason in words when there is none.
 
     Keys, shapes and settings of a stock form have been compared with the student's. Raises UserError when `arch` does not fit.
@@ -111,14 +112,14 @@ def expressible(config: Mapping[str, Any], arch: Architecture) -> Stock | str:
     return Stock(stock, blocks)
 
 
-def slots(config: Mapping[str, Any], arch: Architecture) -> BlockMap:
+def slots(config: Config, arch: Architecture) -> BlockMap:
     """The map of a student that keeps the teacher's names: nothing moves, and what a stand-in keeps of its block is not gone."""
     student = surgery.skeleton(config, arch)
     parts = [f"{name}.{child}" for name in arch for child, _ in student.get_submodule(name).named_children()]
     return BlockMap({part: part for part in parts}, arch.removed)
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: Config) -> dict[str, Any]:
     """The public entries as JSON would give them."""
     public = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
     return {"_class_name": "UNet2DConditionModel"} | public
@@ -227,7 +228,7 @@ def _attention_moves(teacher: UNet2DConditionModel, arch: Architecture, old: str
             yield layer, f"{new}.transformer_blocks.{t}"
 
 
-def _config(config: Mapping[str, Any], downs: Sequence[_Stage], ups: Sequence[_Stage], gone: int) -> dict[str, Any]:
+def _config(config: Config, downs: Sequence[_Stage], ups: Sequence[_Stage], gone: int) -> dict[str, Any]:
     """The configuration of the stages that stay, but for transformer depths and the mid stage."""
     out = _plain(config)
     for key in (*PER_DOWN_STAGE, *PER_UP_STAGE):
@@ -241,7 +242,7 @@ def _config(config: Mapping[str, Any], downs: Sequence[_Stage], ups: Sequence[_S
     return out | {"layers_per_block": n_layers[0] if len(set(n_layers)) == 1 else n_layers}
 
 
-def _depths(config: Mapping[str, Any], downs: Sequence[_Stage], ups: Sequence[_Stage], mid: int | None) -> dict[str, Any]:
+def _depths(config: Config, downs: Sequence[_Stage], ups: Sequence[_Stage], mid: int | None) -> dict[str, Any]:
     """Transformer layers per attention: one number a stage where that says it all, else a list a stage in both directions."""
     asked = config.get("transformer_layers_per_block", 1)
     usual = [asked] * len(downs) if isinstance(asked, int) else [n if isinstance(n, int) else 1 for n in asked]

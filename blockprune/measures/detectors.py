@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from blockprune.assets import ASSETS
-from blockprune.errors import UserError
-from blockprune.measures.statistics import Detector
+from blockprune.errors import UserError, first_line
+from blockprune.measures.fid_kid import Detector
 
 Features = NDArray[np.float32]
 
@@ -301,14 +300,16 @@ def _load(auto: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
     """`auto.from_pretrained`: what is on this machine first, then the hub; UserError when neither has it."""
     from safetensors import SafetensorError
 
+    from blockprune.model.pretrained import silence
+
     failures = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError, pickle.UnpicklingError)
     local = Path(source).is_dir()
-    with _no_progress_bars():
+    with silence():
         try:
             return auto.from_pretrained(str(source), local_files_only=True, trust_remote_code=False, **kwargs)
         except failures as error:
             if local:
-                raise UserError(f"cannot read the {what} of the model in {str(source)!r}: {_first_line(error)}") from error
+                raise UserError(f"cannot read the {what} of the model in {str(source)!r}: {first_line(error)}") from error
             if str(source).count("/") != 1:
                 raise UserError(
                     f"no model {str(source)!r}: give a local folder, a hub id such as facebook/dinov2-base, "
@@ -319,22 +320,5 @@ def _load(auto: Any, source: str | Path, what: str, **kwargs: Any) -> Any:
         except failures as error:
             raise UserError(
                 f"no model {str(source)!r}: neither a folder, nor downloaded before, nor to be had from the hub now; "
-                f"fetch it with `hf download {source}` or give a local folder ({_first_line(error)})"
+                f"fetch it with `hf download {source}` or give a local folder ({first_line(error)})"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockprune.errors import UserError
-from blockprune.measures import statistics
+from blockprune.measures import intervals
+from blockprune.measures.detectors import Scorer
+from blockprune.measures.fid_kid import Detector, Stats
+from blockprune.measures.intervals import Statistic
 from blockprune.measures.measure import NEEDS, Measure, Seen, measure
 from blockprune.measures.score import Score
-from blockprune.measures.statistics import Detector, Statistic, Stats
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Judges:
 
     detector: Detector | None = None
     reference: Stats | None = None
-    scorer: Any = None
+    scorer: Scorer | None = None
     is_splits: int = 1
     own: tuple[Measure, ...] = ()
 
@@ -81,12 +83,12 @@ def judge(
     for name in measures:
         statistic = _statistic(name, seen, seen if teacher is None else teacher, judges)
         value = float(statistic(np.arange(n)[None])[0])
-        score = Score(arch, label, name, value, n, seed, *(statistics.interval(statistic, n, seed) or (None, None)))
+        score = Score(arch, label, name, value, n, seed, *(intervals.interval(statistic, n, seed) or (None, None)))
         if teacher is None:
             yield score
             continue
         base = _statistic(name, teacher, teacher, judges)
-        below, above = statistics.paired_interval(statistic, base, n, seed) or (None, None)
+        below, above = intervals.paired_interval(statistic, base, n, seed) or (None, None)
         yield replace(score, delta=value - float(base(np.arange(n)[None])[0]), delta_low=below, delta_high=above)
 
 

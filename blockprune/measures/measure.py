@@ -15,7 +15,7 @@ from blockprune.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from blockprune.measures.statistics import Statistic
+    from blockprune.measures.intervals import Statistic
 
 Seen = Mapping[str, Any]  # what judges see of images, arrays with one row per image: features, probs, image, text, and a user's own
 Kind = Literal["denoising", "images", "cost", "timing"]
@@ -78,33 +78,33 @@ class Measure:
 
 
 def _fid(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import statistics
+    from blockprune.measures import fid_kid
 
-    return statistics.fid_statistic(seen["features"], judges.reference)
+    return fid_kid.fid_statistic(seen["features"], judges.reference)
 
 
 def _kid(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import statistics
+    from blockprune.measures import fid_kid
 
-    return statistics.kid_statistic(seen["features"], judges.reference.features)
+    return fid_kid.kid_statistic(seen["features"], judges.reference.features)
 
 
 def _inception_score(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import statistics
+    from blockprune.measures import fid_kid
 
-    return statistics.inception_statistic(seen["probs"], judges.is_splits)
+    return fid_kid.inception_statistic(seen["probs"], judges.is_splits)
 
 
 def _clip_score(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import statistics
+    from blockprune.measures import fid_kid, intervals
 
-    return statistics.mean_statistic(statistics.clip_score(seen["image"], seen["text"]))
+    return intervals.mean_statistic(fid_kid.clip_score(seen["image"], seen["text"]))
 
 
 def _feature_distance(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import statistics
+    from blockprune.measures import fid_kid, intervals
 
-    return statistics.mean_statistic(statistics.feature_distance(seen["features"], teacher["features"]))
+    return intervals.mean_statistic(fid_kid.feature_distance(seen["features"], teacher["features"]))
 
 
 _KNOWN = (
@@ -175,9 +175,9 @@ def of_function(function: Callable[[Any, Any], Any], direction: Literal["down", 
         return values
 
     def compute(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-        from blockprune.measures import statistics
+        from blockprune.measures import intervals
 
-        return statistics.mean_statistic(seen[name])
+        return intervals.mean_statistic(seen[name])
 
     way: Any = getattr(function, "direction", direction)
     return Measure(name, "", way, title, "images", compute=compute, look=look)

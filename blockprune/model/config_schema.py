@@ -5,6 +5,7 @@ Each schema is checked and the file's whole contents go on to diffusers, which r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -19,6 +20,7 @@ Depth = Annotated[int, Meta(ge=0, le=256)]
 Size = Annotated[int, Meta(ge=1, le=2**24)]
 Stages = Annotated[list[Channels], Meta(min_length=1, max_length=16)]
 Names = Annotated[list[str], Meta(min_length=1, max_length=16)]
+Config = Mapping[str, Any]  # of one component, as its file or its loaded module holds it
 Source = tuple[str | None, str | None]  # the library and the class of a component; neither where it is left out
 
 

@@ -17,6 +17,7 @@ from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.defaults import defaults_of
 from blockprune.model.families import Condition, Family, family_of
 from blockprune.model.fit import Fits, no_fits
+from blockprune.model.identity import identity, identity_of
 from blockprune.model.sampling import Protocol
 from blockprune.model.trace import trace
 
@@ -124,7 +125,7 @@ def load_model(
     latent = config.latent(resolution)
     pipe = pretrained.load(name, device, dtype)
     graph = trace(config.unet, latent, config.n_tokens)
-    return Model(name, pipe, family_of(config.unet), graph, latent, lambda: pretrained.identity(name), defaults_of(name))
+    return Model(name, pipe, family_of(config.unet), graph, latent, partial(identity, name), defaults_of(name))
 
 
 def of_pipeline(pipe: DiffusionPipeline, resolution: str | None = None) -> Model:
@@ -132,5 +133,5 @@ def of_pipeline(pipe: DiffusionPipeline, resolution: str | None = None) -> Model
     config = pretrained.configs_of(pipe)
     latent = config.latent(resolution)
     graph = trace(config.unet, latent, config.n_tokens)
-    identify = partial(pretrained.identity_of, pipe)
+    identify = partial(identity_of, pipe)
     return Model(config.model, pipe, family_of(config.unet), graph, latent, identify, defaults_of(config.model))

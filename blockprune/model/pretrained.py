@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,17 +21,15 @@ from safetensors import SafetensorError, safe_open
 
 from blockprune import decode
 from blockprune.assets import ASSETS
-from blockprune.errors import UserError
-from blockprune.model.config_schema import SCHEMAS
+from blockprune.errors import UserError, first_line
+from blockprune.model.config_schema import SCHEMAS, Config
 from blockprune.model.defaults import BUILT_IN
 
-Config = Mapping[str, Any]
 PIPELINES = {c.__name__: c for c in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 CLASSES = {"model_index.json": tuple(PIPELINES), "unet/config.json": ("UNet2DConditionModel",)}
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 TEXT = ("text_encoder", "text_encoder_2")
 ARCHITECTURE = "architecture.json"
-WHOLE_BYTES = 64 * 2**20
 MAX_SIDE = 16_384
 _DIGITS = re.compile("[0-9]{1,12}")
 
@@ -95,15 +91,15 @@ def configs(model: str) -> Configs:
     Aliases and local paths need no network. Raises UserError when there are none to be had.
     """
     folders, known = _config_folders(model)
-    index = _component(folders, "model_index.json", known)
-    text = {name: _component(folders, f"{name}/config.json", known) for name in TEXT if index.get(name, [None])[0]}
-    unet = _component(folders, "unet/config.json", known)
+    index = component(folders, "model_index.json", known)
+    text = {name: component(folders, f"{name}/config.json", known) for name in TEXT if index.get(name, [None])[0]}
+    unet = component(folders, "unet/config.json", known)
     return Configs(
         model=model,
         unet=unet,
-        vae=_component(folders, "vae/config.json", known),
+        vae=component(folders, "vae/config.json", known),
         text=text,
-        scheduler=_component(folders, "scheduler/scheduler_config.json", known),
+        scheduler=component(folders, "scheduler/scheduler_config.json", known),
     )
 
 
@@ -138,7 +134,7 @@ def _config_folders(model: str) -> tuple[list[Path], str]:
     )
 
 
-def _component(folders: list[Path], name: str, known: str) -> dict[str, Any]:
+def component(folders: list[Path], name: str, known: str) -> dict[str, Any]:
     """A component's configuration, checked as far as it is used here."""
     for folder in folders:
         if (path := folder / name).exists():
@@ -199,7 +195,7 @@ def _reason(err: Exception) -> str:
         "LocalEntryNotFoundError": "no connection",
         "GatedRepoError": "it wants a login",
     }
-    return known.get(type(err).__name__, _first_line(err)[:100])
+    return known.get(type(err).__name__, first_line(err)[:100])
 
 
 def _of_single_file(path: Path) -> list[Path]:
@@ -238,7 +234,7 @@ def load(model: str, device: str | torch.device = "cpu", dtype: torch.dtype = to
     Weights come from the local path or the hub's cache, else from the hub. Raises UserError when they are not to be had, are
     damaged, not finite, or lack a tensor of their configuration.
     """
-    source = _weights_source(model)
+    source = weights_source(model)
     with silence():
         pipe = _from_file(source, dtype) if source.is_file() else _from_folder(source, dtype)
     for name, part in pipe.components.items():
@@ -258,7 +254,7 @@ def _check_finite(module: torch.nn.Module, part: str, model: str) -> None:
             raise UserError(f"the weights of {part!r} in {model!r} are not finite in {dtype}, {name!r} first: give whole ones")
 
 
-def _weights_source(model: str) -> Path:
+def weights_source(model: str) -> Path:
     """The local folder or single file with the weights; UserError says how to get them."""
     path = BUILT_IN.get(model, Path(model))
     if model not in ALIASES and os.path.exists(path):
@@ -285,15 +281,16 @@ def weight_files(folder: Path, part: str) -> tuple[list[Path], str]:
     raise UserError(f"no weights of {part!r} in {str(folder)!r}{pickled}: put {part}/{stem}.safetensors there")
 
 
-def _parts(folder: Path) -> Iterator[str]:
-    index = _component([folder], "model_index.json", str(folder))
+def parts(folder: Path) -> Iterator[str]:
+    """The components with weights that a folder's pipeline has."""
+    index = component([folder], "model_index.json", str(folder))
     return (part for part in WEIGHTS if index.get(part, [None])[0])
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     configs(str(folder))
-    index = _component([folder], "model_index.json", str(folder))
-    loaded = {part: _load_part(folder, part, index[part], dtype) for part in _parts(folder)}
+    index = component([folder], "model_index.json", str(folder))
+    loaded = {part: _load_part(folder, part, index[part], dtype) for part in parts(folder)}
     optional = (
         {} if "text_encoder_2" in loaded else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     )
@@ -350,7 +347,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if not config:
         repo = ALIASES[_alias_of_single_file(path)].repo
         config = str(_snapshot(repo, ["*.json", "*.txt"], "tokenizer/vocab.json"))
-    cls = PIPELINES[_component([Path(config)], "model_index.json", config)["_class_name"]]
+    cls = PIPELINES[component([Path(config)], "model_index.json", config)["_class_name"]]
     try:
         return cls.from_single_file(str(path), config=config, dtype=dtype, local_files_only=True)
     except NotImplementedError:  # torch: no data to copy out of the meta tensors that nothing filled
@@ -363,11 +360,7 @@ def unloadable(what: str, err: Exception) -> Exception:
     """The error of a file that a library could not load; one that is no fault of the file stays as it is."""
     if isinstance(err, UserError | MemoryError):
         return err
-    return UserError(f"cannot load {what}: {_first_line(err)}; {decode.FETCH}")
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0][:300]
+    return UserError(f"cannot load {what}: {first_line(err)}; {decode.FETCH}")
 
 
 @contextmanager
@@ -386,55 +379,3 @@ def silence() -> Iterator[None]:
             log.set_verbosity(level)
             if bar:
                 log.enable_progress_bar()
-
-
-def identity(model: str, unet: list[Path] | None = None) -> str:
-    """A 12-digit content id of a model's U-Net, VAE and text encoder weights and of how its scheduler is set.
-
-    Files up to 64 MiB count whole; of larger ones the header and the first 4 KiB of every tensor. `unet` are the U-Net's files
-    where they have a name of their own.
-    """
-    source = _weights_source(model) if unet is None else Path(model)
-    if source.is_file():
-        files = [source]
-    else:
-        named = (unet if unet and part == "unet" else weight_files(source, part)[0] for part in _parts(source))
-        files = [file for group in named for file in group]
-    digest = hashlib.sha256()
-    for path in files:
-        header(path)
-        _digest_file(digest, path)
-    if source.is_dir():
-        for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-            digest.update(json.dumps(_component([source], name, str(source)), sort_keys=True).encode())
-    return digest.hexdigest()[:12]
-
-
-def identity_of(pipe: DiffusionPipeline) -> str:
-    """A 12-digit content id of a loaded pipeline's weights and of how its scheduler is set; not that of the files it came from.
-
-    Tensors up to 64 MiB count whole, of larger ones the first 4 KiB.
-    """
-    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
-    for part in WEIGHTS:
-        module = getattr(pipe, part, None)
-        for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
-            digest.update(f"{part}.{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-            flat = tensor.detach().reshape(-1).view(torch.uint8)
-            digest.update(flat[: len(flat) if len(flat) <= WHOLE_BYTES else 4096].cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _digest_file(digest: hashlib._Hash, path: Path) -> None:
-    with path.open("rb") as file:
-        if path.stat().st_size <= WHOLE_BYTES:
-            digest.update(file.read())
-            return
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(size)
-        digest.update(text)
-        for name, entry in json.loads(text).items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                file.seek(8 + size + start)
-                digest.update(file.read(min(4096, end - start)))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from accelerate.utils import recursively_apply
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -96,10 +97,8 @@ class Recording:
         return next(i for i, step in enumerate(self._steps) if step == block or step.startswith(block + "."))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """The tensors of a module's output, which may be a tuple of tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for part in value:
-            yield from _tensors(part)
+    tensors: list[Tensor] = []
+    recursively_apply(tensors.append, value)
+    return tensors

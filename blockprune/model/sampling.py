@@ -12,9 +12,10 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from blockprune.errors import UserError
+from blockprune.errors import UserError, first_line
 from blockprune.model.families import Condition, family_of, join, take
 from blockprune.model.schedulers import MAX_SEED, SCHEDULERS
 
@@ -46,21 +47,21 @@ class Protocol:
             )
 
 
-def scheduler_of(pipe: Any, name: str = "") -> Any:
+def scheduler_of(pipe: DiffusionPipeline, name: str = "") -> SchedulerMixin:
     """A fresh scheduler: the pipeline's own kind, or the one of that short name with the pipeline's noise schedule."""
     if not name:
         return copy.deepcopy(pipe.scheduler)
     return getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
 
 
-def scheduler_name(pipe: Any, name: str = "") -> str:
+def scheduler_name(pipe: DiffusionPipeline, name: str = "") -> str:
     """What `scheduler_of` gives, by its short name where it has one, else by its class."""
     short = {kind: short for short, kind in SCHEDULERS.items()}
     kind = SCHEDULERS[name] if name else type(pipe.scheduler).__name__
     return short.get(kind, kind)
 
 
-def check_schedule(pipe: Any, protocol: Protocol) -> None:
+def check_schedule(pipe: DiffusionPipeline, protocol: Protocol) -> None:
     """Raises UserError where the protocol's scheduler cannot draw in so many steps, by letting it step over zeros."""
     scheduler, zeros = scheduler_of(pipe, protocol.scheduler), torch.zeros(1, 1, 2, 2)
     try:
@@ -70,14 +71,16 @@ def check_schedule(pipe: Any, protocol: Protocol) -> None:
         for t in scheduler.timesteps:
             scheduler.step(scheduler.scale_model_input(zeros, t), t, zeros, return_dict=False)
     except (ValueError, IndexError, RuntimeError, TypeError, AttributeError, ZeroDivisionError) as err:
-        why = (str(err).splitlines() or [type(err).__name__])[0][:150]
+        why = first_line(err)
         name = scheduler_name(pipe, protocol.scheduler)
         raise UserError(
             f"the scheduler {name} cannot draw in {protocol.n_steps} steps ({why}): give another --steps or --scheduler"
         ) from None
 
 
-def encode(pipe: Any, prompts: Sequence[str], latent: tuple[int, int], chunk: int = 32) -> tuple[Condition, Condition]:
+def encode(
+    pipe: DiffusionPipeline, prompts: Sequence[str], latent: tuple[int, int], chunk: int = 32
+) -> tuple[Condition, Condition]:
     """The U-Net's condition for each prompt, and the one-row condition of no prompt that guidance starts from."""
     family = family_of(pipe.unet.config)
     size = (latent[0] * pipe.vae_scale_factor, latent[1] * pipe.vae_scale_factor)
@@ -98,7 +101,7 @@ def guide(out: Tensor, cfg_scale: float) -> Tensor:
 
 
 @torch.inference_mode()
-def denoise(pipe: Any, protocol: Protocol, condition: Condition, blank: Condition, seeds: Sequence[int]) -> Tensor:
+def denoise(pipe: DiffusionPipeline, protocol: Protocol, condition: Condition, blank: Condition, seeds: Sequence[int]) -> Tensor:
     """The latents (N, C, h, w) drawn for the rows of `condition`; `blank` is the one-row condition of the empty prompt.
 
     Classifier-free guidance (arXiv 2207.12598): e = e_blank + s (e_text - e_blank); none for s <= 1. Raises NotFinite.
@@ -119,7 +122,7 @@ def denoise(pipe: Any, protocol: Protocol, condition: Condition, blank: Conditio
     return latents
 
 
-def _generators(scheduler: Any, seeds: Sequence[int]) -> dict[str, Any]:
+def _generators(scheduler: SchedulerMixin, seeds: Sequence[int]) -> dict[str, Any]:
     """Generators of each image's own for schedulers that add noise, offset so as not to repeat the first noise."""
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return {}
@@ -127,7 +130,7 @@ def _generators(scheduler: Any, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def decode(pipe: Any, latents: Tensor) -> Tensor:
+def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Latents (N, C, h, w) => images NCHW uint8 on CPU. Raises NotFinite."""
     vae = pipe.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -139,7 +142,7 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def encode_images(pipe: Any, images: Tensor) -> Tensor:
+def encode_images(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
     """Images NCHW uint8 => the mean of the VAE's latents (N, C, h, w), scaled as the U-Net takes them."""
     vae = pipe.vae
     with upcast(vae):
@@ -148,7 +151,7 @@ def encode_images(pipe: Any, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def upcast(vae: Any) -> Iterator[None]:
+def upcast(vae: AutoencoderKL) -> Iterator[None]:
     """float32 for a VAE that overflows in float16 (SDXL's `force_upcast`), and back."""
     dtype = vae.dtype
     needed = bool(getattr(vae.config, "force_upcast", False)) and dtype == torch.float16
@@ -160,7 +163,12 @@ def upcast(vae: Any) -> Iterator[None]:
 
 
 def draw(
-    pipe: Any, protocol: Protocol, condition: Condition, blank: Condition, batch_size: int, tick: Callable[[int], None]
+    pipe: DiffusionPipeline,
+    protocol: Protocol,
+    condition: Condition,
+    blank: Condition,
+    batch_size: int,
+    tick: Callable[[int], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(latents, images NCHW uint8) batch by batch, image i from prompt i and seed `protocol.seed + i`; `tick` hears of each."""
     n_prompts = condition["encoder_hidden_states"].shape[0]

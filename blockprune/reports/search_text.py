@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockprune.export.model_card import in_words
+from blockprune.measures.intervals import kendall_tau
 from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import TEACHER, Score
-from blockprune.measures.statistics import kendall_tau
 from blockprune.model.architecture import CONVENTIONS
 from blockprune.reports.captions import caption_title, warning
 from blockprune.reports.search_view import SearchView

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from blockprune import decode
 from blockprune.errors import UserError
+from blockprune.runs.atomic import TEMPORARY, writing
+from blockprune.runs.lock import Claims, lock
 from blockprune.runs.schema import RUNS, AnyRun, check_row
 
 FORMAT = 1
@@ -23,7 +24,6 @@ SOUND = "put back a sound copy, or run into another --out"
 DELETE = "delete that line and run the same command again"
 MAKE_AGAIN = "delete it and run the same command again"
 LONGEST_PATH = 4096 - 512  # leaves room for what lies in a folder
-TEMPORARY = 16  # characters that a file's name has more while it is being written
 _OURS = (".lock", ".turn", ".run.part.json")  # of a run that is just beginning
 
 
@@ -64,7 +64,10 @@ class Run(Stored):
         check_run_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         self._depth = 0
-        self._lock = self._locked(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        fd = lock(path / ".lock", wait=False, shared=shared)
+        if fd is None:
+            raise UserError(f"another process is writing to {str(path)!r}: wait for it or choose another --out")
+        self._lock = fd
         try:
             with self.alone():
                 self._begin({"format": FORMAT, "command": command, "asked": plain(asked), **plain(note)})
@@ -86,33 +89,23 @@ class Run(Stored):
     def alone(self) -> Iterator[None]:
         """Within this context no other process of a shared run is in it, too; waits for its turn."""
         if self._depth == 0:
-            self._turn = os.open(self.path / ".turn", os.O_CREAT | os.O_RDWR)
-            fcntl.flock(self._turn, fcntl.LOCK_EX)
+            self._turn = lock(self.path / ".turn")
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
-            if self._depth == 0:
+            if self._depth == 0 and self._turn is not None:
                 os.close(self._turn)
-
-    def _locked(self, kind: int) -> int:
-        lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"another process is writing to {str(self.path)!r}: wait for it or choose another --out") from None
-        return lock
 
     def _begin(self, wanted: Mapping[str, Any]) -> None:
         if not (self.path / "run.json").exists():
             self.write("run.json", json.dumps(wanted, indent=2) + "\n")
             return
-        held = read_run(self.path)
-        if held.get("command") != wanted["command"]:
-            raise UserError(f"{str(self.path)!r} holds a {held.get('command')} run: choose another --out")
-        if changes := list(differences(held["asked"], wanted["asked"])):
+        run_json = read_run(self.path)
+        if run_json.get("command") != wanted["command"]:
+            raise UserError(f"{str(self.path)!r} holds a {run_json.get('command')} run: choose another --out")
+        if changes := list(differences(run_json["asked"], wanted["asked"])):
             raise UserError(f"{str(self.path)!r} holds another run ({'; '.join(changes)}): choose another --out or ask the same")
 
     def _trim(self) -> None:
@@ -148,9 +141,9 @@ class Run(Stored):
     def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         """Leaves only the rows that are wanted: those after the checkpoint from which work goes on will be made again."""
         rows = self.rows()
-        kept = [row for row in rows if wanted(row)]
-        if len(kept) < len(rows):
-            self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        wanted_rows = [row for row in rows if wanted(row)]
+        if len(wanted_rows) < len(rows):
+            self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in wanted_rows))
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Writes a whole file, atomically; folders in `name` are made."""
@@ -211,53 +204,6 @@ def _check_place(path: Path) -> None:
         raise OSError(err.errno, err.strerror, str(path)) from None
 
 
-@contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, which it becomes when the context ends well; folders are made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.part{target.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Claims:
-    """Items 0, 1, 2, … of some work, divided among processes in blocks: item i is taken by a lock on byte i of a file.
-
-    The locks die with the process that holds them, so nothing is left to tidy up. One object for a file in one process: POSIX
-    releases all of a process's locks on a file when any of its descriptors is closed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_CREAT | os.O_RDWR)
-
-    def __enter__(self) -> Claims:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._file)
-
-    def take(self, size: int, missing: Callable[[], Collection[int]]) -> list[int]:
-        """The missing items of the first block of `size` (items 0 to size - 1, and so on) of which no other process holds any.
-
-        What was held before is let go; nothing is taken when the list is empty. `missing` is asked again once a block is locked:
-        another process may have ended an item between question and lock.
-        """
-        fcntl.lockf(self._file, fcntl.LOCK_UN)
-        for start in sorted({item // size * size for item in missing()}):
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, size, start)
-            except OSError:  # taken
-                continue
-            if mine := sorted({*range(start, start + size)} & {*missing()}):
-                return mine
-            fcntl.lockf(self._file, fcntl.LOCK_UN, size, start)
-        return []
-
-
 def read_run(path: Path, form: type = AnyRun) -> dict[str, Any]:
     """What `run.json` of a run directory says; UserError when there is none, or it is not of that form."""
     file = path / "run.json"
@@ -274,12 +220,12 @@ def read_rows(path: Path, command: str | None = None) -> list[dict[str, Any]]:
 
     UserError for a line that is no object or, where the command that wrote the run is given, no row of that command.
     """
-    file, found = path / "rows.jsonl", []
+    file, rows = path / "rows.jsonl", []
     for what, row in decode.json_lines(file, DELETE, limit=MAX_ROWS_BYTES) if file.exists() else ():
         if command is not None:
             check_row(command, row, what, DELETE)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def plain(value: Any) -> Any:

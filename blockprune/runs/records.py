@@ -57,10 +57,13 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         c = self.candidate
-        said = {"source": c.source, "removed": c.arch.terms, "params": dict(c.params), "over": dict(c.over), "costs": dict(c.costs)}
         return {
             "trial": self.trial,
-            **said,
+            "source": c.source,
+            "removed": c.arch.terms,
+            "params": dict(c.params),
+            "over": dict(c.over),
+            "costs": dict(c.costs),
             "ended": self.ended,
             "seconds": self.seconds,
             "tiers": [s.to_json() for s in self.tiers],

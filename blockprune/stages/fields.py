@@ -66,3 +66,8 @@ class Noising(Request):
         from_model=True,
     )
     data: str | None = option(None, "folder of images for eps_mse; the teacher's own samples when left out", MEASURES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Drawing, Judging, Noising):
+    """How something is measured: the images, who judges them, and the samples of a denoising error."""

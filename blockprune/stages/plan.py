@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from blockprune.measures.examiner import Plan
 from blockprune.measures.images import Judges
 from blockprune.measures.measure import MEASURES, measure
+from blockprune.measures.runner import Plan
 from blockprune.model import sampling
 from blockprune.model.model import Model
 from blockprune.runs.provenance import fingerprint
-from blockprune.stages import inputs
+from blockprune.stages import loading
+from blockprune.stages.fields import Measuring
 
 N_PICTURES = 6
 OWN_SAMPLES = "the teacher's own samples"
-
-
-class Measuring(Protocol):
-    """The fields of a request that say how something is measured, filled with the model's defaults."""
-
-    @property
-    def n_images(self) -> int | None: ...
-    @property
-    def steps(self) -> int | None: ...
-    @property
-    def cfg_scale(self) -> float | None: ...
-    @property
-    def scheduler(self) -> str | None: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def batch_size(self) -> int | None: ...
-    @property
-    def prompts(self) -> str | None: ...
-    @property
-    def reference(self) -> str | None: ...
-    @property
-    def detector(self) -> str | None: ...
-    @property
-    def inception_weights(self) -> str | None: ...
-    @property
-    def clip(self) -> str | None: ...
-    @property
-    def eps_samples(self) -> int | None: ...
-    @property
-    def data(self) -> str | None: ...
 
 
 def plan_of(model: Model, request: Measuring, measures: Sequence[str]) -> Plan:
@@ -54,27 +24,27 @@ def plan_of(model: Model, request: Measuring, measures: Sequence[str]) -> Plan:
     batch_size, n_noisy = request.batch_size or 1, request.eps_samples or 1
     protocol = sampling.Protocol(n_images, steps, cfg_scale, request.seed, model.latent, request.scheduler or "")
     sampling.check_schedule(model.pipe, protocol)
-    judges = inputs.judges_of(model, request.detector, request.inception_weights, request.clip, request.reference)
+    judges = loading.judges_of(model, request.detector, request.inception_weights, request.clip, request.reference)
     judges = judges.with_own(measures)
     measures = measures or possible(judges, guided=cfg_scale > 1)
     judges.check(measures)
     denoises = any(measure(name).kind == "denoising" for name in measures)
-    clean = inputs.clean_latents(model, request.data, n_noisy, batch_size) if denoises else None
-    prompts = inputs.prompts_of(request.prompts, model)
+    clean = loading.clean_latents(model, request.data, n_noisy, batch_size) if denoises else None
+    prompts = loading.prompts_of(request.prompts, model)
     return Plan(measures, protocol, prompts, n_noisy, clean, judges, batch_size, min(N_PICTURES, n_images))
 
 
 def possible(judges: Judges, guided: bool) -> list[str]:
     """Every measure that has what it needs."""
-    own = {m.name for m in judges.own}
-    there = (m for m in MEASURES.values() if m.computable and (m.look is None or m.name in own))
-    return [m.name for m in there if not judges.lacks(m.name) and (guided or "guidance" not in m.needs)]
+    looking = {m.name for m in judges.own}
+    computable = (m for m in MEASURES.values() if m.computable and (m.look is None or m.name in looking))
+    return [m.name for m in computable if not judges.lacks(m.name) and (guided or "guidance" not in m.needs)]
 
 
 def terms(model: Model, plan: Plan, data: str | None) -> dict[str, Any]:
     """What changes numbers besides the request's own fields: two runs with equal fields and terms may share their rows."""
-    found = {"teacher": model.identity, "latent": list(model.latent), "device": model.device.type}
-    return found | {"prompts": fingerprint(plan.prompts), **inputs.describe(plan.judges), "data": data or OWN_SAMPLES}
+    of_model = {"teacher": model.identity, "latent": list(model.latent), "device": model.device.type}
+    return of_model | {"prompts": fingerprint(plan.prompts), **loading.describe(plan.judges), "data": data or OWN_SAMPLES}
 
 
 def pictured(plan: Plan) -> list[str]:

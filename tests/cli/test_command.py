@@ -11,6 +11,7 @@ import typer
 from conftest import Cli
 from typer.testing import CliRunner
 
+from blockprune import cli as cli_module
 from blockprune.cli.command import command
 from blockprune.errors import UserError
 from blockprune.request import Request, option
@@ -101,6 +102,19 @@ def test_the_version_is_printed(cli: Cli) -> None:
     from importlib.metadata import version
 
     assert cli("--version")[:2] == (0, f"blockprune {version('blockprune')}\n")
+
+
+@pytest.mark.parametrize("name", [str(c.name) for c in cli_module.app.registered_commands])
+def test_every_option_stands_whole_in_80_columns(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = cli(name, "--help")
+    assert max(map(len, out.splitlines())) <= 80
+    words = {*out.replace(",", " ").split()}
+    command = typer.main.get_command(cli_module.app).commands[name]  # type: ignore[attr-defined]
+    for param in command.params:
+        if param.param_type_name == "option":
+            assert words & {*param.opts, *param.secondary_opts}, param.opts
+    assert not [word for word in words if word.startswith("--") and word.endswith("…")]
 
 
 @pytest.mark.parametrize("name", ["graph", "cost", "scan", "evaluate", "export", "map-adapter", "report", "stats"])

@@ -164,6 +164,7 @@ def test_latency_is_measured_in_turn(run: Run, sd1: Path) -> None:
     assert (data["device"], data["dtype"], data["batch_size"], data["teacher"]["n"]) == ("cpu", "float32", 2, 5)
     assert data["ratio"]["low"] <= data["ratio"]["value"] <= data["ratio"]["high"]
     assert data["student"]["mem_bytes"] < data["teacher"]["mem_bytes"]
+    assert run("cost", "--model", sd1, "--rounds", 3)[0] == 0  # which says nothing where nothing is timed
     _, out, _ = run("cost", "--model", sd1, "--latency", "--rounds", 5, "--device", "cpu")
     assert "student / teacher, paired by round" in out
 

@@ -261,7 +261,7 @@ def test_a_teacher_is_trained_on_its_own_data_or_on_what_is_given(
     code, _, err = cli(*distil)
     assert code == 0, err
     ours = Reader(source_of(str(model / "pictures"), 16)).source.identity
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["asked"]["data"] == encoded._identity(ours, 16)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["asked"]["data"] == encoded.identity_of_pairs(ours, 16)
 
 
 def test_a_diverging_run_stops_with_one_line(tmp_path: Path, one_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,8 @@ from stand_ins import save_pytorch_fid
 from blockprune.assets import ASSETS
 from blockprune.data import image_folder
 from blockprune.data.image_files import file_bytes
-from blockprune.measures import detectors, statistics
-from blockprune.measures.statistics import Stats
+from blockprune.measures import detectors, fid_kid
+from blockprune.measures.fid_kid import Stats
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.presets import preset
 from blockprune.model.trace import trace
@@ -119,9 +119,9 @@ def test_scores_are_those_of_the_files(evaluated: Path) -> None:
     found, probs = detector.features_and_probs(images)
     reference = image_folder.read_reference(detectors.BUILT_IN / "reference.npz", detector)
     seen = {m: row["value"] for (_, m), row in scores(evaluated).items()}
-    assert seen["fid"] == pytest.approx(statistics.fid(found, reference), rel=1e-4)
-    assert seen["kid"] == pytest.approx(statistics.kid(found, reference.features), rel=1e-4)
-    assert seen["is"] == pytest.approx(statistics.inception_score(probs), rel=1e-5)
+    assert seen["fid"] == pytest.approx(fid_kid.fid(found, reference), rel=1e-4)
+    assert seen["kid"] == pytest.approx(fid_kid.kid(found, reference.features), rel=1e-4)
+    assert seen["is"] == pytest.approx(fid_kid.inception_score(probs), rel=1e-5)
     assert seen["weight_bytes"] == 4 * 2_280_884
 
 
@@ -344,10 +344,10 @@ def test_an_exported_folder_that_does_not_name_its_teacher(
 def test_an_export_names_its_teacher_but_no_path(
     tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path], distilled: Path
 ) -> None:
-    from blockprune.model import pretrained
+    from blockprune.model.identity import identity
 
     said = json.loads((distilled / "pipeline" / "pruning" / "teacher.json").read_text())
-    assert (said["model"], said["identity"]) == ("tiny-digits", pretrained.identity("tiny-digits"))
+    assert (said["model"], said["identity"]) == ("tiny-digits", identity("tiny-digits"))
     assert said["unet"]["block_out_channels"] == features_config()["block_out_channels"]
     shutil.copytree(distilled / "student", tmp_path / "student")
     assert cli("export", tmp_path / "student", "--teacher", detectors.BUILT_IN, "--out", tmp_path / "out")[0] == 0
@@ -400,8 +400,8 @@ def test_the_coco_protocol_in_miniature(tmp_path: Path, cli: Cli, monkeypatch: p
     drawn = [image_folder.read_image(f) for f in sorted((tmp_path / "run" / "drawn" / "cfg-7.5-1-steps").glob("*.jpg"))]
     found, probs = detector.features_and_probs(torch.stack(drawn))
     seen = {m: row["value"] for (_, m), row in scores(tmp_path / "run").items()}
-    assert seen["fid"] == pytest.approx(statistics.fid(found, Stats.of(detector(torch.stack(real)))), rel=1e-3)
-    assert seen["is"] == pytest.approx(statistics.inception_score(probs, 2), rel=1e-4)
+    assert seen["fid"] == pytest.approx(fid_kid.fid(found, Stats.of(detector(torch.stack(real)))), rel=1e-3)
+    assert seen["is"] == pytest.approx(fid_kid.inception_score(probs, 2), rel=1e-4)
     assert np.isfinite(seen["clip_score"])
 
 

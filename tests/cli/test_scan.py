@@ -22,7 +22,7 @@ import tiny
 from as_user import main_in_process, pictures
 from conftest import Cli
 
-from blockprune.measures import statistics
+from blockprune.measures import fid_kid
 from blockprune.model.sampling import MAX_SEED
 from blockprune.reports.figures import tradeoff
 from blockprune.reports.scans import scan_view
@@ -291,4 +291,4 @@ def test_the_largest_seed_is_one_for_every_generator(cli: Cli, tmp_path: Path) -
     for name in SAMPLERS:
         sampler_of(name, MAX_SEED + 10**9)
     features = np.random.default_rng(0).normal(size=(8, 3))
-    statistics.kid(features, features, n_subsets=2, subset_size=4, seed=MAX_SEED)
+    fid_kid.kid(features, features, n_subsets=2, subset_size=4, seed=MAX_SEED)

@@ -15,8 +15,8 @@ from blockprune.data import image_folder
 from blockprune.data.captions import read_prompts
 from blockprune.data.image_folder import ImageFolder, read_reference, resize_centre_crop, stats_of_folder, write_stats
 from blockprune.errors import UserError
-from blockprune.measures import statistics
-from blockprune.measures.statistics import Stats
+from blockprune.measures import fid_kid
+from blockprune.measures.fid_kid import Stats
 
 
 class MeanDetector:
@@ -249,7 +249,7 @@ def test_reference_round_trip(folder: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(read.mu, stats.mu, rtol=1e-12)
         np.testing.assert_allclose(read.sigma, stats.sigma, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(read.features, stats.features, rtol=1e-6)
-        assert statistics.fid(stats.features, read) == pytest.approx(0, abs=1e-6)
+        assert fid_kid.fid(stats.features, read) == pytest.approx(0, abs=1e-6)
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["reference.npz"]
     with np.load(path, allow_pickle=False) as file:
         assert {name: file[name].dtype.kind for name in file} == {
@@ -314,7 +314,5 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         write_stats(path, stats, "mean")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match="Not a directory"):
+    with pytest.raises(UserError, match="File exists"):
         write_stats(path / "inside.npz", stats, "mean")
-    with pytest.raises(UserError, match="No such file"):
-        write_stats(tmp_path / "no" / "folder.npz", stats, "mean")

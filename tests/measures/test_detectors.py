@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from blockprune.errors import UserError
-from blockprune.measures import detectors, statistics
+from blockprune.measures import detectors, fid_kid
 from blockprune.measures.detectors import (
     DETECTORS,
     INCEPTION_FILE,
@@ -75,7 +75,7 @@ def stand_in_is_published(folders: dict[str, Path], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(detectors, "INCEPTION_SHA256", file_digest(folders[INCEPTION_FILE]))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[dict[str, Path]], statistics.Detector]] = {
+IMPLEMENTATIONS: dict[str, Callable[[dict[str, Path]], fid_kid.Detector]] = {
     "classifier": lambda f: load_detector(str(f["classifier"])),
     "clip": lambda f: load_detector(str(f["clip"])),
     "dino": lambda f: load_detector(str(f["dino"])),
@@ -106,7 +106,7 @@ def test_every_detector_keeps_the_contract(kind: str, folders: dict[str, Path]) 
         assert probs is not None
         assert probs.dtype == np.float32
         np.testing.assert_allclose(probs.sum(axis=2), 1, rtol=1e-5)
-        assert statistics.inception_score(probs) >= 1
+        assert fid_kid.inception_score(probs) >= 1
 
 
 def test_a_classifier_gives_its_pooled_features_and_padded_groups(folders: dict[str, Path]) -> None:
@@ -174,7 +174,7 @@ def test_inception_agrees_with_clean_fid_on_files(folders: dict[str, Path], tmp_
         **options,
     )
     first, second = (x[:, ::256] for x in ours)
-    assert statistics.fid(first, statistics.Stats.of(second)) == pytest.approx(score, rel=1e-4)
+    assert fid_kid.fid(first, fid_kid.Stats.of(second)) == pytest.approx(score, rel=1e-4)
 
 
 def test_pytorch_fid_agrees_with_clean_fid_and_torch_fidelity_on_files(
@@ -197,7 +197,7 @@ def test_pytorch_fid_agrees_with_clean_fid_and_torch_fidelity_on_files(
     np.testing.assert_allclose(probs[:, 0], logits.softmax(1), rtol=1e-3, atol=1e-6)
     wanted_is = isc_features_to_metric(logits, splits=3)["inception_score_mean"]
     assert wanted_is > 1.005
-    assert statistics.inception_score(probs, 3) == pytest.approx(wanted_is, rel=1e-4)
+    assert fid_kid.inception_score(probs, 3) == pytest.approx(wanted_is, rel=1e-4)
 
 
 def test_pytorch_fid_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,9 +291,7 @@ def test_scorer_equals_the_clip_models_own_logits(folders: dict[str, Path]) -> N
     with torch.no_grad():
         wanted = (model(pixel_values=pixels, **tokens).logits_per_image / model.logit_scale.exp()).diagonal()
     scorer = load_scorer(str(folders["clip"]))
-    np.testing.assert_allclose(
-        statistics.clip_score(scorer.image(images(3)), scorer.text(["one 1", "two", "34"])), wanted, atol=1e-5
-    )
+    np.testing.assert_allclose(fid_kid.clip_score(scorer.image(images(3)), scorer.text(["one 1", "two", "34"])), wanted, atol=1e-5)
 
 
 def test_a_scorer_must_be_clip(folders: dict[str, Path]) -> None:

@@ -21,8 +21,8 @@ from scipy.stats import kendalltau
 
 from blockprune.cli.console import print_ranking
 from blockprune.errors import UserError
-from blockprune.measures.examiner import with_ratio
 from blockprune.measures.measure import MEASURES
+from blockprune.measures.runner import with_ratio
 from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.trace import trace
@@ -421,6 +421,22 @@ def test_progress_on_a_terminal_is_bars(monkeypatch: pytest.MonkeyPatch) -> None
     assert "step 2/2" in text
     assert "[b]mid" in text
     assert "2/4 images" in text
+
+
+def test_bars_know_the_time_left_of_slow_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    now = [0.0]
+
+    def work(console: Console) -> None:
+        with Bars(console, unit="architectures", clock=lambda: now[0]) as progress:
+            progress.plan({"search": 40})
+            for _ in range(4):
+                now[0] += 60
+                progress.tick("search", 1)
+
+    text = printed(Console(width=120, force_terminal=True), work)
+    assert "4/40 architectures" in text
+    assert "0:36:00" in text
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch, make: Callable[..., ScanView]) -> None:

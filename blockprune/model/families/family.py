@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from accelerate.utils import concatenate, recursively_apply, send_to_device
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
+
+from blockprune.model.config_schema import Config
 
 Condition = dict[str, Any]
 Size = tuple[int, int]
 
 
-def _ddpm(pipe: Any) -> DDPMScheduler:
+def _ddpm(pipe: DiffusionPipeline) -> DDPMScheduler:
     return DDPMScheduler.from_config(pipe.scheduler.config)
 
 
@@ -29,30 +32,23 @@ class Family:
     """
 
     name: str
-    text: Callable[[Any, Sequence[str], Size], Condition]
-    empty: Callable[[Any, Size], Condition]
-    blank: Callable[[Mapping[str, Any], int, int, Tensor], Condition]
+    text: Callable[[DiffusionPipeline, Sequence[str], Size], Condition]
+    empty: Callable[[DiffusionPipeline, Size], Condition]
+    blank: Callable[[Config, int, int, Tensor], Condition]
     network: str = "unet"
-    schedule: Callable[[Any], DDPMScheduler] = _ddpm
+    schedule: Callable[[DiffusionPipeline], DDPMScheduler] = _ddpm
 
 
 def join(*conditions: Condition) -> Condition:
     """The conditions one below the other, along the batch dimension."""
-    return _zip(lambda *rows: torch.cat(rows), *conditions)
+    return concatenate(conditions)
 
 
 def take(condition: Condition, rows: Any) -> Condition:
     """The given rows (slice or index tensor) of a condition."""
-    return _zip(lambda t: t[rows], condition)
+    return recursively_apply(lambda t: t[rows], condition)
 
 
 def on(device: str | torch.device, condition: Condition) -> Condition:
     """The condition on a device."""
-    return _zip(lambda t: t.to(device), condition)
-
-
-def _zip(fn: Callable[..., Tensor], *conditions: Condition) -> Condition:
-    first = conditions[0]
-    return {
-        k: _zip(fn, *(c[k] for c in conditions)) if isinstance(first[k], dict) else fn(*(c[k] for c in conditions)) for k in first
-    }
+    return send_to_device(condition, device)

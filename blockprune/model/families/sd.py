@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from blockprune.model.config_schema import Config
 from blockprune.model.families.family import Condition, Family, Size
 
 
-def _text(pipe: Any, prompts: Sequence[str], size: Size) -> Condition:
+def _text(pipe: DiffusionPipeline, prompts: Sequence[str], size: Size) -> Condition:
     embeds, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": embeds}
 
 
-def _empty(pipe: Any, size: Size) -> Condition:
+def _empty(pipe: DiffusionPipeline, size: Size) -> Condition:
     return _text(pipe, [""], size)
 
 
-def blank(config: Mapping[str, Any], n: int, n_tokens: int, like: Tensor) -> Condition:
+def blank(config: Config, n: int, n_tokens: int, like: Tensor) -> Condition:
     return {"encoder_hidden_states": like.new_zeros(n, n_tokens, config["cross_attention_dim"])}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from blockprune.cost.components import outside_params
 from blockprune.errors import UserError
@@ -20,7 +20,7 @@ from blockprune.model.model import Model
 from blockprune.model.quantize import check_quantizer, quantized
 from blockprune.model.sampling import Protocol, check_schedule, scheduler_name
 from blockprune.runs.provenance import fingerprint, made_with
-from blockprune.stages import inputs
+from blockprune.stages import loading
 from blockprune.stages.evaluate.protocol import FIDS, Rules, Setting, grid, protocol_hash, read_protocol
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.subject import Subject, laid_out, reference_reader, subject_of
@@ -64,7 +64,7 @@ class EvaluationPlan:
     def protocol(self) -> dict[str, Any]:
         """Everything that must be equal for two runs to be compared, with a hash over it."""
         terms: dict[str, Any] = {"n_images": self.n_images, "seed": self.request.seed, **self.rules.judged()}
-        terms |= {**inputs.describe(self.judges), "prompts": fingerprint(self.prompts), "latent": list(self.model.latent)}
+        terms |= {**loading.describe(self.judges), "prompts": fingerprint(self.prompts), "latent": list(self.model.latent)}
         terms |= {"device_type": self.model.device.type, "dtype": str(self.model.dtype).removeprefix("torch.")}
         name = self.request.protocol
         return {"name": Path(name).stem if name.endswith(".toml") else name, "hash": protocol_hash(terms), **terms}
@@ -111,7 +111,7 @@ class EvaluationPlan:
         at = setting.checkpoint
         return self.finished.archs[at] if self.finished and at is not None else self.subject.arch
 
-    def network(self, setting: Setting) -> Any:
+    def network(self, setting: Setting) -> UNet2DConditionModel:
         """The network of a setting: the model's own, a checkpoint, or a copy of one of these in 8 bits."""
         network, model = self.model.network, self.model
         if self.finished and setting.checkpoint is not None:
@@ -170,7 +170,7 @@ def _check_schedules(n_images: int, request: EvaluateRequest, model: Model) -> N
 
 def _prompts(file: str | None, model: Model, n_images: int, rules: Rules) -> list[str]:
     """The prompt of each image."""
-    prompts = inputs.prompts_of(file, model)
+    prompts = loading.prompts_of(file, model)
     if not rules.cycle_prompts and len(prompts) < n_images:
         raise UserError(
             f"the protocol takes a prompt of its own for each of {n_images:,} images: got {len(prompts):,} prompts; "
@@ -184,7 +184,7 @@ def _judges(request: EvaluateRequest, rules: Rules, model: Model, reference: str
     needs = {need for name in request.measures for need in measure(name).needs}
     detects, scores = "detector" in needs, "scorer" in needs
     idle = (*(() if detects else ("detector", "reference")), *(() if scores else ("clip",)))
-    judges = inputs.judges_of(
+    judges = loading.judges_of(
         replace(model, defaults={name: value for name, value in model.defaults.items() if name not in idle}),
         detector=(FIDS["legacy_pytorch"] if rules.fid == "legacy_pytorch" else request.detector) if detects else None,
         weights=request.inception_weights if detects else None,

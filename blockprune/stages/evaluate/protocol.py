@@ -11,9 +11,9 @@ from itertools import product
 from typing import Any
 
 from blockprune.assets import ASSETS
+from blockprune.decode import read_named_toml
 from blockprune.errors import UserError
 from blockprune.measures.measure import MEASURES, measure
-from blockprune.named import read_named
 
 PROTOCOLS = ASSETS / "protocols"
 IMAGES = ("png", "jpeg")
@@ -87,7 +87,7 @@ class Rules:
 
 def read_protocol(text: str) -> Rules:
     """The protocol of that name, or of a TOML file; UserError for a file that is not one, and for keys it may not have."""
-    return read_named("protocol", PROTOCOLS, text, Rules)
+    return read_named_toml("protocol", PROTOCOLS, text, Rules)
 
 
 def protocol_hash(terms: Mapping[str, Any]) -> str:

@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from blockprune.cost.latency import weight_bytes
 from blockprune.errors import UserError
@@ -56,7 +55,7 @@ class Share:
     plan: EvaluationPlan
     run: AnyRun
     progress: Listener
-    _held: tuple[Any, Any] = (None, None)
+    _network: tuple[tuple[str, int | None] | None, UNet2DConditionModel | None] = (None, None)
     _seen: dict[Setting, SeenParts] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
 
@@ -66,13 +65,13 @@ class Share:
             if not any(self.step(setting) for setting in left):
                 time.sleep(POLL_S)
 
-    def network(self, setting: Setting) -> Any:
+    def network(self, setting: Setting) -> UNet2DConditionModel:
         """The setting's network; the last one that was made is kept."""
         key = (setting.quantize, setting.checkpoint)
-        if self._held[0] != key:
-            self._held = (None, None)
-            self._held = (key, self.plan.network(setting))
-        return self._held[1]
+        if self._network[0] != key:
+            self._network = (None, None)  # lets go of the last before the next is made
+            self._network = (key, self.plan.network(setting))
+        return self._network[1]
 
     def step(self, setting: Setting) -> bool:
         """Does what there is to do for a setting now; False when that is nothing."""

@@ -15,12 +15,13 @@ from blockprune.data import image_folder
 from blockprune.data.image_files import as_stored
 from blockprune.errors import UserError
 from blockprune.export import pipeline
-from blockprune.measures.statistics import Detector, Stats
+from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.model import presets, pretrained, surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.defaults import BUILT_IN, DEFAULTS, OWN, defaults_of
+from blockprune.model.device import device_of
+from blockprune.model.identity import identity
 from blockprune.model.model import Model, load_model, of_pipeline
-from blockprune.model.place import device_of
 from blockprune.model.pretrained import Configs
 from blockprune.model.trace import trace
 from blockprune.stages.evaluate.protocol import Rules
@@ -53,11 +54,9 @@ def subject_of(
 
     An exported folder says itself what is removed; a training run stands for its pipeline/. UserError when there is no such model.
     """
-    if finished is not None:
-        if pipe is not None:
-            raise UserError("the teacher of --checkpoints is the one that its run names: leave out the pipeline")
-        return _along_training(request, resolution, finished)
     given = None if pipe is None else of_pipeline(pipe, resolution)
+    if finished is not None:
+        return _along_training(request, resolution, finished, given)
     folder = Path(given.name if given else request.model)
     if os.path.isfile(folder / "run.json") and (folder / "pipeline").is_dir():
         folder = folder / "pipeline"
@@ -89,25 +88,26 @@ def _exported(folder: Path, model: Model) -> Subject:
         configs = replace(configs, unet=about["unet"])
     graph = trace(configs.unet, model.latent, configs.n_tokens) if about else None
     teacher, teacher_id = (about["model"], about["identity"]) if about else ("", "")
-    own = defaults_of(str(folder)) if (folder / OWN).is_file() else _defaults_of_teacher(teacher, teacher_id)
-    return Subject(replace(model, name=str(folder), defaults=own), arch, Architecture(), configs, graph, teacher, teacher_id)
+    defaults = defaults_of(str(folder)) if (folder / OWN).is_file() else _defaults_of_teacher(teacher, teacher_id)
+    return Subject(replace(model, name=str(folder), defaults=defaults), arch, Architecture(), configs, graph, teacher, teacher_id)
 
 
-def _along_training(request: EvaluateRequest, resolution: str | None, finished: Finished) -> Subject:
+def _along_training(request: EvaluateRequest, resolution: str | None, finished: Finished, given: Model | None) -> Subject:
+    """The teacher of a training run: `given`, or the one that the request or else the run names."""
     default = EvaluateRequest.__dataclass_fields__["model"].default
-    name = finished.teacher if request.model == default else request.model
-    if pretrained.identity(name) != finished.teacher_id:
+    name = given.name if given else finished.teacher if request.model == default else request.model
+    if (given.identity if given else identity(name)) != finished.teacher_id:
         raise UserError(f"{name!r} is not the teacher of the run in {str(finished.folder)!r}: give that as --model")
-    model = _load(name, resolution, request)
+    model = given or _load(name, resolution, request)
     arch = finished.archs[max(finished.places)]
     configs = pretrained.configs_of(model.pipe)
     return Subject(model, arch, Architecture(), configs, model.graph, name, finished.teacher_id)
 
 
-def _defaults_of_teacher(model: str, identity: str) -> dict[str, Any]:
+def _defaults_of_teacher(model: str, teacher_id: str) -> dict[str, Any]:
     """A teacher's own defaults, where it is still there under its name."""
     there = model in BUILT_IN or Path(model, OWN).is_file()
-    return defaults_of(model) if there and pretrained.identity(model) == identity else dict(DEFAULTS)
+    return defaults_of(model) if there and identity(model) == teacher_id else dict(DEFAULTS)
 
 
 def laid_out(rules: Rules, reference: str | None, prompts: str | None) -> tuple[str | None, str | None]:
@@ -119,9 +119,9 @@ def laid_out(rules: Rules, reference: str | None, prompts: str | None) -> tuple[
     if reference is None:
         raise UserError(f"this protocol needs its reference: give --reference DIR, laid out as {wanted}, or a stats.npz")
     images = Path(reference, rules.reference_folder)
-    found = len(image_folder.ImageFolder(images)) if images.is_dir() and any(images.iterdir()) else 0
-    if found != (rules.n_reference or found) or not found:
-        raise UserError(f"{str(images)!r} has {found} images: this protocol takes --reference DIR, laid out as {wanted}")
+    n_images = len(image_folder.ImageFolder(images)) if images.is_dir() and any(images.iterdir()) else 0
+    if n_images != (rules.n_reference or n_images) or not n_images:
+        raise UserError(f"{str(images)!r} has {n_images} images: this protocol takes --reference DIR, laid out as {wanted}")
     if prompts is None and rules.prompts_file:
         prompts = str(Path(reference, rules.prompts_file))
         if not Path(prompts).is_file():

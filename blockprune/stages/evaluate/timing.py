@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from diffusers import UNet2DConditionModel
+
 from blockprune.cost import latency
 from blockprune.cost.components import pipeline_costs, random_unet, time_components, unet_inputs, unet_part
 from blockprune.cost.table import Component, components
@@ -16,7 +18,7 @@ from blockprune.stages.evaluate.plan import EvaluationPlan
 from blockprune.stages.evaluate.protocol import Setting
 
 Row = Mapping[str, Any]
-NetworkOf = Callable[[Setting], Any]
+NetworkOf = Callable[[Setting], UNet2DConditionModel]
 
 
 def rows(plan: EvaluationPlan, there: Sequence[Row], network_of: NetworkOf) -> Iterator[Row]:
@@ -29,7 +31,7 @@ def rows(plan: EvaluationPlan, there: Sequence[Row], network_of: NetworkOf) -> I
             yield {"kind": "component", **component.to_json()}
 
 
-def _teacher(plan: EvaluationPlan) -> Any:
+def _teacher(plan: EvaluationPlan) -> UNet2DConditionModel:
     """A network of the teacher's shape for timing; None where the teacher is not known."""
     model = plan.model
     return random_unet(plan.subject.configs.unet, Architecture(), model.device, model.dtype) if plan.subject.graph else None
@@ -49,7 +51,7 @@ def _latency(plan: EvaluationPlan, settings: Sequence[Setting], network_of: Netw
                 yield {"kind": "score", "setting": setting.label, **score.to_json()}
 
 
-def _timed(plan: EvaluationPlan, network: Any, teacher: Any) -> dict[str, tuple[Any, ...]]:
+def _timed(plan: EvaluationPlan, network: UNet2DConditionModel, teacher: UNet2DConditionModel) -> dict[str, tuple[Any, ...]]:
     """measure => value and, where there is one, its interval; the latency last, which marks that the others are there."""
     model, configs = plan.model, plan.subject.configs
     inputs = unet_inputs(configs.unet, model.latent, configs.n_tokens, 1, model.device, model.dtype)
@@ -63,7 +65,7 @@ def _timed(plan: EvaluationPlan, network: Any, teacher: Any) -> dict[str, tuple[
     return values | {"latency": (own.median_s, *latency.median_interval(own.latency_s))}
 
 
-def _components(plan: EvaluationPlan, network: Any) -> Iterator[Component]:
+def _components(plan: EvaluationPlan, network: UNet2DConditionModel) -> Iterator[Component]:
     """Each part and the whole: the teacher beside the student; one that lacks nothing stands alone, as the teacher."""
     s, latent, steps = plan.subject, plan.model.latent, plan.settings[0].steps
     arch = plan.arch(plan.settings[0])
@@ -71,7 +73,7 @@ def _components(plan: EvaluationPlan, network: Any) -> Iterator[Component]:
         costs = {"student": unet_part(s.configs, Architecture(), latent).count()[""]}
     else:
         costs = {"teacher": s.graph.total} | ({"student": s.graph.cost(arch)} if arch else {})
-    nets: dict[str, tuple[Any, Architecture]] = {who: (network, Architecture()) for who in costs}
+    nets: dict[str, tuple[UNet2DConditionModel, Architecture]] = {who: (network, Architecture()) for who in costs}
     if s.graph is not None and arch:
         nets["teacher"] = (_teacher(plan), Architecture())
     timings = time_components(s.configs, nets, latent, steps, plan.request.rounds)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from blockprune.model.architecture import FITS, UNITS
 from blockprune.request import option
-from blockprune.stages.fields import MEASURES, REMOVE, Drawing, Judging, Noising, OnModel
+from blockprune.stages.fields import MEASURES, REMOVE, Measuring, OnModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanRequest(OnModel, Drawing, Judging, Noising):
+class ScanRequest(OnModel, Measuring):
     """Which removals to score, by which measures."""
 
     unit: str | None = option(None, "what to remove one by one; block where no --arch is given", REMOVE, choices=UNITS)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from blockprune.errors import UserError
-from blockprune.measures.examiner import FULL, Plan
 from blockprune.measures.measure import measure
+from blockprune.measures.runner import FULL, Plan
 from blockprune.measures.score import Score
 from blockprune.model import presets
 from blockprune.model.architecture import Architecture, BlockGraph

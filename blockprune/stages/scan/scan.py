@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from blockprune.cost import latency
 from blockprune.cost.components import unet_inputs
 from blockprune.measures.denoising import denoising_errors
-from blockprune.measures.examiner import FULL, Arrays, Examiner, Plan, check_kept, error_score
 from blockprune.measures.images import failed, judge, stack
 from blockprune.measures.measure import names
+from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Plan, check_kept, error_score
 from blockprune.measures.score import Score
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture, BlockGraph
@@ -78,7 +78,7 @@ class Scan:
     ) -> None:
         plan.judges.check(plan.image_measures)
         self.model, self.plan = model, plan
-        self.examiner = Examiner(model, plan)
+        self.runner = MeasureRunner(model, plan)
         self.archs = {FULL: Architecture(), **archs}
         self.done, self.recall = set(done), recall
         self.parts: dict[str, Arrays] = {}
@@ -113,15 +113,15 @@ class Scan:
     def _fit(self) -> None:
         """From here on what is fitted has its weights."""
         if self._fits:
-            self.model = replace(self.model, fits=self.examiner.fitter(self._part("teacher") or {}))
-            self.examiner = Examiner(self.model, self.plan)
+            self.model = replace(self.model, fits=self.runner.fitter(self._part("teacher") or {}))
+            self.runner = MeasureRunner(self.model, self.plan)
 
     def _teacher(self) -> Iterator[Record]:
         """The teacher's images, unless nothing is measured on images and the denoising error has data of its own."""
         needed = self.plan.image_measures or ((self.plan.denoising_measures or self._fits) and self.plan.clean is None)
         if not needed or self._part("teacher") is not None:
             return
-        seen, pictures = self.examiner.teacher()
+        seen, pictures = self.runner.teacher()
         yield Picture(FULL, pictures)
         yield self._made("teacher", seen)
 
@@ -146,7 +146,7 @@ class Scan:
         while (part := self._part(f"{measure}-{len(parts):05d}")) is not None:
             parts.append(part)
         start = sum(len(next(iter(part.values()))) for part in parts)
-        samples = self.examiner.noisy(self._part("teacher") or {}, measure)
+        samples = self.runner.noisy(self._part("teacher") or {}, measure)
         model = self.model
         for batch in denoising_errors(model.network, model.graph, archs, samples, plan.batch_size, start, fits=model.fits):
             yield self._made(f"{measure}-{len(parts):05d}", batch)
@@ -181,7 +181,7 @@ class Scan:
             arch = self.archs[label]
             row = (arch.key, label)
             try:
-                seen, pictures = (teacher, None) if label == FULL else self.examiner.observe(arch, label)
+                seen, pictures = (teacher, None) if label == FULL else self.runner.observe(arch, label)
                 scores = list(judge(*row, plan.image_measures, seen, teacher, plan.judges, plan.protocol.seed))
             except NotFinite as err:
                 yield from self._new(failed(*row, measures, plan.protocol.n_images, plan.protocol.seed, str(err)))

@@ -10,7 +10,7 @@ from blockprune.measures.measure import quality
 from blockprune.model.architecture import CONVENTIONS
 from blockprune.model.defaults import MOST_BATCH
 from blockprune.request import LONGEST_NAME, option
-from blockprune.stages.fields import REMOVE, SCALE, Drawing, Judging, Noising, OnModel
+from blockprune.stages.fields import REMOVE, SCALE, Measuring, OnModel
 from blockprune.stages.search.budget import amount
 
 BUDGET, SEARCH, RECOVERY = "Budget", "Search", "Recovery"
@@ -20,7 +20,7 @@ MOST_OF_A_FINALIST = 10**6  # samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchRequest(OnModel, Drawing, Judging, Noising):
+class SearchRequest(OnModel, Measuring):
     """Which removal set is sought, under which budgets, and how hard."""
 
     budget: tuple[str, ...] = option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import sys
 import time
@@ -16,13 +17,13 @@ import torch
 
 from blockprune.cost import latency
 from blockprune.errors import UserError, explanation, redacted
-from blockprune.measures.examiner import FULL, Examiner
 from blockprune.measures.images import failed, judge
 from blockprune.measures.measure import measure
+from blockprune.measures.runner import FULL, MeasureRunner
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
+from blockprune.model.device import device_of
 from blockprune.model.model import Model, load_model
-from blockprune.model.place import device_of
 from blockprune.model.sampling import NotFinite
 from blockprune.progress import Listener
 from blockprune.runs import AnyRun, open_run, parts
@@ -33,8 +34,8 @@ from blockprune.runs.schema import RUNS
 from blockprune.stages.plan import pictured, possible
 from blockprune.stages.scan.scan import Scan
 from blockprune.stages.search.problem import Latencies, Problem
+from blockprune.stages.search.progress import SearchProgress
 from blockprune.stages.search.request import SearchRequest
-from blockprune.stages.search.telling import Teller
 from blockprune.stages.search.trials import Trials
 from blockprune.stages.search.worker import Worker, relevant
 from blockprune.stages.train.samples import data_of
@@ -69,12 +70,13 @@ def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, 
     trials = {kind: worker.trials(kind) for kind in KINDS if kind != "recovered" or worker.request.recover}
     for e in evaluated(worker.problem, known):
         trials["search"].add_scored(e.candidate, e.score)
-    teller = Teller(progress, worker.request.trials, lambda: trials["search"].cached)
+    list(_new_rows(run, trials))
+    shown = SearchProgress(progress, worker.request.trials, trials["search"].evaluations(), lambda: trials["search"].cached)
     if worker.request.from_scan and not known:
         progress.say(f"{worker.request.from_scan} has no {worker.request.objective}: nothing is taken over")
-    for _ in _steps(worker, progress):
-        _keep(run, trials, teller)
-    _keep(run, trials, teller)
+    for _ in itertools.chain(_steps(worker, progress), [None]):
+        for kind, e in _new_rows(run, trials):
+            shown.scored(kind, e)
     if (n := len(trials["search"].known())) < worker.request.trials:
         progress.say(f"the search ended with {n} architectures: nothing new was proposed any more")
     _look_at_finalists(worker, run, trials["final"].evaluations())
@@ -181,14 +183,14 @@ def _share(request: SearchRequest, folder: Path, latencies: Latencies | None, nu
         pass
 
 
-def _keep(run: AnyRun, trials: Mapping[str, Trials], teller: Teller) -> None:
-    """Writes a row for every evaluation that has none yet, whoever made it."""
+def _new_rows(run: AnyRun, trials: Mapping[str, Trials]) -> Iterator[tuple[str, Evaluation]]:
+    """Writes a row for every evaluation that has none yet, whoever made it; yields the evaluation with its kind."""
     written = {(row["kind"], row["trial"]) for row in run.rows() if row["kind"] in KINDS}
     for kind, study in trials.items():
         for e in study.evaluations():
             if (kind, e.trial) not in written:
                 run.append({"kind": kind, **e.to_json()})
-                teller.tell(kind, e)
+                yield kind, e
 
 
 def _timed(worker: Worker, run: AnyRun) -> Worker:
@@ -234,16 +236,16 @@ def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation]) ->
     protocol = replace(plan.protocol, seed=worker.fresh.protocol.seed)
     if not measures:
         protocol = replace(protocol, n_images=plan.n_pictures)
-    examiner = Examiner(worker.model, replace(plan, protocol=protocol))
+    runner = MeasureRunner(worker.model, replace(plan, protocol=protocol))
     done = {row["label"] for row in run.rows() if row["kind"] == "seen"}
     if done >= {FULL, *archs}:
         return
-    teacher, pictures = examiner.teacher()
+    teacher, pictures = runner.teacher()
     for label, arch in {FULL: Architecture(), **archs}.items():
         if label in done:
             continue
         try:
-            seen, shown = (teacher, pictures) if label == FULL else examiner.observe(arch, label)
+            seen, shown = (teacher, pictures) if label == FULL else runner.observe(arch, label)
         except NotFinite as err:
             lost = failed(arch.key, label, measures, protocol.n_images, protocol.seed, str(err))
             run.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in lost]})

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from blockprune.measures.examiner import FULL
+from blockprune.measures.runner import FULL
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.runs.records import Candidate, Evaluation
@@ -18,7 +18,7 @@ from blockprune.stages.search.proposals import Proposer
 from blockprune.stages.search.space import Choice, Space
 from blockprune.stages.search.trials import Trials
 
-SCAN, PRESET, EXACT, FINAL = "scan", "preset", "exact", "final"
+SCAN, PRESET, EXACT = "scan", "preset", "exact"
 POLL_S = 0.2
 
 

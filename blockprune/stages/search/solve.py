@@ -11,6 +11,7 @@ from blockprune.cost.components import pipeline_costs
 from blockprune.errors import UserError
 from blockprune.model import pretrained
 from blockprune.model.architecture import BlockGraph
+from blockprune.model.identity import identity
 from blockprune.model.trace import trace
 from blockprune.runs.directory import Run, read_run
 from blockprune.runs.provenance import fingerprint
@@ -59,7 +60,7 @@ def solve(request: SearchRequest) -> Solutions:
     configs = pretrained.configs(request.model)
     latent = configs.latent(request.resolution)
     graph = trace(configs.unet, latent, configs.n_tokens)
-    if about["asked"].get("teacher") != pretrained.identity(request.model):
+    if about["asked"].get("teacher") != identity(request.model):
         raise UserError(f"the scores in {str(source)!r} are of another teacher: give the --model that they were made with")
     outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
     problem = Problem(graph, request, outside)

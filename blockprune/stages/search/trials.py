@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import socket
 import tempfile
 import threading
@@ -20,74 +18,23 @@ from msgspec import Meta
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from blockprune.decode import Natural, Object, checked, json_lines
+from blockprune.decode import Natural, Object, checked
 from blockprune.errors import UserError
 from blockprune.measures.measure import measure as measure_of
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.runs.directory import differences
 from blockprune.runs.records import Candidate, Evaluation
+from blockprune.stages.search.storage import MEND
 
 UNIT = CategoricalDistribution([False, True])
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_ATTEMPTS = 3
-MEND = "put back a sound copy, or search in another --out"
-
-_URL = re.compile(
-    r"(?P<kind>postgres(ql)?|mysql|sqlite)(\+\w+)?://([^@/?#]*@)?"
-    r"(?P<host>[A-Za-z0-9.-]*(:[0-9]+)?)/(?P<database>[\w./ -]*)(\?[^@]*)?"
-)
-# what a driver may say of a failure, all of it without a word of the URL
-REASONS = (
-    "connection refused",
-    "password authentication failed",
-    "no password supplied",
-    "timeout expired",
-    "could not translate host name",
-    "failed to resolve host",
-    "name or service not known",
-    "server closed the connection",
-    "unable to open database file",
-    "file is not a database",
-    "database is locked",
-    "permission denied",
-    "does not exist",
-    "could not parse",
-    "can't load plugin",
-)
 CLAIM_S = 10.0  # far more than a worker takes from taking a trial to putting its name to it
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
-def open_storage(url: str | None, path: Path | None) -> BaseStorage:
-    """The storage behind a URL; a journal file at `path` when there is none, memory without either.
-
-    Raises UserError for a database that cannot be reached or a driver that is not installed.
-    """
-    if url is None:
-        return InMemoryStorage() if path is None else _journal(path)
-    try:
-        return _connected(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
-    except ImportError:
-        raise UserError(f"{storage_name(url)} needs its driver: pip install 'blockprune[postgresql]'") from None
-    except Exception as err:  # drivers raise whatever they like, and may repeat the URL in it
-        text = str(err).lower()
-        why = next((reason for reason in REASONS if reason in text), type(err).__name__)
-        raise UserError(f"cannot open {storage_name(url)} ({why}): give a URL like postgresql://user@host/name") from None
-
-
-class Operation(msgspec.Struct):
-    """A line of Optuna's journal."""
-
-    op_code: Annotated[int, Meta(ge=0, le=10)]
-    worker_id: str
 
 
 class StudyAttributes(msgspec.Struct):
@@ -107,58 +54,6 @@ class TrialAttributes(msgspec.Struct):
     tiers: Annotated[list[Score], Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
     worker: str = "::"
     beat: float | None = None
-
-
-def _journal(path: Path) -> JournalStorage:
-    """The storage of a journal file; UserError for a line that is not one of a journal."""
-    for what, line in json_lines(path, MEND) if path.exists() else ():
-        checked(line, Operation, what, MEND)
-    try:
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
-    except Exception as err:  # replaying other lines than Optuna wrote raises anything, assertions too
-        raise UserError(f"cannot read {str(path)!r}: its lines do not fit together ({type(err).__name__}: {err}); {MEND}") from None
-
-
-def _connected(url: str) -> RDBStorage:
-    """The database; tried again when another process is just making its tables."""
-    for attempt in range(10):
-        try:
-            return RDBStorage(url)
-        except (IntegrityError, ProgrammingError):
-            time.sleep(0.2 * (attempt + 1))
-    return RDBStorage(url)
-
-
-def storage_name(url: str) -> str:
-    """What messages call a storage: its kind, host and database where the URL says them in the usual form; no other part of it."""
-    found = _URL.fullmatch(url)
-    if not found:
-        return "the storage"
-    return f"the storage {found['kind']}://{found['host'] or ''}/{found['database']}"
-
-
-class _FileLock(JournalFileOpenLock):
-    """A lock that the system releases when its holder is killed; taking it cuts off a line that a kill has torn."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._held = path, threading.local()
-
-    def acquire(self) -> bool:
-        fd = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        self._held.fd = fd
-        self._trim()
-        return True
-
-    def release(self) -> None:
-        os.close(self._held.fd)
-
-    def _trim(self) -> None:
-        with self.path.open("rb+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size and file.seek(size - 1) and file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class Trials:
@@ -213,9 +108,9 @@ class Trials:
     @staticmethod
     def candidate(trial: FrozenTrial) -> Candidate:
         """What a trial scores."""
-        said = trial.user_attrs
-        arch = Architecture(frozenset(said["removed"]))
-        return Candidate(arch, said["label"], said["source"], trial.params, trial.constraints, said["costs"])
+        attrs = trial.user_attrs
+        arch = Architecture(frozenset(attrs["removed"]))
+        return Candidate(arch, attrs["label"], attrs["source"], trial.params, trial.constraints, attrs["costs"])
 
     def known(self) -> set[str]:
         """The keys of architectures that are scored, in work or waiting."""
@@ -229,13 +124,13 @@ class Trials:
 
     def evaluations(self) -> list[Evaluation]:
         """What is scored, in the order of the trials, each architecture once."""
-        found: dict[str, Evaluation] = {}
+        by_arch: dict[str, Evaluation] = {}
         for trial in self.trials(*DONE):
             if "tiers" in trial.user_attrs:
-                found.setdefault(trial.user_attrs["arch"], self._kept(trial))
-        return list(found.values())
+                by_arch.setdefault(trial.user_attrs["arch"], self._finished(trial))
+        return list(by_arch.values())
 
-    def _kept(self, trial: FrozenTrial) -> Evaluation:
+    def _finished(self, trial: FrozenTrial) -> Evaluation:
         """The evaluation of a finished trial, which does not change any more."""
         if trial.number not in self._evaluations:
             self._evaluations[trial.number] = _evaluation(trial)

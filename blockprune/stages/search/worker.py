@@ -12,21 +12,22 @@ from optuna.storages import BaseStorage
 
 from blockprune.cost import latency
 from blockprune.cost.components import outside_params, unet_inputs
-from blockprune.measures.examiner import FULL, Arrays, Examiner, Objective, Plan, check_kept
 from blockprune.measures.images import Judges
 from blockprune.measures.measure import measure
+from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Objective, Plan, check_kept
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
 from blockprune.runs.parts import strip_png
 from blockprune.runs.records import Candidate, Evaluation
-from blockprune.stages import inputs
+from blockprune.stages import loading
 from blockprune.stages.plan import plan_of, terms
 from blockprune.stages.search.problem import Latencies, Problem
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.search import Chance, Listed, Tiers, finalists, search
-from blockprune.stages.search.trials import Trials, open_storage
+from blockprune.stages.search.storage import open_storage
+from blockprune.stages.search.trials import Trials
 from blockprune.stages.train.recover import Recovery
 
 FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck does not win again
@@ -110,7 +111,7 @@ class Worker:
         n_images = self.plan.protocol.n_images * (factor if self.needs_teacher else 1)
         protocol = replace(self.plan.protocol, seed=seed, n_images=n_images)
         n_noisy = self.plan.n_noisy * factor
-        clean = self.plan.clean and inputs.clean_latents(self.model, self.request.data, n_noisy, self.plan.batch_size)
+        clean = self.plan.clean and loading.clean_latents(self.model, self.request.data, n_noisy, self.plan.batch_size)
         return replace(self.plan, protocol=protocol, n_noisy=n_noisy, clean=clean)
 
     @property
@@ -118,14 +119,14 @@ class Worker:
         return not self.plan.denoising_measures or self.plan.clean is None
 
     def objective(self, plan: Plan, part: str) -> Objective:
-        return Objective(Examiner(self.model, plan), self.request.objective, self.teacher(plan, part))
+        return Objective(MeasureRunner(self.model, plan), self.request.objective, self.teacher(plan, part))
 
     def teacher(self, plan: Plan, part: str) -> Arrays:
         """What the teacher drew under a plan, kept in the run; empty when nothing asks for it."""
         if not self.needs_teacher:
             return {}
         if (drawn := self.recall(part)) is None:
-            drawn, _ = Examiner(self.model, plan).teacher()
+            drawn, _ = MeasureRunner(self.model, plan).teacher()
             self.keep(part, drawn)
         return check_kept(part, drawn, plan.observed, plan.protocol.n_images)
 
@@ -173,8 +174,8 @@ class Worker:
     def picture(self, candidate: Candidate) -> bytes | None:
         """The first images of a finalist, side by side; None when it draws none."""
         protocol = replace(self.plan.protocol, seed=self.fresh.protocol.seed, n_images=self.plan.n_pictures)
-        examiner = Examiner(self.model, replace(self.plan, protocol=protocol, judges=Judges()))
+        runner = MeasureRunner(self.model, replace(self.plan, protocol=protocol, judges=Judges()))
         try:
-            return strip_png(examiner.observe(candidate.arch, candidate.label)[1])
+            return strip_png(runner.observe(candidate.arch, candidate.label)[1])
         except NotFinite:
             return None

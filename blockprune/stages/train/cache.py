@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from blockprune.data import encoded, training_data
+from blockprune.data import cache, training_data
 from blockprune.errors import UserError
 from blockprune.model import pretrained
 from blockprune.model.defaults import defaults_of
-from blockprune.model.place import device_of
+from blockprune.model.device import device_of
+from blockprune.model.identity import identity
 from blockprune.progress import Listener
 from blockprune.stages.train.request import CacheRequest
 from blockprune.stages.train.samples import data_of
@@ -26,13 +27,13 @@ def encode(request: CacheRequest, out: Path, progress: Listener) -> dict[str, An
         raise UserError(f"a cache needs a square resolution: got {height}x{width}")
     reader = training_data.Reader(training_data.source_of(data, height, request.n_images))
     pipe = pretrained.load(request.model, device_of(request.device), getattr(torch, request.dtype))
-    progress.plan(encoded.unfinished(out, len(reader), request.shard_size))
-    return encoded.write_cache(
+    progress.plan(cache.unfinished(out, len(reader), request.shard_size))
+    return cache.write_cache(
         pipe,
         reader,
         out,
         request.shard_size,
-        teacher=pretrained.identity(request.model),
+        teacher=identity(request.model),
         flip=request.random_flip,
         chunk=request.batch_size,
         tick=progress.tick,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from blockprune.decode import Natural, read_json, regular_file
 from blockprune.errors import UserError
+from blockprune.runs.atomic import writing_folder
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 MANIFEST = "checkpoint.json"
@@ -34,24 +34,15 @@ class Snapshot:
 def write_snapshot(folder: Path, step: int, parts: Parts, limit: int | None = None) -> Path:
     """Writes `folder`/step-NNNNNNN with one safetensors file for each part; then the oldest beyond `limit` go.
 
-    A checkpoint of that step that is there already is replaced. What is half written has another name and is never read; that name
-    is the same in every process, so that the run that goes on replaces what a killed one left.
+    A checkpoint of that step that is there already is replaced. What is half written has another name and is never read.
     """
     target = folder / f"step-{step:07d}"
-    part = folder / f".{target.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with writing_folder(target) as part:
         for name, tensors in parts.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part / f"{name}.safetensors")
         digests = {file.name: file_digest(file) for file in sorted(part.iterdir())}
         (part / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
-        for file in part.iterdir():
-            _sync(file)
         shutil.rmtree(target, ignore_errors=True)
-        part.replace(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     if limit is not None:
         drop_oldest(folder, limit)
     return target
@@ -121,11 +112,3 @@ def file_digest(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import recursively_apply
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blockprune.errors import UserError
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture, BlockGraph
-from blockprune.model.families import Condition, take
+from blockprune.model.families import Condition, join, take
 from blockprune.model.fit import Fits
 from blockprune.model.pretrained import silence
 from blockprune.runs.records import TrainState
@@ -92,25 +93,16 @@ class Sampler:
         seed = int(np.random.SeedSequence([self.seed, 2, g]).generate_state(1, np.uint64)[0] >> 1)
         return torch.randn(2, *self.latent, generator=torch.Generator().manual_seed(seed))
 
-    def _dropped(self, condition: Condition, drop: Any) -> Condition:
+    def _dropped(self, condition: Condition, drop: NDArray[np.bool_]) -> Condition:
         if not drop.any():
             return condition
-        kept = torch.from_numpy(~drop)
-        blank = take(self.blank, [0] * len(drop))
-        return _where(kept, condition, blank)
-
-
-def _where(kept: Tensor, first: Condition, second: Condition) -> Condition:
-    """The rows of the first condition where `kept`, else of the second."""
-    return {
-        k: _where(kept, v, second[k]) if isinstance(v, dict) else torch.where(kept.view(-1, *[1] * (v.ndim - 1)), v, second[k])
-        for k, v in first.items()
-    }
+        n = len(drop)
+        return take(join(condition, self.blank), torch.arange(n).masked_fill(torch.from_numpy(drop), n))
 
 
 def _to(condition: Condition, device: torch.device) -> Condition:
     """In float32, as the student's weights are, whatever the text encoder's precision was."""
-    return {k: _to(v, device) if isinstance(v, dict) else v.to(device, torch.float32) for k, v in condition.items()}
+    return recursively_apply(lambda t: t.to(device, torch.float32), condition)
 
 
 def student_of(

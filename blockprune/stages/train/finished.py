@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
+from diffusers import UNet2DConditionModel
 
-from blockprune.errors import UserError
+from blockprune.errors import UserError, first_line
 from blockprune.export import pipeline
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
+from blockprune.model.config_schema import Config
 from blockprune.runs.directory import read_run
-from blockprune.runs.schema import TrainedRun
+from blockprune.runs.schema import PhaseRecord, TrainedRun
 from blockprune.stages.train.checkpoints import MANIFEST, file_digest, read_weights, snapshot_folders
 
 
@@ -31,25 +33,25 @@ class Finished:
     @classmethod
     def of(cls, folder: Path) -> Finished:
         """UserError when `folder` is no distillation, or has nothing to look at yet."""
-        if (said := read_run(folder))["command"] != "distill":
+        if (run_json := read_run(folder))["command"] != "distill":
             raise UserError(
-                f"--checkpoints takes the run directory of a distillation: {str(folder)!r} holds a run of {said['command']!r}"
+                f"--checkpoints takes the run directory of a distillation: {str(folder)!r} holds a run of {run_json['command']!r}"
             )
-        asked = read_run(folder, TrainedRun)["asked"]
-        phases = asked["phases"]
+        asked = msgspec.convert(read_run(folder, TrainedRun), TrainedRun).asked
+        phases = asked.phases
         places = snapshot_folders(folder / "checkpoints")
         if (folder / "student" / pipeline.ARCHITECTURE).is_file():
-            places[phases[-1]["last"]] = folder / "student"
+            places[phases[-1].last] = folder / "student"
         if not places:
             raise UserError(f"{str(folder)!r} has no checkpoint yet: wait for its first, or lower its --checkpointing-steps")
-        archs = {step: Architecture(frozenset(_phase(phases, step)["arch"])) for step in places}
-        return cls(folder, asked["teacher_model"], asked["teacher"], dict(sorted(places.items())), archs)
+        archs = {step: Architecture(frozenset(_phase(phases, step).arch)) for step in places}
+        return cls(folder, asked.teacher_model, asked.teacher, dict(sorted(places.items())), archs)
 
     def digests(self) -> dict[str, str]:
         """What each place holds, in a few characters."""
         return {str(step): _digest(place) for step, place in self.places.items()}
 
-    def unet(self, step: int, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    def unet(self, step: int, config: Config, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
         """The student at that step: its averaged weights where there are any."""
         place = self.places[step]
         if place.name == "student":
@@ -59,12 +61,12 @@ class Finished:
             unet = surgery.skeleton(config, self.archs[step])
             unet.load_state_dict(weights, assign=True)
         except (UserError, ValueError, RuntimeError) as err:
-            raise UserError(f"the checkpoint {str(place)!r} cannot be used ({str(err).splitlines()[0]}): remove it") from None
+            raise UserError(f"the checkpoint {str(place)!r} cannot be used ({first_line(err)}): remove it") from None
         return unet.to(device, dtype).requires_grad_(False)
 
 
-def _phase(phases: list[dict[str, Any]], step: int) -> dict[str, Any]:
-    return next((p for p in phases if p["first"] < step <= p["last"]), phases[-1])
+def _phase(phases: Sequence[PhaseRecord], step: int) -> PhaseRecord:
+    return next((p for p in phases if p.first < step <= p.last), phases[-1])
 
 
 def _digest(place: Path) -> str:

@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from blockprune.errors import UserError
-from blockprune.model.place import device_of
+from blockprune.errors import UserError, first_line
+from blockprune.model.device import device_of
 
 
 def launched() -> bool:
@@ -68,7 +68,7 @@ def _accelerator(cpu: bool, precision: str, accumulation: int, tracker: str | No
             project_dir=None if folder is None else str(folder),
         )
     except ValueError as err:
-        why = str(err).splitlines()[0][:100]
+        why = first_line(err)
         raise UserError(f"cannot train with --mixed-precision {precision} here ({why}): give bf16 or no, or use a GPU") from None
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("cannot train with --mixed-precision fp16 on a processor: give bf16 or no, or use a GPU")

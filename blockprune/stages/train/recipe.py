@@ -10,8 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from blockprune.assets import ASSETS
+from blockprune.decode import read_named_toml
 from blockprune.errors import UserError
-from blockprune.named import read_named
 
 RECIPES = ASSETS / "recipes"
 TAPS = ("stages", "layers")
@@ -70,4 +70,4 @@ class Recipe:
 
 def read_recipe(text: str) -> Recipe:
     """The recipe of that name, or of a TOML file; UserError for a file that is not one, and for keys it may not have."""
-    return read_named("recipe", RECIPES, text, Recipe)
+    return read_named_toml("recipe", RECIPES, text, Recipe)

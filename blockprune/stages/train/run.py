@@ -33,7 +33,7 @@ from blockprune.runs.memory import MemoryRun
 from blockprune.runs.parts import strip_png
 from blockprune.runs.provenance import made_with
 from blockprune.runs.records import TrainState
-from blockprune.stages import inputs
+from blockprune.stages import loading
 from blockprune.stages.plan import N_PICTURES
 from blockprune.stages.train.checkpoints import Snapshot, drop_oldest, read_snapshot, write_snapshot
 from blockprune.stages.train.distill import Distiller, Sampler, Settings, student_of
@@ -165,7 +165,7 @@ def _about(
         "latent": list(model.latent),
         "batch": request.train_batch_size * request.gradient_accumulation_steps * accelerator.num_processes,
     }
-    prompts = inputs.prompts_of(request.validation_prompts, model)
+    prompts = loading.prompts_of(request.validation_prompts, model)
     return asked, {
         "made_with": made_with(accelerator.device),
         "arch": phases[-1].arch.terms,

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blockprune.data.encoded import INDEX, Cached, Live, Provider, Remembered
+from blockprune.data.cache import INDEX, Cached
+from blockprune.data.encoded import Live, Provider, Remembered
 from blockprune.data.training_data import CaptionedDataset, Reader, source_of
 from blockprune.errors import UserError
-from blockprune.model import pretrained
 from blockprune.model.families import on
+from blockprune.model.identity import identity
 from blockprune.model.model import Model
 from blockprune.stages.train.distill import Sampler
 
@@ -44,7 +45,7 @@ def provider_of(model: Model, data: Any) -> Provider:
 def _identity_of_files(model: Model) -> str:
     """What a cache calls its model: also of a loaded pipeline the content id of the files that it came from, where it says."""
     try:
-        return pretrained.identity(model.name)
+        return identity(model.name)
     except UserError:
         return model.identity
 

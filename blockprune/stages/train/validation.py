@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from diffusers import UNet2DConditionModel
 
-from blockprune.measures.examiner import FULL, Examiner, Images, Plan
 from blockprune.measures.images import judge
 from blockprune.measures.measure import measure
+from blockprune.measures.runner import FULL, Images, MeasureRunner, Plan
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import Model
 from blockprune.model.sampling import Protocol, check_schedule
-from blockprune.stages.fields import Drawing, Judging, Noising
+from blockprune.stages.fields import Measuring
 from blockprune.stages.plan import plan_of, possible
 from blockprune.stages.train.request import TrainRequest
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measuring(Drawing, Judging, Noising):
-    """How a validation draws, and who judges: the request's own words, else the model's."""
 
 
 class Validation:
@@ -32,7 +27,7 @@ class Validation:
 
     def __init__(self, model: Model, request: TrainRequest) -> None:
         self.model = model
-        self.asked = _Measuring(
+        self.asked = Measuring(
             n_images=request.n_images,
             steps=request.denoising_steps,
             cfg_scale=request.cfg_scale,
@@ -58,6 +53,6 @@ class Validation:
     def look(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> tuple[Images, list[Score]]:
         """The first images (k, H, W, 3) of a student, and its scores. Raises NotFinite."""
         with self.model.running(student):
-            seen, pictures = Examiner(self.model, self.plan).observe(Architecture(), FULL)
+            seen, pictures = MeasureRunner(self.model, self.plan).observe(Architecture(), FULL)
         plan = self.plan
         return pictures, list(judge(arch.key, label, plan.measures, seen, None, plan.judges, plan.protocol.seed))

@@ -17,11 +17,12 @@ from stand_ins import Eye
 
 from blockprune.errors import UserError
 from blockprune.measures.denoising import NoisySamples, denoising_errors
-from blockprune.measures.examiner import Plan
+from blockprune.measures.fid_kid import Stats
 from blockprune.measures.images import Judges
+from blockprune.measures.intervals import Statistic, mean_statistic
 from blockprune.measures.measure import MEASURES, Measure
+from blockprune.measures.runner import Plan
 from blockprune.measures.score import Score
-from blockprune.measures.statistics import Statistic, Stats, mean_statistic
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import rounding

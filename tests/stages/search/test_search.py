@@ -22,7 +22,8 @@ from blockprune.stages.search.budget import parse_budget
 from blockprune.stages.search.proposals import SAMPLERS, sampler_of
 from blockprune.stages.search.search import Chance, Listed, Strategy, Tiers, finalists, search
 from blockprune.stages.search.space import Space
-from blockprune.stages.search.trials import Trials, open_storage
+from blockprune.stages.search.storage import open_storage
+from blockprune.stages.search.trials import Trials
 
 GRAPH = trace(tiny.config("sd1"))
 STAGES = GRAPH.units("stage")

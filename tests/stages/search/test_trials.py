@@ -18,7 +18,8 @@ from search_worker import ASKED, NAMES, Journal, score, work
 from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture
 from blockprune.runs.records import Candidate
-from blockprune.stages.search.trials import MAX_ATTEMPTS, Trials, open_storage
+from blockprune.stages.search.storage import open_storage
+from blockprune.stages.search.trials import MAX_ATTEMPTS, Trials
 
 
 def candidate(name: str) -> Candidate:
@@ -134,17 +135,6 @@ def test_a_worker_killed_while_it_took_a_trial_is_soon_dead(storage: BaseStorage
 def test_another_protocol_is_refused(storage: BaseStorage, study: Trials) -> None:
     with pytest.raises(UserError, match="seed is 0 there, 1 asked"):
         Trials(storage, "s", "eps_mse", {**ASKED, "seed": 1})
-
-
-def test_a_torn_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "study.journal"
-    Trials(open_storage(None, path), "s", "eps_mse", ASKED).add([candidate("a")])
-    with path.open("a") as out:
-        out.write('{"op_code":4,"wor')
-    study = Trials(open_storage(None, path), "s", "eps_mse", ASKED)
-    study.add([candidate("b")])
-    assert study.known() == {candidate(n).arch.key for n in "ab"}
-    assert Trials(open_storage(None, path), "s", "eps_mse", ASKED).known() == study.known()
 
 
 def run_workers(make: Callable[[], BaseStorage], log: Path, n_killed: int) -> Trials:

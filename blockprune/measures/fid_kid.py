@@ -1,29 +1,24 @@
-"""Maths: features in, number out. Statistics in float64; no torch at run time.
+"""FID, KID, Inception Score and CLIP score: features of images in, number out. In float64; no torch at run time.
 
-Every measure that has an interval is also given as a `Statistic`, which evaluates many subsets of the samples in one call;
-`interval` turns it into a 95 % interval.
+Those that have an interval are also given as a `Statistic`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import xlogy
-from scipy.stats import kendalltau
 
 from blockprune.errors import UserError
+from blockprune.measures.intervals import Floats, Index, Statistic, samples, value_of
 
 if TYPE_CHECKING:
     import torch
-
-Floats = NDArray[np.float64]
-Index = NDArray[np.intp]
-Statistic = Callable[[Index], Floats]  # (B, m) sample indices => (B,) values, one per subset of m samples
 
 _CHUNK_ELEMENTS = 1 << 24
 _KERNEL_ROWS = 1024
@@ -74,7 +69,7 @@ def fid(features: ArrayLike, reference: Stats) -> float:
 
     Equals clean-fid's `fid_from_feats` (Heusel et al. 2017, eq. 6). Raises as `Stats.of`.
     """
-    return _value(fid_statistic(features, reference), len(_matrix(features)))
+    return value_of(fid_statistic(features, reference), len(_matrix(features)))
 
 
 def fid_statistic(features: ArrayLike, reference: Stats) -> Statistic:
@@ -124,7 +119,7 @@ def kid(x: ArrayLike, y: ArrayLike, seed: int = 0, n_subsets: int = 0, subset_si
     """
     a, b = _matrix(x), _matrix(y)
     if not n_subsets:
-        return _value(kid_statistic(a, b), len(a))
+        return value_of(kid_statistic(a, b), len(a))
     if subset_size > min(len(a), len(b)):
         raise UserError(f"a KID subset of {subset_size} needs as many images on both sides: got {len(a)} and {len(b)}")
     # torch-fidelity's generator and order of draws, so that numbers can be compared
@@ -170,12 +165,12 @@ def inception_score(probs: ArrayLike, splits: int = 1) -> float:
     UserError for fewer images than splits.
     """
     probs = np.asarray(probs)
-    return _value(inception_statistic(probs, splits), probs.shape[0] if probs.ndim else 0)
+    return value_of(inception_statistic(probs, splits), probs.shape[0] if probs.ndim else 0)
 
 
 def inception_statistic(probs: ArrayLike, splits: int = 1) -> Statistic:
     """Inception Score of subsets of (N, K) or (N, G, K) class probabilities; an image stays in its split in every subset."""
-    p = _samples(probs, (2, 3), "class probabilities must be (N, K) or (N, G, K)", 1)
+    p = samples(probs, (2, 3), "class probabilities must be (N, K) or (N, G, K)", 1)
     if splits < 1:
         raise UserError(f"an Inception Score has at least 1 split: got {splits}")
     if splits == 1:
@@ -219,82 +214,15 @@ def feature_distance(x: ArrayLike, teacher: ArrayLike) -> Floats:
     return np.asarray(((a - b) ** 2).sum(1))
 
 
-def mean_statistic(values: ArrayLike) -> Statistic:
-    """The mean of subsets of (N,) values."""
-    x = _samples(values, (1,), "values must be (N,)", 1)
-    return lambda index: np.asarray(x[index].mean(1))
-
-
-def kendall_tau(a: ArrayLike, b: ArrayLike) -> float | None:
-    """Kendall's τ-b of two paired rows of values; None where it is undefined (under two pairs, or a constant side)."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    tau = float(kendalltau(x, y).statistic) if len(x) > 1 else np.nan
-    return tau if np.isfinite(tau) else None
-
-
-def resample(n: int, seed: int, n_resamples: int) -> Index:
-    """(n_resamples, n // 2) indices: both halves of random permutations of n samples, no sample twice in a row."""
-    draw = np.random.default_rng(seed)
-    half = n // 2
-    order = draw.permuted(np.tile(np.arange(n), ((n_resamples + 1) // 2, 1)), axis=1)
-    return np.stack([order[:, :half], order[:, n - half :]], axis=1).reshape(-1, half)[:n_resamples]
-
-
-def interval(statistic: Statistic, n: int, seed: int, n_resamples: int = 200) -> tuple[float, float] | None:
-    """(low, high): the 95 % half-sample bootstrap interval of a statistic of n samples; None below four.
-
-    Halves are drawn without replacement, and the deviations of their values from their own mean are laid around the value
-    of the full sample. A half's variance about the full sample is (1/m - 1/n) σ², at m = n/2 just the σ²/n that is
-    wanted (Shao and Wu 1989, delete-d jackknife); an odd n is put right by a factor. Drawn with replacement, repeated
-    images would raise FID and KID far above the value itself and widen FID's spread (by two thirds at n = D). Centring
-    removes the bias that the smaller size adds, so the interval speaks of the expected value at this n, given the
-    reference: FID's own bias at small n stays in it.
-    """
-    if n < 4:
-        return None
-    value = _value(statistic, n)
-    index = resample(n, seed, n_resamples)
-    resampled = np.asarray(statistic(index))
-    if resampled.shape != (n_resamples,):
-        raise ValueError(f"a statistic maps (B, m) indices to (B,) values: got {resampled.shape} for B = {n_resamples}")
-    half = n // 2
-    low, high = np.quantile(resampled - resampled.mean(), [0.025, 0.975]) * np.sqrt(half / (n - half))
-    return value + float(low), value + float(high)
-
-
-def paired_interval(
-    statistic: Statistic, other: Statistic, n: int, seed: int, n_resamples: int = 200
-) -> tuple[float, float] | None:
-    """The interval of `statistic` less `other` over the same n samples (same seeds and prompts), drawn together."""
-    return interval(lambda index: statistic(index) - other(index), n, seed, n_resamples)
-
-
-def _value(statistic: Statistic, n: int) -> float:
-    return float(statistic(np.arange(n)[None])[0])
-
-
 def _matrix(features: ArrayLike) -> Floats:
-    return _samples(features, (2,), "features must be (N, D)", 2)
+    return samples(features, (2,), "features must be (N, D)", 2)
 
 
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[Floats, Floats]:
-    a, b = (_samples(x, (2,), "paired features must be (N, D)", 1) for x in (first, second))
+    a, b = (samples(x, (2,), "paired features must be (N, D)", 1) for x in (first, second))
     if a.shape != b.shape:
         raise UserError(f"paired features must be (N, D) of one shape: got {a.shape} and {b.shape}")
     return a, b
-
-
-def _samples(values: ArrayLike, n_axes: tuple[int, ...], rule: str, least: int) -> Floats:
-    """The values of at least `least` images in float64; UserError for another shape, FloatingPointError on NaN or infinity."""
-    x = np.asarray(values, dtype=np.float64)
-    n = x.shape[0] if x.ndim else 0
-    if x.size and x.ndim not in n_axes:
-        raise UserError(f"{rule}: got the shape {x.shape}")
-    if n < least or not x.size:
-        raise UserError(f"a statistic of images needs at least {least}: got {n if x.size else 'none'}; raise the number of images")
-    if not np.isfinite(x).all():
-        raise FloatingPointError("features contain NaN or infinity: the images or the detector are broken")
-    return x
 
 
 def _counts(index: Index, n: int) -> Floats:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from blockprune.errors import UserError
-from blockprune.measures import statistics
+from blockprune.measures import intervals
 from blockprune.measures.denoising import Denoiser, NoisySamples
 from blockprune.measures.images import Judges, judge, stack
 from blockprune.measures.measure import measure
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def observed(self) -> dict[str, tuple[int, ...] | None]:
-        """The arrays that `Examiner.observe` gives for each image, and their shapes where these are known beforehand."""
+        """The arrays that `MeasureRunner.observe` gives for each image, and their shapes where these are known beforehand."""
         detector, names = self.judges.detector, ("image", "text") if self.judges.scorer else ()
         seen: dict[str, tuple[int, ...] | None] = dict.fromkeys(("latents", *names))
         seen |= {m.name: () for m in self.judges.own}
@@ -83,7 +83,7 @@ def with_ratio(measures: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(out))
 
 
-class Examiner:
+class MeasureRunner:
     """One teacher under one plan: looks at its masked models, always at the same prompts, seeds, noise and timesteps."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
@@ -158,29 +158,29 @@ def error_score(name: str, arch: Architecture, label: str, errors: NDArray[np.fl
     n = len(errors)
     if not np.isfinite(errors).all():
         return Score(arch.key, label, name, None, n, seed, error="the U-Net's output is not finite")
-    low, high = statistics.interval(statistics.mean_statistic(errors), n, seed) or (None, None)
+    low, high = intervals.interval(intervals.mean_statistic(errors), n, seed) or (None, None)
     return Score(arch.key, label, name, float(errors.mean()), n, seed, low, high)
 
 
 class Objective:
     """One measure of any architecture on the first n samples of a plan: noisy samples for a denoising error, images for others.
 
-    `teacher` is what `Examiner.teacher` saw; it may be empty for a denoising error on data.
+    `teacher` is what `MeasureRunner.teacher` saw; it may be empty for a denoising error on data.
     """
 
-    def __init__(self, examiner: Examiner, name: str, teacher: Arrays) -> None:
-        self.examiner, self.measure, self.teacher = examiner, name, teacher
+    def __init__(self, runner: MeasureRunner, name: str, teacher: Arrays) -> None:
+        self.runner, self.measure, self.teacher = runner, name, teacher
         self.denoises = measure(name).kind == "denoising"
-        plan = examiner.plan
+        plan = runner.plan
         if self.denoises:
             self.n = plan.n_noisy
-            self._denoiser = Denoiser(examiner.model.network, examiner.model.graph, examiner.noisy(teacher, name), plan.batch_size)
+            self._denoiser = Denoiser(runner.model.network, runner.model.graph, runner.noisy(teacher, name), plan.batch_size)
         else:
             self.n = plan.protocol.n_images
 
     def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score:
         """The score of `arch` on the first `n` samples, all when None."""
-        seed = self.examiner.plan.protocol.seed
+        seed = self.runner.plan.protocol.seed
         if self.denoises:
             return error_score(self.measure, arch, label, self._denoiser.errors(arch, n), seed)
         return self._of_images(arch, label, n, masked=arch)
@@ -188,16 +188,16 @@ class Objective:
     def of(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> Score:
         """The score of a U-Net of its own, such as a trained student of that architecture, on all samples."""
         if self.denoises:
-            seed = self.examiner.plan.protocol.seed
+            seed = self.runner.plan.protocol.seed
             return error_score(self.measure, arch, label, self._denoiser.errors_of(student), seed)
-        with self.examiner.model.running(student):
+        with self.runner.model.running(student):
             return self._of_images(arch, label, None, masked=Architecture())
 
     def _of_images(self, arch: Architecture, label: str, n: int | None, masked: Architecture) -> Score:
-        plan = self.examiner.plan
+        plan = self.runner.plan
         seed = plan.protocol.seed
         try:
-            seen = self.teacher if not arch else self.examiner.observe(masked, label, n)[0]
+            seen = self.teacher if not arch else self.runner.observe(masked, label, n)[0]
         except NotFinite as err:
             return Score(arch.key, label, self.measure, None, n or self.n, seed, error=str(err))
         rows = len(seen["latents"])

@@ -20,7 +20,7 @@ from diffusers import DDIMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blockprune.cli import app, arguments, main
+from blockprune.cli import app, checks, main
 from blockprune.cli.options import default_out
 from blockprune.errors import UserError
 from blockprune.model import presets, pretrained
@@ -79,7 +79,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def options_of(command: str) -> Iterator[tuple[str, str, Any, bool]]:
     """(parameter, its spelling, its type, whether it is repeatable) of every parameter of a command that takes a value."""
     made = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
-    spelt = {p.name: arguments._spelt(p) for p in made.params}
+    spelt = {p.name: checks._spelt(p) for p in made.params}
     for name, hint in typing.get_type_hints(COMMANDS[command]).items():
         if name == "return":
             continue
@@ -147,7 +147,7 @@ def test_a_number_out_of_bounds(command: str, name: str, spelt: str, one_line: O
 @pytest.mark.parametrize("within", [SEED, CFG_SCALE], ids=["whole", "decimal"])
 def test_what_bounds_let_pass_is_a_number_within_them(within: Bounds, text: str) -> None:
     with suppress(UserError):
-        assert arguments.number("--x", text, within) == float(text)
+        assert checks.number("--x", text, within) == float(text)
         assert text.isascii()
         assert within.least <= float(text) <= within.most
 
@@ -157,7 +157,7 @@ def test_what_bounds_let_pass_is_a_number_within_them(within: Bounds, text: str)
 def test_bounds_agree_with_arithmetic(value: float) -> None:
     within = Bounds(0, 1000, whole=isinstance(value, int))
     try:
-        arguments.number("--x", repr(value), within)
+        checks.number("--x", repr(value), within)
     except UserError:
         assert not 0 <= value <= 1000
     else:
@@ -277,7 +277,7 @@ def test_nothing_is_loaded_for_a_place_that_cannot_be_written(command: str, wher
 @pytest.mark.parametrize("command", OUTS)
 def test_a_file_is_no_folder_and_a_folder_no_file(command: str, one_line: OneLine, place: Path) -> None:
     out = place / name_of(command)
-    if command in arguments.OUT_IS_FILE:
+    if command in checks.OUT_IS_FILE:
         out.mkdir()
         assert "must be a file" in one_line(*with_out(command, out))
     else:
@@ -286,7 +286,7 @@ def test_a_file_is_no_folder_and_a_folder_no_file(command: str, one_line: OneLin
         assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", arguments.OUT_IS_RUN)
+@pytest.mark.parametrize("command", checks.OUT_IS_RUN)
 def test_a_folder_with_something_else_is_refused_first(command: str, one_line: OneLine, place: Path) -> None:
     (place / "mine").mkdir()
     (place / "mine" / "letter.txt").write_text("dear")

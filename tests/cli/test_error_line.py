@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
-from blockprune.cli import edge
+from blockprune.cli import error_line
 from blockprune.errors import UserError, redacted
-from blockprune.stages.search.trials import open_storage, storage_name
+from blockprune.stages.search.storage import open_storage, storage_name
 
 Cli = Callable[..., tuple[int, str, str]]
 OneLine = Callable[..., str]
@@ -30,7 +30,7 @@ NUMBERS_OF_ERRORS = [errno.ENAMETOOLONG, errno.EROFS, errno.EACCES, errno.ENOTDI
 @pytest.mark.parametrize("number", NUMBERS_OF_ERRORS)
 def test_any_failure_of_the_system_is_one_line(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     for error in (OSError(number, os.strerror(number), "its/path"), RuntimeError(f"I/O error: (os error {number})")):
-        with pytest.raises(SystemExit) as left, edge.one_line_errors():
+        with pytest.raises(SystemExit) as left, error_line.one_line_errors():
             raise error
         err = capfd.readouterr().err
         assert left.value.code == 2
@@ -95,15 +95,8 @@ def test_no_form_of_a_url_shows_its_password(form: str, secret: str) -> None:
     assert secret not in redacted(f"Got an unexpected argument ({url})")
 
 
-def test_a_storage_is_called_by_its_host_and_database() -> None:
-    assert storage_name("postgresql://u:pw@db.example.org:5432/studies?sslmode=require") == (
-        "the storage postgresql://db.example.org:5432/studies"
-    )
-    assert storage_name("sqlite:////tmp/x.db") == "the storage sqlite:////tmp/x.db"
-
-
 def test_a_storage_that_fails_later_is_one_line() -> None:
-    said = edge.explanation(OperationalError("SELECT secret", {}, Exception("postgresql://u:secret@h/x")))
+    said = error_line.explanation(OperationalError("SELECT secret", {}, Exception("postgresql://u:secret@h/x")))
     assert said is not None
     assert "OperationalError" in said
     assert "secret" not in said

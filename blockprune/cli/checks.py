@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import stat
@@ -11,7 +12,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from blockprune.cli.edge import one_line_errors
+from blockprune.cli.error_line import one_line_errors
 from blockprune.errors import UserError
 from blockprune.request import Bounds, bounds, check_text, shown
 from blockprune.runs.directory import check_file, check_folder, check_run_folder
@@ -25,7 +26,7 @@ OUT_IS_FILE = ("report", "map-adapter", "stats")
 OUT_IS_RUN = ("scan", "search", "distill", "evaluate")
 
 
-class Command(TyperCommand):
+class CheckedCommand(TyperCommand):
     """A command that begins only when nothing on its command line is wrong by itself."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -40,6 +41,20 @@ class Command(TyperCommand):
         elif "out" in ctx.params:
             check_folder(Path("runs"))
         return rest
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Leaves out the --no-… of a flag that is off by default, so that long names stand whole in 80 columns."""
+        shown = copy.copy(self)
+        shown.params = [self._as_shown(param) for param in self.params]
+        super(CheckedCommand, shown).format_help(ctx, formatter)
+
+    def _as_shown(self, param: Any) -> Any:
+        request = getattr(self.callback, "request", None)
+        if not param.secondary_opts or request is None or request.__dataclass_fields__[param.name].default:
+            return param
+        shown = copy.copy(param)
+        shown.secondary_opts = []
+        return shown
 
     def _takes(self, name: str) -> tuple[Bounds | None, bool]:
         """The numbers that a parameter takes, and whether it takes several values with commas between."""

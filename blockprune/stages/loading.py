@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,29 +15,19 @@ from blockprune.data.digits import DigitScenes
 from blockprune.data.image_files import MAX_ASPECT
 from blockprune.errors import UserError
 from blockprune.measures import detectors
+from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.measures.images import Judges
-from blockprune.measures.statistics import Detector, Stats
 from blockprune.model.defaults import GENERIC_PROMPTS
 from blockprune.model.model import Model
 
 
-class HasDefaults(Protocol):
-    """A model with its defaults for scoring: a `Model`, or what is evaluated."""
-
-    @property
-    def pipe(self) -> Any: ...
-
-    @property
-    def defaults(self) -> Mapping[str, Any]: ...
-
-
-def prompts_of(path: str | None, model: HasDefaults) -> list[str]:
+def prompts_of(path: str | None, model: Model) -> list[str]:
     """The prompts of a file, else the model's own, else sixteen general ones."""
     return captions.read_prompts(Path(path or model.defaults.get("prompts", GENERIC_PROMPTS)))
 
 
 def judges_of(
-    model: HasDefaults,
+    model: Model,
     detector: str | None,
     weights: str | None,
     clip: str | None,

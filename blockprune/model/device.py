@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from blockprune.errors import UserError
+from blockprune.errors import UserError, first_line
 
 
 def device_of(text: str | None) -> torch.device:
@@ -13,7 +13,7 @@ def device_of(text: str | None) -> torch.device:
         device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as err:
-        why = str(err).splitlines()[0][:100]
+        why = first_line(err)
         raise UserError(f"cannot use the device {text!r} ({why}): give cpu, or a GPU that torch sees") from None
     if device.type == "meta":
         raise UserError("cannot use the device 'meta', which computes nothing: give cpu or cuda")
