@@ -19,11 +19,13 @@ from diffusers import DiffusionPipeline
 from blockprune.errors import UserError
 from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
 from blockprune.measures.measure import Measure, chosen
+from blockprune.measures.runner import MeasureRunner
 from blockprune.model import presets, pretrained, surgery
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.model.defaults import defaults_of
 from blockprune.model.device import device_of
 from blockprune.model.families import family_of
+from blockprune.model.fit import Weights
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.model.trace import trace
 from blockprune.progress import Bars, Listener, Silent
@@ -32,6 +34,7 @@ from blockprune.runs.directory import check_run_folder, read_run
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.run import evaluate as run_evaluate
 from blockprune.stages.fields import OnModel
+from blockprune.stages.plan import plan_of
 from blockprune.stages.scan.request import ScanRequest
 from blockprune.stages.scan.run import scan as run_scan
 from blockprune.stages.search.request import SearchRequest
@@ -144,11 +147,12 @@ def evaluate(
         return EvaluateResult(run_evaluate(asked, folder, listener, pipe))
 
 
-def prune(pipe: DiffusionPipeline, arch: AnyArchitecture) -> DiffusionPipeline:
+def prune(pipe: DiffusionPipeline, arch: AnyArchitecture, data: str | Path | None = None) -> DiffusionPipeline:
     """A copy of a pipeline whose network lacks some blocks; `pipe` stays as it is, and its other parts are shared.
 
     `arch` is an `Architecture`, or text as on the command line: a preset, block names, or a JSON file. The copy runs as any other;
-    `save` is what writes it to disk.
+    `save` is what writes it to disk. What an architecture says to be fitted ("mid_block~linear") is fitted on noisy samples of
+    `data`, a folder of images; of the model's own data, or of images that it draws, where that is None.
 
     >>> import blockprune as bp
     >>> pipe = bp.load_pipeline("tiny-digits")
@@ -158,8 +162,20 @@ def prune(pipe: DiffusionPipeline, arch: AnyArchitecture) -> DiffusionPipeline:
     """
     name = _network_of(pipe)
     student = copy.copy(pipe)
-    setattr(student, name, surgery.prune(getattr(pipe, name), _architecture(pipe, arch)))
+    wanted = _architecture(pipe, arch)
+    setattr(student, name, surgery.prune(getattr(pipe, name), wanted, _fits(pipe, wanted, data)))
     return student
+
+
+def _fits(pipe: DiffusionPipeline, arch: Architecture, data: str | Path | None) -> Weights:
+    """The fitted weights of an architecture, as a scan fits them."""
+    if not arch.fits:
+        return {}
+    model = of_pipeline(pipe)
+    request = ScanRequest(measures=("eps_mse",), data=None if data is None else str(data)).filled(model.defaults)
+    with model.undisturbed():
+        runner = MeasureRunner(model, plan_of(model, request, request.measures))
+        return runner.fitter({} if runner.plan.clean else runner.teacher()[0])(arch)
 
 
 @contextmanager
@@ -174,7 +190,8 @@ def removed(pipe: DiffusionPipeline, arch: AnyArchitecture) -> Iterator[Diffusio
     >>> pipe.unet.num_parameters() == bp.graph(pipe).total.params
     True
     """
-    with surgery.removed(getattr(pipe, _network_of(pipe)), _architecture(pipe, arch)):
+    wanted = _architecture(pipe, arch)
+    with surgery.removed(getattr(pipe, _network_of(pipe)), wanted, _fits(pipe, wanted, None)):
         yield pipe
 
 

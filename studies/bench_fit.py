@@ -4,11 +4,11 @@
     python studies/bench_fit.py --model sd-v1-4 --size 32 --samples 64 --arch down_blocks.1.resnets.1 \
         --arch mid_block --arch up_blocks.1.resnets.1                             # full width on a CPU, minutes; 4 GiB + the model
 
-On tiny-digits: seconds for each of many random architectures with linear fits, beside the plain way, in turns. The plain way is what
-a careful user would write: the teacher's pass over the samples once for all architectures, then for each architecture a whole pass
-of the student for each fitted block, in forward order, and a solve. Both get the same samples, and the students that they give are
-compared (within 1e-3). Writes `bench-fit.json`: seconds of both, their ratio by round, and `eps_mse` on other noise with nothing
-fitted, `channel` and `linear`.
+On tiny-digits: seconds for each of many random architectures with linear fits, beside the plain way, in turns. The plain way is
+what a careful user would write: the teacher's pass over the samples once for all architectures, then for each architecture a whole
+pass of the student for each fitted block, in forward order, and a solve. Both get the same samples, and the students that they give
+are compared (within 1e-3). Writes `bench-fit.json`: seconds of both, their ratio by round, and `eps_mse` on other noise with
+nothing fitted, `channel` and `linear`. `--dry-run` prints the plan.
 
 With --arch: one fit of these blocks together, its seconds by part, and the peak memory beyond the model's.
 """
@@ -183,8 +183,11 @@ if __name__ == "__main__":
     parser.add_argument("--archs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    if args.arch:
+    if args.dry_run:
+        print(f"{args.rounds} rounds of {args.archs} random architectures, {args.samples} samples")
+    elif args.arch:
         full_size(args)
     else:
         result = tiny(args)

@@ -15,6 +15,7 @@ SD = ["--out", OUT, "--reports", OUT, "--coco", "coco", "--data", "pairs", "--in
 PLANS = {
     "ablation.py": (["--out", OUT], "5 variants x 3 seeds"),
     "bench_distill.py": (["--out", OUT], "5 rounds of 6 updates"),
+    "bench_fit.py": (["--out", OUT], "3 rounds of 20 random architectures, 256 samples"),
     "bench_scan.py": (["--out", OUT], "scan, replay, pricing: 3 rounds, 64 images"),
     "bench_search.py": (["table", "--out", OUT], "6 budgets x 5 methods x 10 seeds"),
     "exhaustive_pairs.py": (["--out", OUT], "removal sets of 14 units within 71%params"),

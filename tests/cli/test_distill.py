@@ -28,7 +28,7 @@ from blockprune import load_pipeline
 from blockprune.data import encoded
 from blockprune.data.training_data import Reader, source_of
 from blockprune.model.architecture import Architecture
-from blockprune.model.surgery import skeleton
+from blockprune.model.surgery import architecture_of, skeleton
 from blockprune.runs import directory
 from blockprune.stages.train import checkpoints
 
@@ -185,6 +185,21 @@ def test_from_scan_to_pipeline(tmp_path: Path, cli: Cli) -> None:
     arch = Architecture.from_json(json.loads(best.read_text()))
     assert len(arch) > 0
     assert pipe("thin upright: one top left", num_inference_steps=2).images[0].size == (32, 32)
+
+
+def test_training_starts_from_what_is_fitted(tmp_path: Path, cli: Cli) -> None:
+    command = ["distill", "--arch", "bk-sdm-small", *QUICK, "--max-train-steps", "2"]
+    assert cli(*command, "--out", tmp_path / "plain")[0] == 0
+    assert cli(*command, "--fit", "linear", "--out", tmp_path / "fitted")[0] == 0
+    first = {name: losses(tmp_path / name)[0][1] for name in ("plain", "fitted")}
+    assert first["fitted"]["output"] < first["plain"]["output"] / 2
+    found = weights(tmp_path / "fitted")
+    assert {key for key in found if ".fit." in key} and found.keys() > weights(tmp_path / "plain").keys()
+    pipe = load_pipeline(tmp_path / "fitted" / "pipeline")
+    assert {kind for _, kind in architecture_of(pipe.unet).fits} == {"linear"}
+    before = (tmp_path / "fitted" / "rows.jsonl").read_bytes()
+    assert cli(*command, "--fit", "linear", "--out", tmp_path / "fitted")[0] == 0
+    assert (tmp_path / "fitted" / "rows.jsonl").read_bytes() == before
 
 
 def test_phases_remove_more_and_change_the_teacher(tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path]) -> None:

@@ -173,6 +173,23 @@ def test_prompts_in_a_file_and_an_architecture_in_a_file(cli: Cli, tmp_path: Pat
     assert {r["label"] for r in rows_of(tmp_path / "run")} == {"full", "mine", "bk-sdm-small,+mid_block"}
 
 
+def test_fits_stand_beside_what_they_are_fitted_for(cli: Cli, tmp_path: Path) -> None:
+    command = ["scan", "--arch", "mid_block", "--arch", "up_blocks.3.resnets.2", "--fit", "none,channel,linear"]
+    command += ["--measures", "eps_mse,clip_score", *QUICK[2:], "--eps-samples", "64", "--out", str(tmp_path / "run")]
+    assert cli(*command)[0] == 0
+    rows = rows_of(tmp_path / "run")
+    errors = {row["label"]: row["value"] for row in rows if row["measure"] == "eps_mse"}
+    assert set(errors) == {f"{name}{fit}" for name in ("mid_block", "up_blocks.3.resnets.2") for fit in ("", "~channel", "~linear")}
+    assert errors["up_blocks.3.resnets.2~linear"] < errors["up_blocks.3.resnets.2"] / 2
+    archs = json.loads((tmp_path / "run" / "run.json").read_text())["archs"]
+    assert archs["mid_block~linear"] == ["mid_block~linear"]
+    ranking = {row["label"]: row for row in json.loads((tmp_path / "run" / "scan.json").read_text())["ranking"]}
+    assert ranking["mid_block~channel"]["params"] == ranking["mid_block"]["params"] + 2 * 64
+    assert ranking["mid_block~linear"]["params"] == ranking["mid_block"]["params"] + 64 * 64 + 64
+    before = (tmp_path / "run" / "rows.jsonl").read_bytes()
+    assert cli(*command)[0] == 0 and (tmp_path / "run" / "rows.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("kind", ["sdxl", "sd1-v", "sd2"])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), *QUICK, "--out", tmp_path / "run", "--measures", IMAGES]
