@@ -114,7 +114,7 @@ def test_graph_round_trip(graph: BlockGraph, graph_xl: BlockGraph) -> None:
 
 def test_units_of_sd1(graph: BlockGraph) -> None:
     counts = {unit: len(graph.units(unit)) for unit in UNITS}
-    assert counts == {"stage": 10, "pair": 21, "block": 39, "layer": 16}
+    assert counts == {"stage": 10, "pair": 21, "block": 39, "layer": 16, "component": 48}
     kinds = [b.kind for b in graph]
     assert (kinds.count("R"), kinds.count("A"), kinds.count("M")) == (22, 16, 1)
     shortcuts = [b.name for b in graph if b.stand_in == "Shortcut"]
