@@ -14,6 +14,7 @@ OUT = "OUT"  # stands for an empty folder
 SD = ["--out", OUT, "--reports", OUT, "--coco", "coco", "--data", "pairs", "--inception", "inception.pth"]
 PLANS = {
     "ablation.py": (["--out", OUT], "5 variants x 3 seeds"),
+    "absorb.py": (["--out", OUT], "29 removals, each plain, fitted and absorbed"),
     "bench_distill.py": (["--out", OUT], "5 rounds of 6 updates"),
     "bench_fit.py": (["--out", OUT], "3 rounds of 20 random architectures, 256 samples"),
     "bench_scan.py": (["--out", OUT], "scan, replay, pricing: 3 rounds, 64 images"),
