@@ -180,7 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=32, help="of the latents")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--archs", type=int, default=20)
+    parser.add_argument("--archs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true")

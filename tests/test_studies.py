@@ -16,7 +16,7 @@ PLANS = {
     "ablation.py": (["--out", OUT], "5 variants x 3 seeds"),
     "absorb.py": (["--out", OUT], "29 removals, each plain, fitted and absorbed"),
     "bench_distill.py": (["--out", OUT], "5 rounds of 6 updates"),
-    "bench_fit.py": (["--out", OUT], "3 rounds of 20 random architectures, 256 samples"),
+    "bench_fit.py": (["--out", OUT], "3 rounds of 6 random architectures, 256 samples"),
     "bench_scan.py": (["--out", OUT], "scan, replay, pricing: 3 rounds, 64 images"),
     "bench_search.py": (["table", "--out", OUT], "6 budgets x 5 methods x 10 seeds"),
     "exhaustive_pairs.py": (["--out", OUT], "removal sets of 14 units within 71%params"),
