@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from blockprune.decode import read_bytes
 from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture
-from blockprune.runs.directory import MAKE_AGAIN, MAX_FILE_BYTES, Run
+from blockprune.runs.directory import MAKE_AGAIN, Run, Stored
 from blockprune.runs.memory import MemoryRun
 
 Arrays = dict[str, NDArray[Any]]
@@ -27,7 +24,7 @@ def keep_arrays(run: Run | MemoryRun, name: str, arrays: Mapping[str, NDArray[An
     run.write(f"parts/{name}.safetensors", save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
 
 
-def recall_arrays(run: Run | MemoryRun, name: str) -> Arrays | None:
+def recall_arrays(run: Stored | MemoryRun, name: str) -> Arrays | None:
     """What `keep_arrays` kept under that name; None when there is nothing."""
     file = f"parts/{name}.safetensors"
     return None if (data := run.read(file)) is None else _arrays(file, data)
@@ -69,9 +66,3 @@ def strip_images(strip: bytes, n: int) -> NDArray[np.uint8]:
     """(n, H, W, 3) images of a strip; square ones where `n` is 0. Raises OSError, SyntaxError or ValueError for a damaged one."""
     pixels = np.asarray(Image.open(io.BytesIO(strip)).convert("RGB"))
     return np.stack(np.split(pixels, n or pixels.shape[1] // pixels.shape[0], axis=1))
-
-
-def read_arrays(folder: Path, name: str) -> Arrays | None:
-    """What `keep_arrays` kept under that name in a run directory that another process writes."""
-    file = folder / "parts" / f"{name}.safetensors"
-    return _arrays(str(file), read_bytes(file, MAKE_AGAIN, limit=MAX_FILE_BYTES)) if os.path.lexists(file) else None

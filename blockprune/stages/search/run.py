@@ -27,7 +27,7 @@ from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import NotFinite
 from blockprune.progress import Listener
 from blockprune.runs import AnyRun, open_run, parts
-from blockprune.runs.directory import differences, read_rows, read_run
+from blockprune.runs.directory import Stored, differences, read_rows, read_run
 from blockprune.runs.provenance import made_with
 from blockprune.runs.records import Evaluation
 from blockprune.runs.schema import RUNS
@@ -178,7 +178,9 @@ def _share(request: SearchRequest, folder: Path, latencies: Latencies | None, nu
     if device in (None, "cuda") and (n_gpus := torch.cuda.device_count()):
         device = f"cuda:{number % n_gpus}"
     model = load_model(request.model, request.resolution, device_of(device), getattr(torch, request.dtype))
-    worker = Worker(model, request, folder, lambda name: parts.read_arrays(folder, name), number=number, latencies=latencies)
+    worker = Worker(
+        model, request, folder, lambda name: parts.recall_arrays(Stored(folder, "search"), name), number=number, latencies=latencies
+    )
     for _ in worker.work():
         pass
 
