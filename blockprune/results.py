@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockprune.errors import UserError
 from blockprune.measures.score import Score
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
     from blockprune.reports.dossier import ModelView
     from blockprune.reports.search_view import SearchView
+    from blockprune.reports.unet import Svg
     from blockprune.reports.view import ScanView
     from blockprune.stages.train.run import Distilled
+
+F = TypeVar("F")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class ScanResult:
 
         return _pandas().DataFrame(ranking(self.view))
 
-    def figure(self, name: str = "unet") -> Figure:
+    def figure(self, name: str = "unet") -> Figure | Svg:
         """A figure of the report: unet, sensitivity, tradeoff, grid or correlation. UserError for one there is no data for."""
         from blockprune.reports.figures import figures
 
@@ -167,10 +170,7 @@ class TrainResult:
         """A figure of the report: losses or validation. UserError for one there is no data for."""
         from blockprune.reports.curves import curves
 
-        drawn = {file.removesuffix(".png"): figure for file, figure in curves(self.run.rows())}
-        if name not in drawn:
-            raise UserError(f"no figure {name!r} of this distillation: choose from {', '.join(drawn)}")
-        return drawn[name]
+        return _chosen(name, curves(self.run.rows()))
 
     def save(self, folder: str | Path) -> str:
         """Writes curves, card.json and, unless it is there already, the pipeline to a folder; returns what loads the pipeline."""
@@ -215,7 +215,7 @@ class SearchResult:
         )
         return _pandas().DataFrame(list(cells))
 
-    def figure(self, name: str = "history") -> Figure:
+    def figure(self, name: str = "history") -> Figure | Svg:
         """A figure of the report: history, front, grid, unet-best …. UserError for one there is no data for."""
         from blockprune.reports.search_figures import search_figures
 
@@ -236,8 +236,8 @@ def _write(folder: Path, files: Iterator[tuple[str, bytes]]) -> None:
             temporary.write_bytes(content)
 
 
-def _chosen(name: str, figures: Iterator[tuple[str, Figure]]) -> Figure:
-    drawn = {file.removesuffix(".png"): figure for file, figure in figures}
+def _chosen(name: str, figures: Iterator[tuple[str, F]]) -> F:
+    drawn = {Path(file).stem: figure for file, figure in figures}
     if name not in drawn:
         raise UserError(f"no figure {name!r} here: choose from {', '.join(drawn)}")
     return drawn[name]

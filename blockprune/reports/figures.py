@@ -32,7 +32,7 @@ from blockprune.reports.canvas import (
     write,
 )
 from blockprune.reports.text import number
-from blockprune.reports.unet import unet_figure
+from blockprune.reports.unet import Svg, scan_svg
 from blockprune.reports.view import ScanView, rank_correlation, ranked, short, worse
 
 # Okabe and Ito's colours, told apart with any colour vision; the marker repeats what the colour says.
@@ -41,9 +41,9 @@ GRID_ROWS, GRID_COLUMNS, TILE = 12, 8, 128
 Box = tuple[float, float, float, float]
 
 
-def figures(view: ScanView, removed: Architecture | None = None) -> Iterator[tuple[str, Figure]]:
+def figures(view: ScanView, removed: Architecture | None = None) -> Iterator[tuple[str, Figure | Svg]]:
     """(file name, figure) of every figure for which the scan has data; blocks of `removed` are hatched in the U-Net."""
-    yield "unet.png", unet_figure(view, removed)
+    yield "unet.svg", scan_svg(view, removed)
     if view.main_measure:
         yield "tradeoff.png", tradeoff(view, view.main_measure)
         yield "sensitivity.png", sensitivity(view)

@@ -41,13 +41,13 @@ def pictures(run: Readable, archs: Mapping[str, Architecture], n: int, unread: l
 
 def report_files(view: ScanView) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of every file of a scan's report."""
-    from blockprune.reports.canvas import png
     from blockprune.reports.figures import figures
+    from blockprune.reports.unet import encoded
 
     drawn: list[Any] = []
     for name, figure in figures(view):
         drawn.append(name)
-        yield name, png(figure)
+        yield name, encoded(figure)
     yield "scan.csv", to_csv(view).encode()
     yield "scan.json", to_json(view).encode()
     yield "report.md", to_markdown(view, drawn).encode()

@@ -15,7 +15,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.reports.canvas import FAINT, INK, MUTED, axis_title, is_wide, new_figure, plain, tidy, title, write
 from blockprune.reports.figures import grid
 from blockprune.reports.search_view import PRESET, SCAN, SearchView, history
-from blockprune.reports.unet import draw_unet
+from blockprune.reports.unet import Svg, search_svg
 from blockprune.reports.view import ScanView
 from blockprune.runs.records import Evaluation
 
@@ -24,23 +24,16 @@ OURS, KNOWN, RANDOM, SINGLE = "#0072b2", "#d55e00", "#8a949c", "#c9d0d6"
 NAMES = {"params": "parameters of the whole pipeline", "macs": "MACs of a U-Net step", "latency": "latency of a U-Net step"}
 
 
-def search_figures(view: SearchView, quantity: str = "params") -> Iterator[tuple[str, Figure]]:
+def search_figures(view: SearchView, quantity: str = "params") -> Iterator[tuple[str, Figure | Svg]]:
     """(file name, figure) of every figure for which the search has data."""
     if not view.is_front:
-        yield "unet-best.png", _drawn(view, view.best, "found")
-    preset = view.nearest_preset
-    if preset is not None:
-        yield "unet-preset.png", _drawn(view, preset, "preset")
+        yield "unet-best.svg", search_svg(view, view.best, "found")
+    if (preset := view.nearest_preset) is not None:
+        yield "unet-preset.svg", search_svg(view, preset, "preset")
     yield "history.png", history_figure(view)
     yield "front.png", front_figure(view, quantity)
     if view.prompts and view.images:
         yield "grid.png", grid(_as_scan(view))
-
-
-def _drawn(view: SearchView, e: Evaluation, what: str) -> Figure:
-    losses, measure = view.losses(), view.measure
-    share = f"{view.share(e, 'params'):.1%} of parameters, {view.share(e, 'macs'):.1%} of MACs"
-    return draw_unet(view.graph, losses, measure if losses else None, None, e.candidate.arch, f"{what}: {e.score.label}, {share}")
 
 
 def _value(loss: float, measure: str) -> float:

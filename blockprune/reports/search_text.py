@@ -157,7 +157,7 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
     protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
     unets = [name for name in figures if name.startswith("unet-")]
-    titles = {"unet-best.png": "the architecture found", "unet-preset.png": "the nearest preset"}
+    titles = {"unet-best.svg": "the architecture found", "unet-preset.svg": "the nearest preset"}
     drawn = table([titles[n] for n in unets], [[f"![U-Net of {titles[n]}]({n})" for n in unets]]) if unets else ""
     rest = [name for name in figures if name not in unets]
     removed = "\n".join(f"- {line}" for line in in_words(view.chosen[0].candidate.arch)) or "Nothing."

@@ -50,8 +50,8 @@ def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
 def report_files(view: SearchView) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of every file of a search's report: finalists.csv, report.md and figures, pareto.json for a front, best.json
     unless there are no budgets to be best within. A search that found nothing raises UserError before the first."""
-    from blockprune.reports.canvas import png
     from blockprune.reports.search_figures import search_figures
+    from blockprune.reports.unet import encoded
 
     quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
     if view.chosen and not view.is_front:
@@ -62,5 +62,5 @@ def report_files(view: SearchView) -> Iterator[tuple[str, bytes]]:
     drawn: list[str] = []
     for name, figure in search_figures(view, quantity):
         drawn.append(name)
-        yield name, png(figure)
+        yield name, encoded(figure)
     yield "report.md", search_text.search_markdown(view, drawn).encode()

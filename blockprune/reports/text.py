@@ -13,7 +13,7 @@ from blockprune.measures.score import TEACHER
 from blockprune.reports.view import ScanView, rank_correlation, ranked, ranking, worse
 
 CAPTIONS = {
-    "unet.png": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
+    "unet.svg": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
     "tradeoff.png": "Quality lost against what each removal saves.",
     "sensitivity.png": "Every removal, ranked, with 95 % bootstrap intervals.",
     "grid.png": "Teacher and masks at the same prompts and seeds.",
@@ -34,6 +34,13 @@ def number(value: float | None) -> str:
     if size == 0:
         return "0"
     return f"{value:#.3g}".rstrip(".") if size >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def brief(value: float) -> str:
+    """At most six characters where the size allows it: two significant digits."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.2g}" if abs(value) < 100 else number(value)
 
 
 def count(value: int) -> str:
@@ -102,7 +109,7 @@ def to_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
     model = escaped(view.protocol.get("model", "a U-Net"))
     protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
-    first, rest = [f for f in figures if f == "unet.png"], [f for f in figures if f != "unet.png"]
+    first, rest = [f for f in figures if f == "unet.svg"], [f for f in figures if f != "unet.svg"]
     parts = [
         f"# Scan of {model}",
         *(_figure(name) for name in first),

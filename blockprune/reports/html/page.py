@@ -18,6 +18,7 @@ from blockprune.reports.html.tables import facts
 from blockprune.reports.notes import caveats, missing
 from blockprune.reports.results import result_tables, to_csv, to_json, to_latex
 from blockprune.reports.text import count
+from blockprune.reports.unet import page_defs, style
 from blockprune.reports.view import ScanView
 
 HERE = Path(__file__).parent
@@ -74,7 +75,8 @@ def _page(dossier: Dossier, shown: Sequence[Section], said: Mapping[str, Sequenc
         copyables=[Copyable("LaTeX", texts[".tex"]), Copyable("CSV", texts[".csv"])],
         # Within a script element only "<" could end or confuse it; inside JSON strings it may be written as an escape.
         data=Markup(texts[".json"].replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8") + style()),
+        defs=Markup(page_defs()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -83,6 +83,26 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A U-Net drawn as a U; `words` say what is removed."""
+
+    heading: str
+    sub: str
+    svg: Markup
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Us side by side under one colour scale."""
+
+    items: Sequence[Drawing]
+    legend: Markup
+    note: str
+    kind: str = field(default="drawings", init=False)
+
+
+@dataclass(frozen=True)
 class Text:
     """Paragraphs, or with `listed` a list; backticks mark code."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from blockprune.export.model_card import in_words
@@ -17,12 +18,12 @@ from blockprune.reports.captions import warning
 from blockprune.reports.curves import VALIDATED, loss_figure, trained, validated, validation_figure
 from blockprune.reports.dossier import Dossier, Images, ModelView
 from blockprune.reports.html import tables
-from blockprune.reports.html.drawing import Drawing, Drawings, Sensitivity, draw, legend
-from blockprune.reports.html.parts import Grid, GridRow, Picture, Subhead, Table, Text, is_small, picture, tile
+from blockprune.reports.html.parts import Drawing, Drawings, Grid, GridRow, Picture, Subhead, Table, Text, is_small, picture, tile
 from blockprune.reports.model_figures import checkpoints, guidance_curves, guidance_figure, size_figure, sizes
 from blockprune.reports.results import ResultTable, result_tables
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.text import count, number
+from blockprune.reports.unet import Sensitivity, page_legend, page_svg
 from blockprune.reports.view import ScanView, rank_correlation
 
 Part = Table | Picture | Grid | Text | Drawings | Subhead
@@ -84,26 +85,21 @@ def _drawn(dossier: Dossier, convention: str) -> Iterator[Part]:
         return
     total = graph.total
     full = f"{count(total.params)} U-Net parameters, {count(total.macs(convention))} MACs a step ({convention})"
-    drawings = [draw(graph, Architecture(), scored, convention, f"teacher {dossier.teacher}".strip(), full)]
+    name = f"teacher {dossier.teacher}".strip()
+    drawings = [Drawing(name, full, Markup(page_svg(graph, Architecture(), scored, convention, name)))]
     for arch, names in dossier.students.items():
         cost = graph.cost(arch)
         macs = cost.macs(convention) / total.macs(convention)
         sub = f"{cost.params / total.params:.1%} of the U-Net's parameters, {macs:.1%} of its MACs"
-        student: Drawing = draw(graph, arch, scored, convention, " = ".join(names), sub)
-        drawings.append(replace(student, words=in_words(arch)))
-    yield Drawings(drawings, legend(scored, graph) if scored else None, _source(dossier))
+        name = " = ".join(names)
+        drawings.append(Drawing(name, sub, Markup(page_svg(graph, arch, scored, convention, name)), in_words(arch)))
+    yield Drawings(drawings, Markup(page_legend(graph, scored)), _source(dossier))
 
 
 def _scored(dossier: Dossier) -> Sensitivity | None:
     """The first scan with a quality measure, else what a search scored unit by unit."""
-    for scan in dossier.scans.values():
-        if main := scan.main_measure:
-            losses = {scan.archs[n]: v for n in scan.removals if (v := scan.value(n, main)) is not None}
-            return Sensitivity(losses, main, scan)
-    for search in dossier.searches.values():
-        if losses := search.losses():
-            return Sensitivity(losses, search.measure)
-    return None
+    scored = [*map(Sensitivity.of_scan, dossier.scans.values()), *map(Sensitivity.of_search, dossier.searches.values())]
+    return next((s for s in scored if s is not None), None)
 
 
 def _source(dossier: Dossier) -> str:
