@@ -31,9 +31,9 @@ from blockprune.reports.canvas import (
     title,
     write,
 )
-from blockprune.reports.text import number
+from blockprune.reports.table import number
 from blockprune.reports.unet import Svg, scan_svg
-from blockprune.reports.view import ScanView, rank_correlation, ranked, short, worse
+from blockprune.reports.view import ScanView, rank_correlation, ranked, short
 
 # Okabe and Ito's colours, told apart with any colour vision; the marker repeats what the colour says.
 PLACES = {"down": ("#0072b2", "o"), "mid": ("#009e73", "D"), "up": ("#d55e00", "s"), "other": ("#555555", "*")}
@@ -116,8 +116,8 @@ def _covered(box: Box, names: Sequence[Box], dots: Sequence[tuple[float, ...]], 
 
 def _front(points: dict[str, tuple[float, float]], measure: str) -> list[str]:
     """The labels that no other beats in both quality and saving, best quality first."""
-    front: list[str] = []
-    for label in sorted(points, key=lambda n: (worse(measure, points[n][1]), -points[n][0])):
+    front, loss = list[str](), MEASURES[measure].loss
+    for label in sorted(points, key=lambda n: (loss(points[n][1]), -points[n][0])):
         if not front or points[label][0] > points[front[-1]][0]:
             front.append(label)
     return front
@@ -125,7 +125,7 @@ def _front(points: dict[str, tuple[float, float]], measure: str) -> list[str]:
 
 def _telling(points: dict[str, tuple[float, float]], measure: str) -> list[str]:
     """The labels worth naming: removals of several blocks, the front thinned to five, and the two worst."""
-    front, worst = _front(points, measure), sorted(points, key=lambda n: worse(measure, points[n][1]))[-2:]
+    front, worst = _front(points, measure), sorted(points, key=lambda n: MEASURES[measure].loss(points[n][1]))[-2:]
     thinned = np.linspace(0, len(front) - 1, min(5, len(front))).round().astype(int).tolist()
     several = [label for label in points if place(label) == "other"]
     return list(dict.fromkeys([*several, *(front[i] for i in thinned), *worst]))

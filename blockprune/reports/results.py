@@ -1,27 +1,26 @@
-"""The result tables of a report: which rows, in which order, and as CSV, JSON and LaTeX. Every string from outside is escaped."""
+"""The results of a report: which rows, in which order, and as tables, flat rows and JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from blockprune.export.model_card import in_words
-from blockprune.measures.measure import MEASURES, quality
-from blockprune.measures.score import TEACHER, Score
+from blockprune.measures.measure import ARROWS, MEASURES, quality
+from blockprune.measures.score import TEACHER, Score, flat_score
 from blockprune.model.architecture import Architecture, BlockGraph, Cost
 from blockprune.reports.curves import validated
 from blockprune.reports.dossier import Dossier, ModelView, TrainingView
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import number, step_time
+from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, prefix_of, step_latency
+from blockprune.reports.table import to_latex as latex_table
 from blockprune.reports.view import ScanView, ranking
 
 PAPER = ("fid", "is", "clip_score", "kid")
 NAMES = {"is": "IS", "clip_score": "CLIP", "eps_mse": "eps-MSE", "guided_mse": "guided MSE", "feature_distance": "feature distance"}
-ARROWS = {"down": "↓", "up": "↑"}
+LATER = ("kid", "feature_distance")  # after the costs, so that these stay in sight
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ class Result:
         if self.arch and self.latency_s is not None:
             raise ValueError(f"{self.model}: a student's step has a ratio to its teacher's, not seconds of its own")
 
-    @property
-    def step_time(self) -> str:
-        return step_time(self.latency_s, self.latency_ratio, self.interval("latency_ratio"))
-
     def value(self, measure: str) -> float | None:
         """The number; None when it was not measured, failed, or is not finite."""
         score = self.scores.get(measure)
@@ -69,6 +64,7 @@ class ResultTable:
     title: str
     note: str
     rows: Sequence[Result]
+    searched: bool = False
 
     @property
     def measures(self) -> list[str]:
@@ -119,7 +115,7 @@ def _searched(name: str, view: SearchView) -> ResultTable:
             Result(e.score.label, e.candidate.source, e.candidate.arch, scores, cost, cost.params + outside, None, ratio, note)
         )
     said = f"One-shot, nothing retrained; fresh seeds; budget {', '.join(view.limits) or 'none'}"
-    return ResultTable(name, f"Finalists of {name}", said, rows)
+    return ResultTable(name, f"Finalists of {name}", said, rows, searched=True)
 
 
 def _trained(dossier: Dossier) -> Iterator[ResultTable]:
@@ -178,24 +174,12 @@ def flat(tables: Sequence[ResultTable], convention: str) -> list[dict[str, Any]]
                 "arch": r.arch.key,
             }
             for m in measures:
-                s = r.scores.get(m)
-                low, high = r.interval(m) or (None, None)
-                row |= {m: r.value(m), f"{m}_low": low, f"{m}_high": high, f"{m}_n": s.n if s else None}
+                row |= flat_score(m, r.scores.get(m))
             row |= {"unet_params": r.cost.params if r.cost else None, "pipeline_params": r.whole_params}
             row |= {f"macs_{convention}": r.cost.macs(convention) if r.cost else None}
             row |= {"latency_s": r.latency_s, "latency_ratio": r.latency_ratio, "removed": list(r.arch), "note": r.note}
             rows.append(row)
     return rows
-
-
-def to_csv(tables: Sequence[ResultTable], convention: str) -> str:
-    """Every result, a line each; removed blocks separated by spaces, what is missing left empty."""
-    rows = flat(tables, convention)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else ["table"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"removed": " ".join(row["removed"])} for row in rows)
-    return out.getvalue()
 
 
 MADE_BY = "blockprune report"
@@ -224,62 +208,43 @@ def _cost(graph: BlockGraph | None) -> dict[str, Any] | None:
     return graph.total.to_json() if graph else None
 
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "↓": r"$\downarrow$",
-    "↑": r"$\uparrow$",
-    "×": r"$\times$",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
+def results_table(table: ResultTable, convention: str) -> Table:
+    """The paper-style table; the best value of each quality column among students stands out."""
+    rows, second = table.rows, "source" if table.searched else "setting"
+    prefix, unit = prefix_of([r.cost.macs(convention) for r in rows if r.cost])
+    size, params = prefix_of([r.cost.params for r in rows if r.cost])
+    first, last = ([m for m in table.measures if (m in LATER) == late] for late in (False, True))
+    best = {m: _best(rows, m) for m in table.measures}
+
+    def scores(measures: Sequence[str]) -> list[tuple[Column, list[Cell]]]:
+        stands_out = {m: [bool(r.arch) and best[m] is not None and r.value(m) == best[m] for r in rows] for m in measures}
+        return [
+            (Column(heading(m)), [Cell.of(r.scores.get(m), b) for r, b in zip(rows, stands_out[m], strict=True)]) for m in measures
+        ]
+
+    columns: list[tuple[Column, list[Cell]]] = [
+        (Column("model", "text"), [Cell(r.model) for r in rows]),
+        (Column(second, "text"), [Cell(r.setting or None) for r in rows]),
+        *scores(first),
+        (Column(f"U-Net params, {size}", "size", params), [Cell(r.cost and r.cost.params) for r in rows]),
+        (Column(f"whole params, {size}", "size", params), [Cell(r.whole_params) for r in rows]),
+        (Column(f"{prefix}MACs/step ({convention})", "size", unit), [Cell(r.cost and r.cost.macs(convention)) for r in rows]),
+        (STEP_LATENCY, [step_latency(r.latency_s, r.latency_ratio, r.interval("latency_ratio")) for r in rows]),
+        (Column("weights, MB", unit=1e6), [Cell(r.value("weight_bytes")) for r in rows]),
+        *scores(last),
+        (Column("note", "note"), [Cell(r.note or None) for r in rows]),
+    ]
+    return Table.of_columns(table.title, columns, f"{table.note}.")
 
 
-def latex(text: object) -> str:
-    """`text` on one line, with everything that LaTeX would interpret made harmless."""
-    return "".join(LATEX.get(c, c) for c in " ".join(str(text).split()))
+def _best(rows: Sequence[Result], measure: str) -> float | None:
+    values = [v for r in rows if r.arch and (v := r.value(measure)) is not None]
+    if len(values) < 2:
+        return None
+    return min(values) if MEASURES[measure].direction == "down" else max(values)
 
 
-def to_latex(tables: Sequence[ResultTable], convention: str) -> str:
-    """A booktabs table for each table of results."""
+def to_latex(tables: Sequence[Table]) -> str:
+    """A booktabs table for each table."""
     lines = ["% needs \\usepackage{booktabs} and an engine or encoding that knows UTF-8"]
-    for i, table in enumerate(tables, 1):
-        lines += ["", *_latex_table(table, convention, i)]
-    return "\n".join(lines) + "\n"
-
-
-def _latex_table(table: ResultTable, convention: str, i: int) -> Iterator[str]:
-    settings = any(row.setting for row in table.rows)
-    timed = any(row.step_time != "-" for row in table.rows)
-    prefix, unit = macs_unit(table.rows, convention)
-    head = ["Model", *["Setting"] * settings, *map(heading, table.measures), "U-Net (M)", "Whole (M)"]
-    head += [f"{prefix}MACs ({convention})", *["Step latency (× teacher)"] * timed]
-    yield from (r"\begin{table}[t]", r"  \centering", f"  \\caption{{{latex(table.title)}. {latex(table.note)}.}}")
-    yield f"  \\label{{tab:blockprune-{i}}}"
-    yield f"  \\begin{{tabular}}{{{'l' * (1 + settings)}{'r' * (len(head) - 1 - settings)}}}"
-    yield from (r"    \toprule", f"    {' & '.join(map(latex, head))} \\\\", r"    \midrule")
-    for row in table.rows:
-        cells = [row.model, *[row.setting] * settings]
-        cells += [number(row.value(m)) for m in table.measures]
-        cells += [scaled(row.cost.params if row.cost else None, 1e6), scaled(row.whole_params, 1e6)]
-        cells += [scaled(row.cost.macs(convention) if row.cost else None, unit)]
-        cells += [step_time(row.latency_s, row.latency_ratio)] * timed
-        yield f"    {' & '.join(map(latex, cells))} \\\\"
-    yield from (r"    \bottomrule", r"  \end{tabular}", r"\end{table}")
-
-
-def macs_unit(rows: Sequence[Result], convention: str) -> tuple[str, float]:
-    """The prefix and size in which the multiply-adds of a table read best."""
-    return ("M", 1e6) if max((r.cost.macs(convention) for r in rows if r.cost), default=0) < 1e9 else ("G", 1e9)
-
-
-def scaled(value: float | None, unit: float) -> str:
-    """A value in a unit, to four significant digits and without an exponent; "-" for None."""
-    if value is None:
-        return "-"
-    size = value / unit
-    return f"{size:,.0f}" if abs(size) >= 1000 else f"{size:#.4g}".rstrip(".")
+    return "\n\n".join([*lines, *(latex_table(table, f"tab:blockprune-{i}") for i, table in enumerate(tables, 1))]) + "\n"

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from blockprune.measures.score import Score, timed_in_turn
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports.evaluations import define_own
-from blockprune.reports.text import to_csv, to_json, to_markdown
-from blockprune.reports.view import ScanView
+from blockprune.reports.table import to_csv
+from blockprune.reports.text import scan_markdown, to_json
+from blockprune.reports.view import ScanView, ranking
 from blockprune.runs import Readable
 from blockprune.runs.reading import images_of, rows_of
 
@@ -48,6 +49,6 @@ def report_files(view: ScanView) -> Iterator[tuple[str, bytes]]:
     for name, figure in figures(view):
         drawn.append(name)
         yield name, encoded(figure)
-    yield "scan.csv", to_csv(view).encode()
+    yield "scan.csv", to_csv(ranking(view)).encode()
     yield "scan.json", to_json(view).encode()
-    yield "report.md", to_markdown(view, drawn).encode()
+    yield "report.md", scan_markdown(view, drawn).encode()

@@ -36,12 +36,8 @@ def search_figures(view: SearchView, quantity: str = "params") -> Iterator[tuple
         yield "grid.png", grid(_as_scan(view))
 
 
-def _value(loss: float, measure: str) -> float:
-    return loss if MEASURES[measure].direction == "down" else -loss
-
-
 def _step(ax: Axes, evaluations: list[Evaluation], measure: str, colour: str, label: str) -> None:
-    values = [(i, _value(v, measure)) for i, v in enumerate(history(evaluations), 1) if math.isfinite(v)]
+    values = [(i, MEASURES[measure].loss(v)) for i, v in enumerate(history(evaluations), 1) if math.isfinite(v)]
     if values:
         ax.step(*zip(*values, strict=True), where="post", color=colour, lw=1.8, label=label)
 
@@ -60,12 +56,12 @@ def history_figure(view: SearchView) -> Figure:
     fitting = [e for e in view.search if e.candidate.fits and e.score.value is not None]
     lines: dict[str, list[str]] = {}
     for e in (e for e in fitting if e.candidate.source == PRESET):
-        lines.setdefault(f"{_value(e.loss, view.measure):.2g}", []).append(e.score.label)
+        lines.setdefault(f"{e.score.value or 0.0:.2g}", []).append(e.score.label)
     for text, names in lines.items():
         ax.axhline(float(text), color=KNOWN, lw=1, ls="--")
         style = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom", "color": KNOWN, "fontsize": 7.5}
         write(ax, 0.99, float(text), ", ".join(names), **style)
-    if is_wide(abs(_value(e.loss, view.measure)) for e in fitting):
+    if is_wide(abs(e.score.value or 0.0) for e in fitting):
         ax.set_yscale("log")
     for i, e in enumerate(view.search, 1):
         if i > 1 and e.candidate.source not in {PRESET, *(f.candidate.source for f in view.search[: i - 1])}:
@@ -86,11 +82,11 @@ def front_figure(view: SearchView, quantity: str) -> Figure:
     scored = [e for e in view.search if e.score.value is not None]
     for e in scored:
         colour = SINGLE if e.candidate.source == SCAN else OURS
-        ax.plot(100 * view.share(e, quantity), _value(e.loss, view.measure), ls="", marker=".", ms=4, color=colour, alpha=0.6)
+        ax.plot(100 * view.share(e, quantity), (e.score.value or 0.0), ls="", marker=".", ms=4, color=colour, alpha=0.6)
     for e in view.finals:
         _finalist(ax, view, e, quantity)
     front = view.front(quantity)
-    ys = [_value(e.loss, view.measure) for e in front]
+    ys = [(e.score.value or 0.0) for e in front]
     ax.plot([100 * view.share(e, quantity) for e in front], ys, color=OURS, lw=1, zorder=1)
     total = {"params": view.graph.total.params, "macs": view.graph.total.macs(view.convention)}
     outside = {"params": view.outside_params, "macs": 0}

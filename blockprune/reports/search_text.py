@@ -1,22 +1,20 @@
-"""The text of a search's report: best.json, finalists.csv, pareto.json and Markdown. Every string from outside is escaped."""
+"""The text of a search's report: best.json, pareto.json, its tables and Markdown. Every string from outside is escaped."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from blockprune.export.model_card import in_words
 from blockprune.measures.measure import MEASURES
-from blockprune.measures.score import TEACHER, Score
+from blockprune.measures.score import TEACHER
 from blockprune.measures.statistics import kendall_tau
 from blockprune.model.architecture import CONVENTIONS
 from blockprune.reports.captions import caption_title, warning
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import escaped, table, with_interval
-from blockprune.reports.view import short
+from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, escaped, facts_table, share_of, to_markdown, with_interval
 from blockprune.runs.records import Evaluation
 
 
@@ -67,16 +65,6 @@ def _others(view: SearchView) -> list[str]:
     """The measures of finalists beside the objective and the costs, in the order of `MEASURES`, but what captions say first."""
     seen = {m for e in view.finals for m in view.scores.get(e.score.label, {})}
     return sorted((m for m in MEASURES if m in seen and m != view.measure), key=lambda m: m != "clip_score")
-
-
-def finalists_csv(view: SearchView) -> str:
-    out = io.StringIO()
-    lines = rows(view)
-    columns = dict.fromkeys(name for line in sorted(lines, key=len, reverse=True) for name in line)
-    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
 
 
 def pareto_json(view: SearchView, quantity: str) -> str:
@@ -155,10 +143,9 @@ def summary(view: SearchView) -> str:
 
 def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
-    protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
     unets = [name for name in figures if name.startswith("unet-")]
     titles = {"unet-best.svg": "the architecture found", "unet-preset.svg": "the nearest preset"}
-    drawn = table([titles[n] for n in unets], [[f"![U-Net of {titles[n]}]({n})" for n in unets]]) if unets else ""
+    drawn = "\n\n".join(f"![U-Net of {titles[n]}]({n})\n\n*{titles[n][0].upper()}{titles[n][1:]}.*" for n in unets)
     rest = [name for name in figures if name not in unets]
     removed = "\n".join(f"- {line}" for line in in_words(view.chosen[0].candidate.arch)) or "Nothing."
     if view.is_front:
@@ -175,14 +162,13 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
         "## Against the known designs",
         "\n".join(f"- {line}" for line in against(view)) or "No preset of this U-Net fits the budget.",
         "## Finalists, on fresh seeds",
-        _finalists(view),
+        to_markdown(finalists_table(view, [m for m in _others(view) if MEASURES[m].of_quality])),
         *(["## After recovery", _recovery(view)] if view.recovered else []),
         *(["## Figures"] if rest else []),
         *(f"![{CAPTIONS[name]}]({name})\n\n*{CAPTIONS[name]}*" for name in rest),
-        "## How often each unit is removed among the best tenth",
-        _frequency(view),
+        *([f"## {frequency.title}", to_markdown(frequency)] if (frequency := frequency_table(view)) else []),
         "## What was asked",
-        table(["", ""], protocol),
+        to_markdown(facts_table(view.protocol)),
         "## Caveats",
         "\n".join(f"- {line}" for line in caveats(view)),
     ]
@@ -197,55 +183,43 @@ CAPTIONS: Mapping[str, str] = {
 }
 
 
-def _finalists(view: SearchView) -> str:
-    others = [m for m in _others(view) if m not in ("latency", "params", "macs")]
-    titles = [caption_title(view) if m == "clip_score" else m for m in others]
-    last = "on the front" if view.is_front else "within budget"
-    head = ["#", "architecture", view.measure, *titles, "parameters", "MACs (thop)", last]
-    total, teacher = view.graph.total, view.scores.get(TEACHER, {})
-    lines = [["-", "teacher", "-", *(_cell(teacher.get(m)) for m in others), "100.0%", "100.0%", "-"]]
-    for row, e in zip(rows(view), view.order, strict=True):
-        own = view.scores.get(e.score.label, {})
-        cells = [
-            str(row["rank"]),
-            f"`{escaped(e.score.label)}`",
-            _scored(e) if e.score.value is not None else escaped(e.score.error),
-        ]
-        cells += [_cell(own.get(m)) for m in others]
-        cost = view.cost(e)
-        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "yes" if in_answer(view, e) else "no"]
-        lines.append(cells)
-    return table(head, lines)
-
-
-def _cell(score: Score | None) -> str:
-    return with_interval(score.value, score.low, score.high) if score else "-"
-
-
-def in_answer(view: SearchView, e: Evaluation) -> bool:
-    """True for what is on the front, or where there is none for what holds the budgets."""
-    return e in view.chosen if view.is_front else view.holds(e)
+def finalists_table(view: SearchView, measures: Sequence[str]) -> Table:
+    """The teacher and the finalists, the winner or the front first, with the objective, these measures and what each costs."""
+    order, total = view.order, view.graph.total
+    costs = [total, *map(view.cost, order)]
+    scores = [view.scores.get(label, {}) for label in (TEACHER, *(e.score.label for e in order))]
+    answers = [Cell("yes" if (e in view.chosen if view.is_front else view.holds(e)) else "no") for e in order]
+    columns = [
+        (Column("#", "plain"), [Cell(), *map(Cell, range(1, len(order) + 1))]),
+        (Column("architecture", "code"), [Cell("teacher"), *(Cell(e.score.label) for e in order)]),
+        (Column(view.measure), [Cell(), *(replace(Cell.of(e.score), remark=e.score.error) for e in order)]),
+        *((Column(caption_title(view) if m == "clip_score" else m), [Cell.of(s.get(m)) for s in scores]) for m in measures),
+        (Column("parameters", "share"), [share_of(cost.params, total.params) for cost in costs]),
+        (Column("MACs (thop)", "share"), [share_of(cost.thop, total.thop) for cost in costs]),
+        (STEP_LATENCY, [Cell.of(s.get("latency_ratio")) for s in scores]),
+        (Column("on the front" if view.is_front else "within budget", "text"), [Cell(), *answers]),
+    ]
+    return Table.of_columns("Finalists", columns)
 
 
 def _recovery(view: SearchView) -> str:
     """What a short distillation changes, and whether the order survives it."""
     pairs = [(e, after) for e in view.ranked if (after := view.after(e)) is not None]
-    lines = [[f"`{escaped(e.score.label)}`", _scored(e), _scored(after)] for e, after in pairs]
-    told = table(["architecture", f"{view.measure}, one-shot", f"{view.measure}, recovered"], lines)
+    columns = [Column("architecture", "code"), *(Column(f"{view.measure}, {when}") for when in ("one-shot", "recovered"))]
+    table = Table("", columns, [[Cell(e.score.label), Cell.of(e.score), Cell.of(after.score)] for e, after in pairs])
     tau = kendall_tau([e.loss for e, _ in pairs], [after.loss for _, after in pairs])
     order = f"Kendall τ between the two orders is {tau:.2f} over {len(pairs)} architectures." if tau is not None else ""
-    return (
-        f"Every finalist was distilled briefly (`--recover`) on the same samples; these scores decide.\n\n{told}\n\n{order}".strip()
-    )
+    intro = "Every finalist was distilled briefly (`--recover`) on the same samples; these scores decide."
+    return f"{intro}\n\n{to_markdown(table)}\n\n{order}".strip()
 
 
-def _frequency(view: SearchView) -> str:
-    order = sorted(view.frequency().items(), key=lambda item: -item[1])
-    always = [short(label) for label, share in order if share == 1]
-    never = [short(label) for label, share in order if share == 0]
-    some = [[short(label), f"{share:.0%}"] for label, share in order if 0 < share < 1]
-    lines = [f"Always: {', '.join(always) or 'none'}.", f"Never: {', '.join(never) or 'none'}."]
-    return "\n\n".join([*lines, table(["unit", "removed in"], some) if some else ""]).strip()
+def frequency_table(view: SearchView) -> Table | None:
+    """How often each unit is removed among the best tenth of a search; None when none is."""
+    shares = sorted(view.frequency().items(), key=lambda item: -item[1])
+    rows = [[Cell(label), Cell(share)] for label, share in shares if share]
+    note = f"Of {len(shares)} units, the {len(shares) - len(rows)} that are not listed never are."
+    columns = [Column("unit", "block"), Column("removed in", "share")]
+    return Table("How often a unit is removed among the best tenth", columns, rows, note) if rows else None
 
 
 def caveats(view: SearchView) -> list[str]:

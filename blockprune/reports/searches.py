@@ -9,6 +9,7 @@ from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports import search_text
 from blockprune.reports.scans import pictures
 from blockprune.reports.search_view import SearchView
+from blockprune.reports.table import to_csv
 from blockprune.runs import Readable
 from blockprune.runs.reading import rows_of
 from blockprune.runs.records import Evaluation
@@ -56,7 +57,7 @@ def report_files(view: SearchView) -> Iterator[tuple[str, bytes]]:
     quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
     if view.chosen and not view.is_front:
         yield "best.json", search_text.best_json(view).encode()
-    yield "finalists.csv", search_text.finalists_csv(view).encode()
+    yield "finalists.csv", to_csv(search_text.rows(view)).encode()
     if view.protocol["pareto"]:
         yield "pareto.json", search_text.pareto_json(view, quantity).encode()
     drawn: list[str] = []

@@ -1,16 +1,27 @@
-"""The text of a scan's report: CSV, JSON and Markdown. Every string from outside is escaped."""
+"""The text of a scan's report: its ranking as a table, JSON and Markdown. Every string from outside is escaped."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 from blockprune.measures.measure import MEASURES, quality
 from blockprune.measures.score import TEACHER
-from blockprune.reports.view import ScanView, rank_correlation, ranked, ranking, worse
+from blockprune.reports.table import (
+    STEP_LATENCY,
+    Cell,
+    Column,
+    Table,
+    count,
+    escaped,
+    facts_table,
+    number,
+    share_of,
+    step_latency,
+    to_markdown,
+    with_interval,
+)
+from blockprune.reports.view import ScanView, places_of, rank_correlation, ranked, ranking
 
 CAPTIONS = {
     "unet.svg": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
@@ -22,73 +33,6 @@ CAPTIONS = {
 REFERENCE = ("fid", "kid", "is")
 RUINOUS = {"fid": 10.0, "is": 0.5, "clip_score": 0.5}  # times the teacher's; KID may be near zero
 MANY = 8
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, two where the number needs an exponent; "-" for None."""
-    if value is None:
-        return "-"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size == 0:
-        return "0"
-    return f"{value:#.3g}".rstrip(".") if size >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
-
-
-def brief(value: float) -> str:
-    """At most six characters where the size allows it: two significant digits."""
-    if value and abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:.2g}" if abs(value) < 100 else number(value)
-
-
-def count(value: int) -> str:
-    """A count with an SI suffix: 859520964 => "860 M"."""
-    for size, suffix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:#.3g}".rstrip(".") + f" {suffix}"
-    return str(value)
-
-
-def with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or low is None or high is None:
-        return number(value)
-    return f"{number(value)} [{number(low)}, {number(high)}]"
-
-
-def step_time(seconds: float | None, ratio: float | None, interval: tuple[float, float] | None = None) -> str:
-    """What a U-Net step takes: the teacher's in milliseconds, of all else the ratio to a teacher timed in turn; "-" for neither."""
-    if ratio is not None:
-        return f"{ratio:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-    return f"{1000 * seconds:.3g} ms" if seconds is not None else "-"
-
-
-def saving(saved: int, total: int) -> str:
-    """ "2.26 M (0.26 %)"; a change of the resolution can also cost, which reads as a negative saving."""
-    return f"{count(saved)} ({100 * saved / total:.2g} %)" if saved else "-"
-
-
-def escaped(value: object) -> str:
-    """`value` on one line, with everything that Markdown or HTML would interpret made harmless."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{escaped(k)}: {escaped(v)}" for k, v in value.items())
-    if value is None:
-        return "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(escaped, value))
-    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|!~$])", r"\\\1", line)
-
-
-def to_csv(view: ScanView) -> str:
-    """The ranking, one line per architecture; removed blocks separated by spaces, what is missing left empty."""
-    rows = ranking(view)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"removed": " ".join(row["removed"])} for row in rows)
-    return out.getvalue()
 
 
 def to_json(view: ScanView) -> str:
@@ -105,10 +49,9 @@ def to_json(view: ScanView) -> str:
     return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"
 
 
-def to_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
+def scan_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
     model = escaped(view.protocol.get("model", "a U-Net"))
-    protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
     first, rest = [f for f in figures if f == "unet.svg"], [f for f in figures if f != "unet.svg"]
     parts = [
         f"# Scan of {model}",
@@ -116,10 +59,10 @@ def to_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
         "## Summary",
         *summary(view),
         "## What was asked",
-        table(["", ""], protocol) if protocol else "The protocol was not recorded.",
+        to_markdown(facts_table(view.protocol)) if view.protocol else "The protocol was not recorded.",
         "## Ranking",
         _order(view),
-        _ranked_table(view),
+        to_markdown(ranking_table(view)),
         *(["## Figures"] if rest else []),
         *(_figure(name) for name in rest),
         "## Caveats",
@@ -139,38 +82,28 @@ def _order(view: ScanView) -> str:
     return f"From the least to the most quality lost, by {MEASURES[main].title} (`{main}`). In brackets: 95 % bootstrap intervals."
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _ranked_table(view: ScanView) -> str:
-    rows, measures = ranking(view), [m for m in view.measures if MEASURES[m].of_quality]
-    errors = any(row["error"] for row in rows)
-    timed = {"latency", "latency_ratio"} & set(view.measures)
-    titles = [f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}" for m in measures]
-    head = [
-        "#",
-        "removed",
-        *titles,
-        "parameters saved",
-        "MACs saved (thop)",
-        *(["step latency, × teacher, timed in turn"] if timed else []),
+def ranking_table(view: ScanView, convention: str = "thop") -> Table:
+    """Every architecture: the teacher, then from the least to the most quality lost, with what each saves."""
+    places, total = places_of(view), view.graph.total
+    labels = [label for _, label in places]
+    costs = [view.graph.cost(view.archs[label]) for label in labels]
+    params = [(total.params - cost.params, total.params) for cost in costs]
+    macs = [(total.macs(convention) - cost.macs(convention), total.macs(convention)) for cost in costs]
+    steps = [(view.value(n, "latency"), view.value(n, "latency_ratio"), view.interval(n, "latency_ratio")) for n in labels]
+    columns = [
+        (Column("#", "plain"), [Cell(rank) for rank, _ in places]),
+        (Column("removed", "block"), [Cell(label) for label in labels]),
+        *(
+            (Column(MEASURES[m].heading), [Cell.of(view.score(n, m)) for n in labels])
+            for m in view.measures
+            if MEASURES[m].of_quality
+        ),
+        (Column("parameters saved", "share"), [share_of(saved, of, count(saved)) for saved, of in params]),
+        (Column(f"MACs saved ({convention})", "share"), [share_of(saved, of, count(saved)) for saved, of in macs]),
+        (STEP_LATENCY, [step_latency(*step) for step in steps]),
+        (Column("failed", "note"), [Cell(view.error(label) or None) for label in labels]),
     ]
-    total = view.graph.total
-    lines = []
-    for row in rows:
-        cells = [str(row["rank"]) if row["rank"] is not None else "-", f"`{row['label'].replace('`', ' ').replace('|', ' ')}`"]
-        cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in measures]
-        cells += [saving(row["params_saved"], total.params), saving(row["macs_saved_thop"], total.thop)]
-        cells += [scan_step_time(view, row["label"])] if timed else []
-        lines.append(cells + [escaped(row["error"])] * errors)
-    return table(head + ["failed"] * errors, lines)
-
-
-def scan_step_time(view: ScanView, label: str) -> str:
-    """`step_time` of the teacher or a removal of a scan."""
-    return step_time(view.value(label, "latency"), view.value(label, "latency_ratio"), view.interval(label, "latency_ratio"))
+    return Table.of_columns("Ranking", columns)
 
 
 def summary(view: ScanView) -> list[str]:
@@ -257,7 +190,10 @@ def _ruinous(view: ScanView, by: Sequence[str]) -> str:
     ruined = [
         n
         for n in reversed(ranked(view))
-        if any((v := view.value(n, m)) is not None and worse(m, v) >= worse(m, RUINOUS[m] * teacher[m]) for m in teacher)
+        if any(
+            (v := view.value(n, m)) is not None and MEASURES[m].loss(v) >= MEASURES[m].loss(RUINOUS[m] * teacher[m])
+            for m in teacher
+        )
     ]
     rules = [f"{MEASURES[m].title} at {'least ten times' if m == 'fid' else 'most half of'} the teacher's" for m in teacher]
     return f"Ruinous, {' or '.join(rules)}: {_names(ruined)}." if ruined else f"None is ruinous ({' or '.join(rules)})."
@@ -275,7 +211,7 @@ def _is_worse(view: ScanView, label: str, measure: str) -> bool:
     score = view.score(label, measure)
     if score is None or score.delta_low is None or score.delta_high is None:
         return False
-    return min(worse(measure, score.delta_low), worse(measure, score.delta_high)) > 0
+    return min(map(MEASURES[measure].loss, (score.delta_low, score.delta_high))) > 0
 
 
 def extremes(view: ScanView) -> str:

@@ -35,7 +35,7 @@ from blockprune.reports.layout import (
     with_innermost,
 )
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import brief, count, number, with_interval
+from blockprune.reports.table import brief, count, number, with_interval
 from blockprune.reports.view import ScanView
 from blockprune.runs.records import Evaluation
 

@@ -25,7 +25,7 @@ from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture
 from blockprune.model.trace import trace
 from blockprune.reports.searches import search_view
-from blockprune.reports.text import number
+from blockprune.reports.table import number
 from blockprune.runs import directory
 
 SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8", "--final-factor", "2", "--finalists", "2"]

@@ -19,12 +19,14 @@ import report_rows
 from blockprune.errors import UserError
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
+from blockprune.reports import model_tables
 from blockprune.reports.dossier import Dossier
 from blockprune.reports.dossiers import dossier_of
-from blockprune.reports.html import page, parts, tables
+from blockprune.reports.html import page, parts
 from blockprune.reports.html.sections import sections
 from blockprune.reports.notes import caveats, missing
-from blockprune.reports.results import flat, latex, result_tables, to_csv, to_latex
+from blockprune.reports.results import flat, result_tables, results_table, to_latex
+from blockprune.reports.table import Table, to_csv
 
 
 class Reader(HTMLParser):
@@ -67,6 +69,10 @@ def read(files: dict[str, str]) -> Reader:
     return Reader(files[".html"])
 
 
+def titles(table: Table) -> list[str]:
+    return [column.title for column in table.columns]
+
+
 def test_rows_come_teacher_first_then_by_parameters(dossier: Dossier) -> None:
     evaluated = result_tables(dossier)[0]
     assert list(dict.fromkeys(row.model for row in evaluated.rows)) == ["tiny", "mid", "small"]
@@ -103,14 +109,14 @@ def test_a_students_step_is_held_against_the_teachers_of_the_same_run(tmp_path: 
         share = report_rows.graph().cost(row.arch).params / total
         assert row.latency_s == (pytest.approx(0.03) if plain and not row.arch else None), row.setting
         assert row.latency_ratio == (pytest.approx(share) if plain and row.arch else None), row.setting
-    shown = tables.components(found.models, "thop")
+    shown = model_tables.components(found.models, "thop")
     assert shown is not None
-    column = list(shown.columns).index("latency, × teacher")
+    column = [c.title for c in shown.columns].index("latency, × teacher")
     for cells in shown.rows:
-        arch = found.models[cells[0].text].arch if cells[0].text != "teacher" else Architecture()
-        if cells[1].text == "U-Net x 1":
-            assert cells[column].key == pytest.approx(report_rows.graph().cost(arch).params / total)
-            assert cells[column].small == ("" if arch else "30 ms")
+        arch = found.models[cells[0].value].arch if cells[0].value != "teacher" else Architecture()
+        if cells[1].value == "U-Net x 1":
+            assert cells[column].value == pytest.approx(report_rows.graph().cost(arch).params / total)
+            assert cells[column].remark == ("" if arch else "30 ms")
     with pytest.raises(ValueError, match="not seconds of its own"):
         replace(result_tables(found)[0].rows[-1], latency_s=1.0)
 
@@ -182,36 +188,34 @@ def test_every_removed_block_is_hatched_in_every_student(dossier: Dossier, shown
 
 def test_weights_are_shown_where_they_were_weighed(dossier: Dossier) -> None:
     table = result_tables(dossier)[0]
-    assert "weights, MB" not in tables.results(table, "thop").columns
+    assert "weights, MB" not in titles(results_table(table, "thop"))
     rows = [replace(row, scores={**row.scores, "weight_bytes": Score("", "", "weight_bytes", 2.5e6, 0, 0)}) for row in table.rows]
-    shown = tables.results(replace(table, rows=rows), "thop")
-    assert {row[list(shown.columns).index("weights, MB")].text for row in shown.rows} == {"2.5"}
+    shown = results_table(replace(table, rows=rows), "thop")
+    column = titles(shown).index("weights, MB")
+    assert {shown.columns[column].text(row[column]) for row in shown.rows} == {"2.50"}
 
 
 def test_best_is_the_best_student(dossier: Dossier) -> None:
     (table,) = (t for t in result_tables(dossier) if t.title == "Evaluated models")
-    shown = tables.results(table, "thop")
-    column = list(shown.columns).index("FID ↓")
-    best = [row[0].text for row in shown.rows if row[column].best]
+    shown = results_table(table, "thop")
+    column = titles(shown).index("FID ↓")
+    best = [row[0].value for row in shown.rows if row[column].best]
     assert best == ["mid"]
 
 
 def test_latex_takes_everything_literally(dossier: Dossier, tmp_path: Path) -> None:
-    assert latex("a_b & 5% of $x$ #1 {y} ~ ^ \\z <t>") == (
-        r"a\_b \& 5\% of \$x\$ \#1 \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{}z \textless{}t\textgreater{}"
-    )
-    text = to_latex(result_tables(dossier), "thop")
+    text = to_latex([results_table(t, "thop") for t in result_tables(dossier)])
     for block in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S):
         lines = [line for line in block[1].splitlines() if line.strip().endswith("\\\\")]
         assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(block[0])}
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == len(result_tables(dossier))
     hostile = report_rows.evaluate(tmp_path / "e", "50%_of\nit & more")
-    assert r"50\%\_of it \& more &" in to_latex(result_tables(dossier_of([hostile])), "thop")
+    assert r"50\%\_of it \& more &" in to_latex([results_table(t, "thop") for t in result_tables(dossier_of([hostile]))])
 
 
 def test_macs_are_named_by_their_convention(dossier: Dossier) -> None:
-    assert "macs_with_attention" in to_csv(result_tables(dossier), "with_attention").splitlines()[0]
-    assert any("MACs/step (conv_linear)" in column for column in tables.results(result_tables(dossier)[0], "conv_linear").columns)
+    assert "macs_with_attention" in to_csv(flat(result_tables(dossier), "with_attention")).splitlines()[0]
+    assert any("MACs/step (conv_linear)" in title for title in titles(results_table(result_tables(dossier)[0], "conv_linear")))
 
 
 def test_several_runs_of_a_kind_have_a_curve_each(shown: dict[str, Sequence[Any]]) -> None:

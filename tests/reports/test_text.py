@@ -22,12 +22,12 @@ from blockprune.errors import UserError
 from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture
 from blockprune.progress import Bars, make_console
-from blockprune.reports import ScanView, rank_correlation, ranking, short, to_csv, to_json, to_markdown
 from blockprune.reports.canvas import loss_scale, png
 from blockprune.reports.figures import figures, grid_rows
-from blockprune.reports.text import agreement, brief, count, escaped, number
+from blockprune.reports.table import escaped, to_csv
+from blockprune.reports.text import agreement, scan_markdown, to_json
 from blockprune.reports.unet import Svg
-from blockprune.reports.view import ranked
+from blockprune.reports.view import ScanView, rank_correlation, ranked, ranking, short
 
 
 def failed_label(view: ScanView) -> str:
@@ -124,7 +124,7 @@ def test_rank_correlation_needs_three_and_a_difference(make: Callable[..., ScanV
 
 def test_csv_and_json_say_what_the_ranking_says(make: Callable[..., ScanView]) -> None:
     view = make()
-    rows, data = list(csv.DictReader(io.StringIO(to_csv(view)))), json.loads(to_json(view))
+    rows, data = list(csv.DictReader(io.StringIO(to_csv(ranking(view))))), json.loads(to_json(view))
     assert [r["label"] for r in rows] == [r["label"] for r in data["ranking"]] == [r["label"] for r in ranking(view)]
     assert [float(r["fid"] or "nan") for r in rows[:-1]] == [r["fid"] for r in data["ranking"][:-1]]
     assert rows[-1]["fid"] == ""
@@ -150,7 +150,7 @@ def test_markdown_says_what_is_free_and_what_is_ruinous(make: Callable[..., Scan
     ]
     assert 0 < len(ruinous) < len(told)
     assert 0 < len(free) < 9
-    text = to_markdown(view, ["unet.svg", "grid.png"])
+    text = scan_markdown(view, ["unet.svg", "grid.png"])
     both = len({*worsened["fid"], *worsened["clip_score"]})
     counts = f"FID for {len(worsened['fid'])} and CLIP score for {len(worsened['clip_score'])}"
     assert f"a removal worsens {counts}, and at least one of these for {both} of {len(told)}." in text
@@ -170,23 +170,23 @@ def test_what_loses_captions_is_not_nearly_free(make: Callable[..., ScanView]) -
     """A removal may leave FID as it was and lose the caption: every measure has a say, and each is named."""
     view = make(measures=("eps_mse", "fid", "kid", "is", "clip_score"))
     free = re.findall(
-        r"Nearly free, worse beyond noise in none of FID, KID, Inception Score and CLIP score: (.*?)\. Left", to_markdown(view)
+        r"Nearly free, worse beyond noise in none of FID, KID, Inception Score and CLIP score: (.*?)\. Left", scan_markdown(view)
     )
     first, *_ = free[0].replace("`", "").split(", ")
     bad = [
         replace(s, value=0.2, delta=-0.4, delta_low=-0.45, delta_high=-0.35) if (s.label, s.measure) == (first, "clip_score") else s
         for s in view.scores
     ]
-    text = to_markdown(replace(view, scores=bad))
+    text = scan_markdown(replace(view, scores=bad))
     (line,) = (line for line in text.splitlines() if "Nearly free" in line)
     assert f"`{first}`" not in line.partition("Nearly free")[2]
     only_fid = [s for s in bad if s.measure == "fid"]
-    assert f"`{first}`" in to_markdown(replace(view, scores=only_fid)).partition("in none of FID: ")[2].partition(".\n")[0]
+    assert f"`{first}`" in scan_markdown(replace(view, scores=only_fid)).partition("in none of FID: ")[2].partition(".\n")[0]
 
 
 def test_without_paired_differences_nothing_is_called_free(make: Callable[..., ScanView]) -> None:
     view = make()
-    text = to_markdown(replace(view, scores=[replace(s, delta_low=None, delta_high=None) for s in view.scores]))
+    text = scan_markdown(replace(view, scores=[replace(s, delta_low=None, delta_high=None) for s in view.scores]))
     assert "Nearly free" not in text
     assert "no removal has paired differences of FID and CLIP score" in text
 
@@ -195,32 +195,21 @@ def test_without_paired_differences_nothing_is_called_free(make: Callable[..., S
 def test_missing_measures_are_said_to_be_missing(make: Callable[..., ScanView], measures: tuple[str, ...]) -> None:
     view = make(measures=measures)
     view = replace(view, protocol={**view.protocol, "measures": ["eps_mse", "fid", "clip_score", "latency"]}, images={})
-    text = to_markdown(view)
+    text = scan_markdown(view)
     absent = [f"`{m}`" for m in ("eps_mse", "fid", "clip_score", "latency_ratio") if m.removesuffix("_ratio") not in measures]
     assert f"{', '.join(absent)} for all of" in text
     assert "Rank correlation between `eps_mse` and FID: not available" in text
-    assert len(to_csv(view).splitlines()) == len(view.archs) + 1
+    assert len(to_csv(ranking(view)).splitlines()) == len(view.archs) + 1
     drawn = [name for name, _ in figures(view)]
     assert drawn == (["unet.svg", "tradeoff.png", "sensitivity.png"] if set(measures) - {"latency"} else ["unet.svg"])
 
 
 def test_what_comes_from_outside_is_escaped(make: Callable[..., ScanView]) -> None:
     assert escaped("a|b\n<i> *x* `y` $z$ [l](u)") == r"a\|b &lt;i&gt; \*x\* \`y\` \$z\$ \[l\](u)"
-    text = to_markdown(make())
+    text = scan_markdown(make())
     assert r"tiny\|model" in text
     assert "not &lt;finite&gt;" in text
     assert "<finite>" not in text
-
-
-def test_numbers_are_readable() -> None:
-    texts = ["-", "0", "0.123", "8.00", "123", "12,346", "1.2e-4", "-0.500"]
-    assert [number(x) for x in (None, 0.0, 0.1234, 8.0, 123.4, 12345.6, 0.000123, -0.5)] == texts
-    assert [count(x) for x in (7, 859520964, 999999, 97038080, -2500)] == ["7", "860 M", "1.00 M", "97.0 M", "-2.50 k"]
-
-
-def test_brief_numbers_fit_their_cells() -> None:
-    texts = {0.0137: "0.014", 0.00167: "0.0017", 3.8e-4: "4e-4", 1.66: "1.7", 0.0: "0", 57.3: "57", 217.0: "217"}
-    assert {value: brief(value) for value in texts} == texts
 
 
 def test_short_names() -> None:

@@ -14,7 +14,7 @@ from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports.canvas import colour_of, loss_scale
 from blockprune.reports.layout import layout, scored_units
-from blockprune.reports.text import brief, number
+from blockprune.reports.table import brief, number
 from blockprune.reports.unet import UNIT_NAMES, Sensitivity, page_defs, page_legend, page_svg, scan_svg, unet_svg
 from blockprune.reports.view import ScanView
 

@@ -14,10 +14,9 @@ from blockprune.errors import UserError
 from blockprune.reports.dossier import Dossier, ModelView, View
 from blockprune.reports.html.parts import Copyable, Grid, Picture, prose
 from blockprune.reports.html.sections import Section, sections
-from blockprune.reports.html.tables import facts
 from blockprune.reports.notes import caveats, missing
-from blockprune.reports.results import result_tables, to_csv, to_json, to_latex
-from blockprune.reports.text import count
+from blockprune.reports.results import flat, result_tables, results_table, to_json, to_latex
+from blockprune.reports.table import count, to_csv
 from blockprune.reports.unet import page_defs, style
 from blockprune.reports.view import ScanView
 
@@ -47,9 +46,9 @@ def report_files(dossier: Dossier, convention: str) -> dict[str, str]:
     """
     tabled, said = result_tables(dossier), {"caveats": caveats(dossier), "missing": missing(dossier)}
     texts = {
-        ".csv": to_csv(tabled, convention),
+        ".csv": to_csv(flat(tabled, convention)),
         ".json": to_json(dossier, tabled, convention, said),
-        ".tex": to_latex(tabled, convention),
+        ".tex": to_latex([results_table(table, convention) for table in tabled]),
     }
     shown = sections(dossier, convention)
     # a name that the file system gave may be no text: half a surrogate pair is shown as an escape
@@ -67,7 +66,7 @@ def _page(dossier: Dossier, shown: Sequence[Section], said: Mapping[str, Sequenc
     script = (HERE / "page.js").read_text(encoding="utf-8")
     return env.get_template("page.html").render(
         title=f"Block pruning of {dossier.teacher or 'a diffusion U-Net'}",
-        header=facts("", _header(dossier)),
+        header=_header(dossier),
         runs={name: (_kind(view), _protocol(view)) for name, view in dossier.runs.items()},
         sections=shown,
         caveats=said["caveats"],

@@ -22,28 +22,6 @@ TILE = 160
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Text with a smaller second line; `key` is what a column is sorted by, a number where there is one."""
-
-    text: str
-    small: str = ""
-    key: float | str | None = None
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """`numeric` says of each column whether it holds numbers."""
-
-    caption: str
-    columns: Sequence[str]
-    numeric: Sequence[bool]
-    rows: Sequence[Sequence[Cell]]
-    note: str = ""
-    kind: str = field(default="table", init=False)
-
-
-@dataclass(frozen=True)
 class Picture:
     """A figure as a data URI; `width` is its natural width in CSS pixels."""
 

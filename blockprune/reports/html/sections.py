@@ -13,16 +13,15 @@ from blockprune.export.model_card import in_words
 from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
-from blockprune.reports import figures, search_figures, search_text, text
+from blockprune.reports import figures, model_tables, search_figures, search_text, text
 from blockprune.reports.captions import warning
 from blockprune.reports.curves import VALIDATED, loss_figure, trained, validated, validation_figure
 from blockprune.reports.dossier import Dossier, Images, ModelView
-from blockprune.reports.html import tables
-from blockprune.reports.html.parts import Drawing, Drawings, Grid, GridRow, Picture, Subhead, Table, Text, is_small, picture, tile
+from blockprune.reports.html.parts import Drawing, Drawings, Grid, GridRow, Picture, Subhead, Text, is_small, picture, tile
 from blockprune.reports.model_figures import checkpoints, guidance_curves, guidance_figure, size_figure, sizes
-from blockprune.reports.results import ResultTable, result_tables
+from blockprune.reports.results import ResultTable, result_tables, results_table
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import count, number
+from blockprune.reports.table import Table, count, number
 from blockprune.reports.unet import Sensitivity, page_legend, page_svg
 from blockprune.reports.view import ScanView, rank_correlation
 
@@ -45,11 +44,11 @@ def sections(dossier: Dossier, convention: str) -> list[Section]:
     found = [
         Section("results", "Results", list(_results(dossier, tabled, convention))),
         Section("architecture", "What is removed", list(_drawn(dossier, convention))),
-        Section("sensitivity", "What each block costs", list(_sensitivity(dossier, tabled, convention))),
+        Section("sensitivity", "What each block costs", list(_sensitivity(dossier, convention))),
         Section("search", "Search", list(_search(dossier))),
         Section("training", "Training", list(_training(dossier))),
         Section("settings", "Guidance, steps and quantisation", list(_settings(dossier))),
-        Section("costs", "Costs by component", [t for t in [tables.components(dossier.models, convention)] if t]),
+        Section("costs", "Costs by component", [t for t in [model_tables.components(dossier.models, convention)] if t]),
         Section("images", "Images", list(_images(dossier))),
     ]
     return [section for section in found if section.parts]
@@ -59,7 +58,7 @@ def _results(dossier: Dossier, tabled: Sequence[ResultTable], convention: str) -
     scans = {f"Removals of {name}" for name in dossier.scans}
     for table in tabled:
         if table.title not in scans:
-            yield tables.results(table, convention, "source" if table.run in dossier.searches else "setting")
+            yield results_table(table, convention)
     budgets = {text: limit for view in dossier.searches.values() for text, limit in _budgets(view)}
     for group in dossier.groups.values():
         if points := sizes(group):
@@ -109,14 +108,13 @@ def _source(dossier: Dossier) -> str:
     return f"Colours: what the removal of each block alone costs, from {names[0]}." if names else "No run scored single removals."
 
 
-def _sensitivity(dossier: Dossier, tabled: Sequence[ResultTable], convention: str) -> Iterator[Part]:
+def _sensitivity(dossier: Dossier, convention: str) -> Iterator[Part]:
     for name, view in dossier.scans.items():
         if len(dossier.scans) > 1:
             yield Subhead(name)
         yield Text(text.summary(view))
         yield from _scan_figures(name, view)
-        table = next(t for t in tabled if t.title == f"Removals of {name}")
-        yield tables.ranking(view, table, convention)
+        yield text.ranking_table(view, convention)
 
 
 def _scan_figures(name: str, view: ScanView) -> Iterator[Picture]:
@@ -151,7 +149,7 @@ def _search(dossier: Dossier) -> Iterator[Part]:
             budget = ", ".join(view.limits) or "none"
             alt = f"Scatter of quality against {search_figures.NAMES[quantity]}; presets by name; budget line {budget}."
             yield picture(search_figures.front_figure(view, quantity), alt, search_text.CAPTIONS["front.png"], [name])
-        if table := tables.removal_frequency(view):
+        if table := search_text.frequency_table(view):
             yield table
 
 
@@ -190,7 +188,7 @@ def _settings(dossier: Dossier) -> Iterator[Part]:
             )
             alt = f"FID against CLIP score, one curve a model, by guidance scale. {told}."
             yield picture(guidance_figure(curves), alt, "FID against CLIP score; labels are guidance scales.", list(group))
-        if table := tables.steps_and_quantisation(group):
+        if table := model_tables.steps_and_quantisation(group):
             yield table
 
 
