@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
     from matplotlib.figure import Figure
 
-    from blockprune.reports.dossier import ModelView
+    from blockprune.reports.model_view import ModelView
     from blockprune.reports.search_view import SearchView
     from blockprune.reports.unet import Svg
     from blockprune.reports.view import ScanView
@@ -228,6 +228,18 @@ class SearchResult:
         from blockprune.reports.searches import report_files
 
         _write(Path(folder), report_files(self.view))
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A report: its page, the files with its results beside it, and what it lacks, a sentence each."""
+
+    page: Path
+    missing: Sequence[str]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.page.with_suffix(suffix) for suffix in (".csv", ".json", ".tex")]
 
 
 def _write(folder: Path, files: Iterator[tuple[str, bytes]]) -> None:

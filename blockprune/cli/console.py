@@ -15,7 +15,7 @@ from blockprune.measures.measure import MEASURES
 from blockprune.model.architecture import Cost
 from blockprune.progress import make_console as make_console
 from blockprune.reports.captions import warning
-from blockprune.reports.dossier import ModelView
+from blockprune.reports.model_view import ModelView
 from blockprune.reports.search_text import against, finalists_table
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import Cell, Column, Table, share_of

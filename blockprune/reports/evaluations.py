@@ -13,7 +13,7 @@ from blockprune.decode import AGAIN, checked
 from blockprune.measures.measure import MEASURES, define
 from blockprune.measures.score import Score, flat_score
 from blockprune.model.architecture import Architecture, BlockGraph
-from blockprune.reports.dossier import Images, ModelView, Setting
+from blockprune.reports.model_view import Images, ModelView, Setting
 from blockprune.reports.table import to_csv
 from blockprune.runs import Readable
 from blockprune.runs.reading import images_of, rows_of

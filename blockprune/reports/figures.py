@@ -270,8 +270,8 @@ def correlation(view: ScanView) -> Figure:
     """The cheap measure (`eps_mse`) against FID, one point per removal, with Kendall's tau."""
     figure = new_figure(6.6, 5.6)
     tau = rank_correlation(view, "eps_mse", "fid")
-    said = f"Kendall τ = {tau.tau:.2f} over {tau.n} removals" if tau else "too few removals for a rank correlation"
-    title(figure, "Does the cheap measure rank like FID?", said)
+    sub = f"Kendall τ = {tau.tau:.2f} over {tau.n} removals" if tau else "too few removals for a rank correlation"
+    title(figure, "Does the cheap measure rank like FID?", sub)
     ax = figure.subplots()
     tidy(ax)
     xs = {label: x for label in view.removals if (x := view.value(label, "eps_mse")) is not None}

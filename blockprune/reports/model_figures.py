@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import Score
 from blockprune.reports.canvas import INK, MARKERS, SERIES, axis_title, legend, named, new_figure, plain, tidy, title
-from blockprune.reports.dossier import ModelView, Setting
+from blockprune.reports.model_view import ModelView, Setting
 
 
 def varied(view: ModelView, *names: str) -> list[list[Setting]]:
@@ -96,9 +96,9 @@ def sizes(models: Mapping[str, ModelView]) -> dict[str, tuple[float, Score]]:
     measures = ("fid", "clip_score", "is")
     for setting in shared:
         for m in measures:
-            found = {n: v for n, v in models.items() if v.value(setting, m) is not None and v.whole_params is not None}
-            if len({v.whole_params for v in found.values()}) > 1:
-                return {n: ((v.whole_params or 0) / 1e6, v.scores[setting.label][m]) for n, v in found.items()}
+            sized = {n: v for n, v in models.items() if v.value(setting, m) is not None and v.whole_params is not None}
+            if len({v.whole_params for v in sized.values()}) > 1:
+                return {n: ((v.whole_params or 0) / 1e6, v.scores[setting.label][m]) for n, v in sized.items()}
     return {}
 
 

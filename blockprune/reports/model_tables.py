@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from blockprune.cost.table import Component
-from blockprune.reports.dossier import ModelView
 from blockprune.reports.model_figures import varied
+from blockprune.reports.model_view import ModelView
 from blockprune.reports.results import heading
 from blockprune.reports.table import Cell, Column, Table, prefix_of, share_of, step_latency
 
@@ -23,14 +23,14 @@ def components(models: Mapping[str, ModelView], convention: str) -> Table | None
     if not parts:
         return None
     macs = [(c.macs.get(convention), full.macs.get(convention) if full else None) for _, c, full in parts]
-    prefix, unit = prefix_of(own for own, _ in macs if own)
+    prefix, unit = prefix_of(count for count, _ in macs if count)
     columns = [
         (Column("model", "text"), [Cell(model) for model, _, _ in parts]),
         (Column("part", "text"), [Cell(c.name) for _, c, _ in parts]),
         (Column("params", "count"), [Cell(c.params) for _, c, _ in parts]),
         (Column("params, % of teacher", "share"), [share_of(c.params, full.params if full else None) for _, c, full in parts]),
-        (Column(f"{prefix}MACs ({convention})", "size", unit), [Cell(own) for own, _ in macs]),
-        (Column("MACs, % of teacher", "share"), [share_of(own, full) for own, full in macs]),
+        (Column(f"{prefix}MACs ({convention})", "size", unit), [Cell(count) for count, _ in macs]),
+        (Column("MACs, % of teacher", "share"), [share_of(count, full) for count, full in macs]),
         (
             Column("latency, × teacher", "ratio"),
             [step_latency(c.latency_s, None) if c is full else Cell(c.over(full) if full else None) for _, c, full in parts],

@@ -10,9 +10,10 @@ from typing import Any
 from blockprune.export.model_card import in_words
 from blockprune.measures.measure import ARROWS, MEASURES, quality
 from blockprune.measures.score import TEACHER, Score, flat_score
-from blockprune.model.architecture import Architecture, BlockGraph, Cost
+from blockprune.model.architecture import Architecture, Cost
 from blockprune.reports.curves import validated
-from blockprune.reports.dossier import Dossier, ModelView, TrainingView
+from blockprune.reports.model_view import ModelView, TrainingView
+from blockprune.reports.report_data import ReportData
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, prefix_of, step_latency
 from blockprune.reports.table import to_latex as latex_table
@@ -72,12 +73,12 @@ class ResultTable:
         return [m for m in in_paper_order() if any(m in row.scores for row in self.rows)]
 
 
-def result_tables(dossier: Dossier) -> list[ResultTable]:
+def result_tables(data: ReportData) -> list[ResultTable]:
     """Evaluated models first, then what searches, distillations and scans scored on their own terms."""
-    tables = [_evaluated(group) for group in dossier.groups.values()]
-    tables += [_searched(name, view) for name, view in dossier.searches.items() if view.finals]
-    tables += list(_trained(dossier))
-    tables += [_scanned(name, view, dossier.outside_params) for name, view in dossier.scans.items()]
+    tables = [_evaluated(group) for group in data.groups.values()]
+    tables += [_searched(name, view) for name, view in data.searches.items() if view.finals]
+    tables += list(_trained(data))
+    tables += [_scanned(name, view, data.outside_params) for name, view in data.scans.items()]
     return [table for table in tables if table.rows]
 
 
@@ -98,39 +99,39 @@ def _evaluated(group: Mapping[str, ModelView]) -> ResultTable:
     protocol = next(iter(group.values())).protocol
     known = {"n_images": "images", "n_reference": "reference images"}
     counts = [f"{protocol[k]:,} {title}" for k, title in known.items() if isinstance(protocol.get(k), int)]
-    said = [f"Protocol {protocol.get('name', 'not named')}", *counts, f"seed {protocol.get('seed', 'not recorded')}"]
-    return ResultTable(", ".join(group), "Evaluated models", "; ".join(said), rows)
+    parts = [f"Protocol {protocol.get('name', 'not named')}", *counts, f"seed {protocol.get('seed', 'not recorded')}"]
+    return ResultTable(", ".join(group), "Evaluated models", "; ".join(parts), rows)
 
 
 def _searched(name: str, view: SearchView) -> ResultTable:
     total, outside = view.graph.total, view.outside_params
-    own = view.scores.get(TEACHER, {})
-    full = own["latency"].value if "latency" in own else None
-    rows = [Result("teacher", "", Architecture(), own, total, total.params + outside, full)]
+    teacher = view.scores.get(TEACHER, {})
+    full = teacher["latency"].value if "latency" in teacher else None
+    rows = [Result("teacher", "", Architecture(), teacher, total, total.params + outside, full)]
     for e in sorted(view.finals, key=lambda e: (-view.cost(e).params, e.score.label)):
         scores = {**view.scores.get(e.score.label, {}), view.measure: e.score}
         cost, ratio = view.cost(e), view.latency_ratio(e)
-        note = "" if view.holds(e) else "over budget"
+        over = "" if view.holds(e) else "over budget"
         rows.append(
-            Result(e.score.label, e.candidate.source, e.candidate.arch, scores, cost, cost.params + outside, None, ratio, note)
+            Result(e.score.label, e.candidate.source, e.candidate.arch, scores, cost, cost.params + outside, None, ratio, over)
         )
-    said = f"One-shot, nothing retrained; fresh seeds; budget {', '.join(view.limits) or 'none'}"
-    return ResultTable(name, f"Finalists of {name}", said, rows, searched=True)
+    note = f"One-shot, nothing retrained; fresh seeds; budget {', '.join(view.limits) or 'none'}"
+    return ResultTable(name, f"Finalists of {name}", note, rows, searched=True)
 
 
-def _trained(dossier: Dossier) -> Iterator[ResultTable]:
+def _trained(data: ReportData) -> Iterator[ResultTable]:
     """The last validation of every distillation; the largest student first."""
-    rows = [_last(name, view, dossier) for name, view in dossier.trainings.items() if validated(view.rows)]
+    rows = [_last(name, view, data) for name, view in data.trainings.items() if validated(view.rows)]
     if rows:
         rows.sort(key=lambda row: (-(row.cost.params if row.cost else 0), row.model))
-        said = "The validation that ended each run: few images, for following a run rather than for comparing models"
-        yield ResultTable(", ".join(dossier.trainings), "Distilled students", said, rows)
+        note = "The validation that ended each run: few images, for following a run rather than for comparing models"
+        yield ResultTable(", ".join(data.trainings), "Distilled students", note, rows)
 
 
-def _last(name: str, view: TrainingView, dossier: Dossier) -> Result:
+def _last(name: str, view: TrainingView, data: ReportData) -> Result:
     scores = validated(view.rows)
     last = max(step for step, _ in scores)
-    graph, outside = view.graph or dossier.graph, view.outside_params if view.outside_params is not None else dossier.outside_params
+    graph, outside = view.graph or data.graph, view.outside_params if view.outside_params is not None else data.outside_params
     cost = graph.cost(view.arch) if graph else None
     whole = cost.params + outside if cost and outside is not None else None
     return Result(name, f"after {last:,} updates", view.arch, {s.measure: s for step, s in scores if step == last}, cost, whole)
@@ -146,8 +147,8 @@ def _scanned(name: str, view: ScanView, outside: int | None) -> ResultTable:
         shown = "teacher" if label == TEACHER else f"without {label}" if label in view.graph else label
         timing = view.value(label, "latency"), view.value(label, "latency_ratio")
         rows.append(Result(shown, "", view.archs[label], scores, cost, whole, *timing, note=row["error"]))
-    said = "One-shot, nothing retrained; the teacher, then from the least to the most quality lost"
-    return ResultTable(name, f"Removals of {name}", said, rows)
+    note = "One-shot, nothing retrained; the teacher, then from the least to the most quality lost"
+    return ResultTable(name, f"Removals of {name}", note, rows)
 
 
 def in_paper_order() -> list[str]:
@@ -185,27 +186,23 @@ def flat(tables: Sequence[ResultTable], convention: str) -> list[dict[str, Any]]
 MADE_BY = "blockprune report"
 
 
-def to_json(dossier: Dossier, tables: Sequence[ResultTable], convention: str, notes: Mapping[str, Sequence[str]]) -> str:
+def to_json(data: ReportData, tables: Sequence[ResultTable], convention: str, notes: Mapping[str, Sequence[str]]) -> str:
     """The results, the components, the protocol of every run, what each measure means, and the notes (caveats and the like)."""
     rows = flat(tables, convention)
-    students = {" = ".join(names): {**arch.to_json(), "in_words": in_words(arch)} for arch, names in dossier.students.items()}
-    data = {
+    students = {" = ".join(names): {**arch.to_json(), "in_words": in_words(arch)} for arch, names in data.students.items()}
+    content = {
         "format": 1,
         "made_by": MADE_BY,
-        "teacher": {"name": dossier.teacher, "identity": dossier.teacher_id, "cost": _cost(dossier.graph)},
+        "teacher": {"name": data.teacher, "identity": data.teacher_id, "cost": data.graph.total.to_json() if data.graph else None},
         "macs_convention": convention,
         "measures": {m: MEASURES[m].to_json() for m in in_paper_order() if rows and m in rows[0]},
         "results": rows,
-        "components": [{"model": name, **vars(c)} for name, view in dossier.models.items() for c in view.components],
+        "components": [{"model": name, **vars(c)} for name, view in data.models.items() for c in view.components],
         "students": students,
-        "runs": {name: {"protocol": dict(view.protocol)} for name, view in dossier.runs.items()},
+        "runs": {name: {"protocol": dict(view.protocol)} for name, view in data.runs.items()},
         **notes,
     }
-    return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"
-
-
-def _cost(graph: BlockGraph | None) -> dict[str, Any] | None:
-    return graph.total.to_json() if graph else None
+    return json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n"
 
 
 def results_table(table: ResultTable, convention: str) -> Table:

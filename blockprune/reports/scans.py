@@ -36,8 +36,8 @@ def scan_view(run: Readable, unread: list[str] | None = None) -> ScanView:
 
 def pictures(run: Readable, archs: Mapping[str, Architecture], n: int, unread: list[str] | None) -> dict[str, NDArray[np.uint8]]:
     """Label => (n, H, W, 3) uint8, the images that a run keeps of each architecture; square ones where `n` is 0."""
-    found = {label: images_of(run, f"images/{arch.key}.png", n, unread) for label, arch in archs.items()}
-    return {label: images for label, images in found.items() if images is not None}
+    read = {label: images_of(run, f"images/{arch.key}.png", n, unread) for label, arch in archs.items()}
+    return {label: images for label, images in read.items() if images is not None}
 
 
 def report_files(view: ScanView) -> Iterator[tuple[str, bytes]]:

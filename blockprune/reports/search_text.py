@@ -45,7 +45,7 @@ def rows(view: SearchView) -> list[dict[str, Any]]:
 
 
 def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
-    cost, own = view.cost(e), view.scores.get(e.score.label, {})
+    cost, scores = view.cost(e), view.scores.get(e.score.label, {})
     row: dict[str, Any] = {"rank": rank, "label": e.score.label, "source": e.candidate.source, "holds_budget": view.holds(e)}
     row |= {"on_front": e in view.front(view.protocol["pareto"])} if view.protocol["pareto"] else {}
     row |= {view.measure: e.score.value, "low": e.score.low, "high": e.score.high, "n": e.score.n, "seed": e.score.seed}
@@ -56,7 +56,7 @@ def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
         row |= {"clip_score": caption.value} | {f"clip_score_{name}": getattr(caption, name) for name in names}
     elif view.caption(None) is not None:
         row |= {"clip_score": None}
-    row |= {m: own[m].value if m in own else None for m in _others(view) if m != "clip_score"}
+    row |= {m: scores[m].value if m in scores else None for m in _others(view) if m != "clip_score"}
     row |= {"params": cost.params, "pipeline_params": cost.params + view.outside_params}
     return row | {f"macs_{c}": cost.macs(c) for c in CONVENTIONS} | {"removed": " ".join(e.candidate.arch)}
 
@@ -87,26 +87,26 @@ def against(view: SearchView) -> list[str]:
     """For each preset, whether something found beats it at no larger size, with intervals that do not overlap."""
     lines, size = [], " and ".join(QUANTITIES[q] for q in view.quantities)
     for preset in view.known_designs:
-        own, name = view.against(preset), f"`{escaped(preset.score.label)}`"
-        if own is None:
+        best, name = view.against(preset), f"`{escaped(preset.score.label)}`"
+        if best is None:
             lines.append(f"No finalist is as small as {name} in {size}: ask for its size as a budget to compare with it.")
             continue
-        mine, theirs = view.judged(own), view.judged(preset)
-        said = f"`{own.score.label}` {_scored(mine)} against {name} {_scored(theirs)} (n = {mine.score.n}, fresh seeds)"
+        mine, theirs = view.judged(best), view.judged(preset)
+        scores = f"`{best.score.label}` {_scored(mine)} against {name} {_scored(theirs)} (n = {mine.score.n}, fresh seeds)"
         if mine.score.bounds[1] < theirs.score.bounds[0]:
-            lines.append(f"Better than {name} at no more {size}, intervals apart: {said}.{_larger(view, own, preset)}")
+            lines.append(f"Better than {name} at no more {size}, intervals apart: {scores}.{_larger(view, best, preset)}")
         elif mine.loss < theirs.loss:
-            lines.append(f"Better than {name} at no more {size}, but the intervals overlap: {said}.{_larger(view, own, preset)}")
+            lines.append(f"Better than {name} at no more {size}, but the intervals overlap: {scores}.{_larger(view, best, preset)}")
         else:
-            lines.append(f"Not better than {name}: {said}. The hand design stays ahead on this measure.")
+            lines.append(f"Not better than {name}: {scores}. The hand design stays ahead on this measure.")
     return lines
 
 
-def _larger(view: SearchView, own: Evaluation, preset: Evaluation) -> str:
+def _larger(view: SearchView, best: Evaluation, preset: Evaluation) -> str:
     """What is not budgeted and where the finalist takes more than the preset."""
     lines = []
     for q in ("params", "macs"):
-        mine, theirs = view.share(own, q), view.share(preset, q)
+        mine, theirs = view.share(best, q), view.share(preset, q)
         if q not in view.quantities and mine > theirs:
             lines.append(f" It takes more {QUANTITIES[q]}: {mine:.1%} of the teacher's against {theirs:.1%}.")
     return "".join(lines)

@@ -25,8 +25,8 @@ def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
     evaluations = {kind: [Evaluation.from_json(row) for row in rows if row["kind"] == kind] for kind in KINDS}
     scores: dict[str, dict[str, Score]] = {}
     for row in rows:
-        found = row["scores"] if row["kind"] == "seen" else [row] if row["kind"] == "timing" else []
-        for score in timed_in_turn(map(Score.from_json, found)):
+        records = row["scores"] if row["kind"] == "seen" else [row] if row["kind"] == "timing" else []
+        for score in timed_in_turn(map(Score.from_json, records)):
             scores.setdefault(score.label, {})[score.measure] = score
     full = scores.get(TEACHER, {}).get("latency")
     scope = (about["outside_params"], full.value if full else None, asked["macs"], asked["scope"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from blockprune.measures.measure import MEASURES, quality
+from blockprune.measures.measure import MEASURES, names, quality
 from blockprune.measures.score import TEACHER
 from blockprune.reports.table import (
     STEP_LATENCY,
@@ -30,7 +30,7 @@ CAPTIONS = {
     "grid.png": "Teacher and masks at the same prompts and seeds.",
     "correlation.png": "The cheap measure against FID.",
 }
-REFERENCE = ("fid", "kid", "is")
+BIAS = " FID is biased upwards at small n, by an amount that depends on the model."
 RUINOUS = {"fid": 10.0, "is": 0.5, "clip_score": 0.5}  # times the teacher's; KID may be near zero
 MANY = 8
 
@@ -129,11 +129,11 @@ def summary(view: ScanView) -> list[str]:
 def gaps(view: ScanView) -> str:
     """What was asked or begun and has no value, in a sentence; "" when nothing is missing."""
     asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and MEASURES[m].kind != "cost"]
-    found: dict[int, list[str]] = {}
+    missing: dict[int, list[str]] = {}
     for m in dict.fromkeys("latency_ratio" if m == "latency" else m for m in [*asked, *view.measures]):
-        found.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
+        missing.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
     of = len(view.removals)
-    lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in found.items() if n]
+    lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in missing.items() if n]
     return f"Not measured: {'; '.join(lines)}." if lines else ""
 
 
@@ -144,16 +144,15 @@ def _names(labels: Sequence[str]) -> str:
 
 def compared() -> list[str]:
     """The measures by which a removal can be better than its teacher: no distances to the teacher itself."""
-    unpaired = [m for m in quality() if not MEASURES[m].paired]
-    return sorted(unpaired, key=lambda m: REFERENCE.index(m) if m in REFERENCE else len(REFERENCE))
+    return [m for m in quality() if not MEASURES[m].paired]
 
 
 def _against_teacher(view: ScanView) -> list[str]:
     """How the removals compare with the teacher, by every measure of which it has a value and by their paired differences."""
     by = [m for m in compared() if view.value(TEACHER, m) is not None]
     if not by:
-        names = ", ".join(MEASURES[m].title for m in compared())
-        return [f"The teacher has none of {names}: nothing here compares a removal with the teacher's own spread."]
+        titles = ", ".join(MEASURES[m].title for m in compared())
+        return [f"The teacher has none of {titles}: nothing here compares a removal with the teacher's own spread."]
     values = [f"{MEASURES[m].title} {_scored(view, TEACHER, m)} (n = {score.n})" for m in by if (score := view.score(TEACHER, m))]
     return [f"The teacher has {', '.join(values)}.", _paired(view, by), _ruinous(view, by)]
 
@@ -161,12 +160,12 @@ def _against_teacher(view: ScanView) -> list[str]:
 def _paired(view: ScanView, by: Sequence[str]) -> str:
     """How many removals are worse than the teacher beyond the interval of their paired difference, by each measure; who by none."""
     names = _listed([MEASURES[m].title for m in by])
-    told = [n for n in view.removals if all((s := view.score(n, m)) and s.delta_low is not None for m in by)]
-    if not told:
+    judged = [n for n in view.removals if all((s := view.score(n, m)) and s.delta_low is not None for m in by)]
+    if not judged:
         return f"Nothing is said to be worse, or nearly free: no removal has paired differences of {names} with intervals."
-    worsened = {m: [n for n in told if _is_worse(view, n, m)] for m in by}
+    worsened = {m: [n for n in judged if _is_worse(view, n, m)] for m in by}
     counts = _listed([f"{MEASURES[m].title} for {len(worsened[m])}" for m in by])
-    order = [n for n in ranked(view) if n in told] + [n for n in told if n not in ranked(view)]
+    order = [n for n in ranked(view) if n in judged] + [n for n in judged if n not in ranked(view)]
     free = [n for n in order if not any(n in worsened[m] for m in by)]
     last = (
         f"Nearly free, worse beyond noise in none of {names}: {_names(free)}."
@@ -178,7 +177,7 @@ def _paired(view: ScanView, by: Sequence[str]) -> str:
         last += f" Left out: {_listed(distances)} (a distance to the teacher is above zero for whatever changes the output)."
     return (
         "Paired with the teacher on the same seeds and prompts, with the 95 % interval of the difference clear of zero, "
-        f"a removal worsens {counts}, and at least one of these for {len(told) - len(free)} of {len(told)}. {last}"
+        f"a removal worsens {counts}, and at least one of these for {len(judged) - len(free)} of {len(judged)}. {last}"
     )
 
 
@@ -238,12 +237,14 @@ def correlation_text(view: ScanView) -> str:
 
 def agreement(view: ScanView) -> str:
     """How each cheap measure ranks the removals beside each dear one; "" unless there are two cheap ones."""
-    cheap = [m for m in ("eps_mse", "guided_mse") if ranked(view, m)]
-    taus = {m: {d: rank_correlation(view, m, d) for d in ("fid", "clip_score")} for m in cheap}
-    rows = [(m, [f"{t.tau:.2f} with {MEASURES[d].title}" for d, t in row.items() if t]) for m, row in taus.items()]
-    if len(cheap) < 2 or not all(found for _, found in rows):
+    cheap = [m for m in names("denoising") if ranked(view, m)]
+    rows = [
+        (m, [f"{tau.tau:.2f} with {MEASURES[d].title}" for d in ("fid", "clip_score") if (tau := rank_correlation(view, m, d))])
+        for m in cheap
+    ]
+    if len(cheap) < 2 or not all(taus for _, taus in rows):
         return ""
-    return "Kendall τ of the cheap measures: " + "; ".join(f"`{m}` {' and '.join(found)}" for m, found in rows) + "."
+    return "Kendall τ of the cheap measures: " + "; ".join(f"`{m}` {' and '.join(taus)}" for m, taus in rows) + "."
 
 
 def caveats(view: ScanView) -> list[str]:
@@ -252,13 +253,13 @@ def caveats(view: ScanView) -> list[str]:
         "Scores are one-shot: blocks are removed and nothing is retrained. What is best now need not be best after training.",
         "Quality does not add up over blocks: two removals together must be measured. Parameters and MACs do add up.",
     ]
-    for m in ("fid", "kid", "is"):
-        if (score := view.score(TEACHER, m)) and score.n:
-            bias = " It is biased upwards at small n, by an amount that depends on the model." if m == "fid" else ""
+    seen = [m for m in quality() if "detector" in MEASURES[m].needs and view.score(TEACHER, m)]
+    for m in seen:
+        if (score := view.score(TEACHER, m)) and score.n and not MEASURES[m].paired:
             same = "compares only with values of the same n, reference and detector"
-            lines.append(f"{MEASURES[m].title} is over n = {score.n} images and {same}.{bias}")
+            lines.append(f"{MEASURES[m].title} is over n = {score.n} images and {same}.{BIAS if m == 'fid' else ''}")
     detector = view.protocol.get("detector")
-    if detector and any(view.score(TEACHER, m) for m in ("fid", "kid", "is", "feature_distance")):
+    if detector and seen:
         lines.append(f"Features come from the detector {escaped(detector)}; numbers of another detector do not compare.")
     if {"latency", "latency_ratio"} & set(view.measures):
         machine = view.protocol.get("machine") or view.protocol.get("processor")
