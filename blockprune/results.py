@@ -219,9 +219,7 @@ class SearchResult:
         """A figure of the report: history, front, grid, unet-best …. UserError for one there is no data for."""
         from blockprune.reports.search_figures import search_figures
 
-        view = self.view
-        quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
-        return _chosen(name, search_figures(view, quantity))
+        return _chosen(name, search_figures(self.view))
 
     def save(self, folder: str | Path) -> None:
         """Writes best.json, finalists.csv, report.md and figures to a folder."""

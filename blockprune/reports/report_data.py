@@ -55,18 +55,14 @@ class ReportData:
             self._check_protocols()
 
     def _check_teachers(self) -> None:
-        known = {name: teacher_of(view) for name, view in self.runs.items()}
-        first: tuple[str, tuple[str, str]] | None = None
-        for name, (identity, model) in known.items():
-            if not identity:
-                continue
-            if first is None:
-                first = name, (identity, model)
-            elif identity != first[1][0]:
-                mine, theirs = f"{model or 'a model'} ({identity})", f"{first[1][1] or 'a model'} ({first[1][0]})"
-                raise UserError(
-                    f"the runs are about different teachers: {name!r} has {mine}, {first[0]!r} has {theirs}; make a report for each"
-                )
+        first: dict[str, str] = {}
+        for name, view in self.runs.items():
+            identity, model = teacher_of(view)
+            if identity:
+                first.setdefault(identity, f"{name!r} has {model or 'a model'} ({identity})")
+        if len(first) > 1:
+            one, other = list(first.values())[:2]
+            raise UserError(f"the runs are about different teachers: {other}, {one}; make a report for each")
 
     def _check_protocols(self) -> None:
         groups = list(self.groups.values())

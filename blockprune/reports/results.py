@@ -51,11 +51,6 @@ class Result:
         score = self.scores.get(measure)
         return score.finite if score else None
 
-    def interval(self, measure: str) -> tuple[float, float] | None:
-        """(low, high) of the 95 % interval; None when there is none."""
-        score = self.scores.get(measure)
-        return score.interval if score else None
-
 
 @dataclass(frozen=True)
 class ResultTable:
@@ -226,7 +221,13 @@ def results_table(table: ResultTable, convention: str) -> Table:
         (Column(f"U-Net params, {size}", "size", params), [Cell(r.cost and r.cost.params) for r in rows]),
         (Column(f"whole params, {size}", "size", params), [Cell(r.whole_params) for r in rows]),
         (Column(f"{prefix}MACs/step ({convention})", "size", unit), [Cell(r.cost and r.cost.macs(convention)) for r in rows]),
-        (STEP_LATENCY, [step_latency(r.latency_s, r.latency_ratio, r.interval("latency_ratio")) for r in rows]),
+        (
+            STEP_LATENCY,
+            [
+                step_latency(r.latency_s, r.latency_ratio, s.interval if (s := r.scores.get("latency_ratio")) else None)
+                for r in rows
+            ],
+        ),
         (Column("weights, MB", unit=1e6), [Cell(r.value("weight_bytes")) for r in rows]),
         *scores(last),
         (Column("note", "note"), [Cell(r.note or None) for r in rows]),

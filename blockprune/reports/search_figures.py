@@ -10,13 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blockprune.measures.measure import MEASURES
-from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import Architecture
 from blockprune.reports.canvas import FAINT, INK, MUTED, axis_title, is_wide, new_figure, plain, tidy, title, write
-from blockprune.reports.figures import grid
+from blockprune.reports.image_grid import grid_figure, search_rows
 from blockprune.reports.search_view import PRESET, SCAN, SearchView, history
 from blockprune.reports.unet import Svg, search_svg
-from blockprune.reports.view import ScanView
 from blockprune.runs.records import Evaluation
 
 # Okabe and Ito's colours; the marker repeats what the colour says.
@@ -24,16 +21,19 @@ OURS, KNOWN, RANDOM, SINGLE = "#0072b2", "#d55e00", "#8a949c", "#c9d0d6"
 NAMES = {"params": "parameters of the whole pipeline", "macs": "MACs of a U-Net step", "latency": "latency of a U-Net step"}
 
 
-def search_figures(view: SearchView, quantity: str = "params") -> Iterator[tuple[str, Figure | Svg]]:
+def search_figures(view: SearchView) -> Iterator[tuple[str, Figure | Svg]]:
     """(file name, figure) of every figure for which the search has data."""
     if not view.is_front:
         yield "unet-best.svg", search_svg(view, view.best, "found")
     if (preset := view.nearest_preset) is not None:
         yield "unet-preset.svg", search_svg(view, preset, "preset")
     yield "history.png", history_figure(view)
-    yield "front.png", front_figure(view, quantity)
+    yield "front.png", front_figure(view)
     if view.prompts and view.images:
-        yield "grid.png", grid(_as_scan(view))
+        yield (
+            "grid.png",
+            grid_figure("The same prompts and seeds", "Teacher and finalists, one-shot.", view.prompts, search_rows(view)),
+        )
 
 
 def _step(ax: Axes, evaluations: list[Evaluation], measure: str, colour: str, label: str) -> None:
@@ -73,9 +73,9 @@ def history_figure(view: SearchView) -> Figure:
     return figure
 
 
-def front_figure(view: SearchView, quantity: str) -> Figure:
+def front_figure(view: SearchView) -> Figure:
     """Quality against size: everything scored, the presets by name, the budget, and the front of the finalists."""
-    figure = new_figure(7.4, 5.2)
+    figure, quantity = new_figure(7.4, 5.2), view.quantity
     title(figure, "Quality against size", "Small: scores of the search. Large: finalists on fresh seeds, with 95 % intervals.")
     ax = figure.add_axes((0.11, 0.12, 0.86, 0.73))
     tidy(ax)
@@ -114,12 +114,3 @@ def _finalist(ax: Axes, view: SearchView, e: Evaluation, quantity: str) -> None:
     if known or e.candidate.arch in [c.candidate.arch for c in view.chosen]:
         style: dict[str, Any] = {"xytext": (7, 6), "textcoords": "offset points", "fontsize": 7.5, "color": colour}
         ax.annotate(plain(e.score.label), (x, e.score.value), parse_math=False, **style)
-
-
-def _as_scan(view: SearchView) -> ScanView:
-    """Teacher, presets and the best finalists as the rows of an image grid."""
-    archs = {TEACHER: Architecture()} | {e.score.label: e.candidate.arch for e in [*view.ranked, *view.finals]}
-    archs = {label: arch for label, arch in archs.items() if label in view.images}
-    scores = [e.score for e in view.finals if e.score.label in archs]
-    scores += [s for label in archs for s in view.scores.get(label, {}).values()]
-    return ScanView(view.protocol, view.graph, {TEACHER: Architecture(), **archs}, scores, view.images, view.prompts)

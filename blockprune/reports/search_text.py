@@ -67,20 +67,20 @@ def _others(view: SearchView) -> list[str]:
     return sorted((m for m in MEASURES if m in seen and m != view.measure), key=lambda m: m != "clip_score")
 
 
-def pareto_json(view: SearchView, quantity: str) -> str:
+def pareto_json(view: SearchView) -> str:
     """The front of the finalists: quality against parameters, MACs or latency, smallest first."""
     points = [
         {
             "architecture": e.candidate.arch.to_json(),
             "label": e.score.label,
             "source": e.candidate.source,
-            "share_of_teacher": view.share(e, quantity),
+            "share_of_teacher": view.share(e, view.quantity),
             "cost": view.cost(e).to_json(),
             "score": e.score.to_json(),
         }
-        for e in view.front(quantity)
+        for e in view.front(view.quantity)
     ]
-    return json.dumps({"format": 1, "quantity": quantity, "measure": view.measure, "front": points}, indent=2) + "\n"
+    return json.dumps({"format": 1, "quantity": view.quantity, "measure": view.measure, "front": points}, indent=2) + "\n"
 
 
 def against(view: SearchView) -> list[str]:

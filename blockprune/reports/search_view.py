@@ -151,6 +151,11 @@ class SearchView:
         swept = [self.protocol["pareto"]] if self.protocol["pareto"] else []
         return list(dict.fromkeys([*(quantity for quantity, _ in self.limits.values()), *swept]))
 
+    @property
+    def quantity(self) -> str:
+        """What quality is shown against."""
+        return str(self.protocol["pareto"] or next(iter(self.quantities), "params"))
+
     def frequency(self) -> dict[str, float]:
         """unit => the share in which it is removed among the best tenth of what fits."""
         fitting = sorted((e for e in self.search if e.candidate.fits and e.candidate.params), key=lambda e: e.loss)

@@ -54,14 +54,13 @@ def report_files(view: SearchView) -> Iterator[tuple[str, bytes]]:
     from blockprune.reports.search_figures import search_figures
     from blockprune.reports.unet import encoded
 
-    quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
     if view.chosen and not view.is_front:
         yield "best.json", search_text.best_json(view).encode()
     yield "finalists.csv", to_csv(search_text.rows(view)).encode()
     if view.protocol["pareto"]:
-        yield "pareto.json", search_text.pareto_json(view, quantity).encode()
+        yield "pareto.json", search_text.pareto_json(view).encode()
     drawn: list[str] = []
-    for name, figure in search_figures(view, quantity):
+    for name, figure in search_figures(view):
         drawn.append(name)
         yield name, encoded(figure)
     yield "report.md", search_text.search_markdown(view, drawn).encode()

@@ -23,7 +23,8 @@ from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture
 from blockprune.progress import Bars, make_console
 from blockprune.reports.canvas import loss_scale, png
-from blockprune.reports.figures import figures, grid_rows
+from blockprune.reports.figures import figures
+from blockprune.reports.image_grid import scan_labels
 from blockprune.reports.table import escaped, to_csv
 from blockprune.reports.text import agreement, scan_markdown, to_json
 from blockprune.reports.unet import Svg
@@ -244,7 +245,7 @@ def test_colours_run_from_light_to_dark_towards_worse() -> None:
 
 def test_the_grid_spreads_over_the_ranking(make: Callable[..., ScanView]) -> None:
     view = make()
-    rows, order = grid_rows(view), ranked(view)
+    rows, order = scan_labels(view), ranked(view)
     assert len(rows) == 12
     assert rows[0] == TEACHER
     assert (rows[1], rows[-1]) == (order[0], order[-1])

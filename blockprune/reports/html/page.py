@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from blockprune.errors import UserError
-from blockprune.reports.html.parts import Copyable, Grid, Picture, prose
+from blockprune.reports.html.parts import Grid, Picture, prose
 from blockprune.reports.html.sections import Section, sections
 from blockprune.reports.model_view import ModelView
 from blockprune.reports.notes import caveats, missing
@@ -72,7 +72,7 @@ def _page(data: ReportData, shown: Sequence[Section], notes: Mapping[str, Sequen
         sections=shown,
         caveats=notes["caveats"],
         missing=notes["missing"],
-        copyables=[Copyable("LaTeX", texts[".tex"]), Copyable("CSV", texts[".csv"])],
+        copyables={"LaTeX": texts[".tex"], "CSV": texts[".csv"]},
         # Within a script element only "<" could end or confuse it; inside JSON strings it may be written as an escape.
         data=Markup(texts[".json"].replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
         css=Markup((HERE / "page.css").read_text(encoding="utf-8") + style()),

@@ -97,14 +97,6 @@ class Subhead:
     kind: str = field(default="subhead", init=False)
 
 
-@dataclass(frozen=True)
-class Copyable:
-    """A text to copy, under a name."""
-
-    name: str
-    text: str
-
-
 def prose(text: str) -> Markup:
     """`text` with backticks as code; what was escaped for Markdown is plain again, and everything is escaped for HTML."""
     plain = html.unescape(re.sub(r"\\([\\`*_{}\[\]#|!~$])", r"\1", text))

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from blockprune.export.model_card import in_words
 from blockprune.measures.measure import MEASURES
-from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
 from blockprune.reports import figures, model_tables, search_figures, search_text, text
 from blockprune.reports.captions import warning
 from blockprune.reports.curves import VALIDATED, loss_figure, trained, validated, validation_figure
 from blockprune.reports.html.parts import Drawing, Drawings, Grid, GridRow, Picture, Subhead, Text, is_small, picture, tile
+from blockprune.reports.image_grid import Rows, scan_rows, score_words, search_rows
 from blockprune.reports.model_figures import checkpoints, guidance_curves, guidance_figure, size_figure, sizes
 from blockprune.reports.model_view import Images, ModelView
 from blockprune.reports.report_data import ReportData
@@ -77,7 +75,7 @@ def _budgets(view: SearchView) -> Iterator[tuple[str, float]]:
 
 
 def _drawn(data: ReportData, convention: str) -> Iterator[Part]:
-    graph, scored = data.graph, _scored(data)
+    graph, (source, scored) = data.graph, _scored(data)
     if graph is None:
         for arch, names in data.students.items():
             yield Text([f"{' = '.join(names)} removes {len(arch)} blocks of its teacher:"])
@@ -93,20 +91,15 @@ def _drawn(data: ReportData, convention: str) -> Iterator[Part]:
         sub = f"{cost.params / total.params:.1%} of the U-Net's parameters, {macs:.1%} of its MACs"
         name = " = ".join(names)
         drawings.append(Drawing(name, sub, Markup(page_svg(graph, arch, scored, convention, name)), in_words(arch)))
-    yield Drawings(drawings, Markup(page_legend(graph, scored)), _source(data))
+    note = f"Colours: what the removal of each block alone costs, from {source}." if source else "No run scored single removals."
+    yield Drawings(drawings, Markup(page_legend(graph, scored)), note)
 
 
-def _scored(data: ReportData) -> Sensitivity | None:
-    """The first scan with a quality measure, else what a search scored unit by unit."""
-    scored = [*map(Sensitivity.of_scan, data.scans.values()), *map(Sensitivity.of_search, data.searches.values())]
-    return next((s for s in scored if s is not None), None)
-
-
-def _source(data: ReportData) -> str:
-    """Where the colours come from."""
-    names = [name for name, scan in data.scans.items() if scan.main_measure]
-    names += [name for name, search in data.searches.items() if search.losses()]
-    return f"Colours: what the removal of each block alone costs, from {names[0]}." if names else "No run scored single removals."
+def _scored(data: ReportData) -> tuple[str, Sensitivity | None]:
+    """The run whose single removals give the colours: the first scan with a quality measure, else a search."""
+    scored = [(name, Sensitivity.of_scan(scan)) for name, scan in data.scans.items()]
+    scored += [(name, Sensitivity.of_search(search)) for name, search in data.searches.items()]
+    return next(((name, s) for name, s in scored if s is not None), ("", None))
 
 
 def _sensitivity(data: ReportData, convention: str) -> Iterator[Part]:
@@ -146,10 +139,9 @@ def _search(data: ReportData) -> Iterator[Part]:
             alt += f", down to {number(best)}." if best is not None else "."
             yield picture(search_figures.history_figure(view), alt, search_text.CAPTIONS["history.png"], [name])
         if view.ranked:
-            quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
             budget = ", ".join(view.limits) or "none"
-            alt = f"Scatter of quality against {search_figures.NAMES[quantity]}; presets by name; budget line {budget}."
-            yield picture(search_figures.front_figure(view, quantity), alt, search_text.CAPTIONS["front.png"], [name])
+            alt = f"Scatter of quality against {search_figures.NAMES[view.quantity]}; presets by name; budget line {budget}."
+            yield picture(search_figures.front_figure(view), alt, search_text.CAPTIONS["front.png"], [name])
         if table := search_text.frequency_table(view):
             yield table
 
@@ -197,26 +189,11 @@ def _images(data: ReportData) -> Iterator[Part]:
     for group in data.groups.values():
         yield from _model_grids(group)
     for name, view in data.scans.items():
-        if view.images:
-            rows = {_row_name(label): (_numbers(view, label), view.images[label]) for label in figures.grid_rows(view)}
-            if rows:
-                yield _grid(f"Removals of {name}, at the same prompts and seeds.", view.prompts, rows, [name])
+        if rows := scan_rows(view):
+            yield _grid(f"Removals of {name}, at the same prompts and seeds.", view.prompts, rows, [name])
     for name, search in data.searches.items():
-        if search.images:
-            labels = {TEACHER: "", **{e.score.label: number(e.score.value) for e in [*search.ranked, *search.finals]}}
-            title = MEASURES[search.measure].title
-            shown = {n: (f"{title} {v}" if v else "", search.images[n]) for n, v in labels.items() if n in search.images}
-            rows = {("teacher" if n == TEACHER else n): row for n, row in shown.items()}
+        if rows := search_rows(search):
             yield _grid(f"Finalists of {name}, one-shot, at the same prompts and seeds.", search.prompts, rows, [name])
-
-
-def _row_name(label: str) -> str:
-    return "teacher" if label == TEACHER else f"without {label}" if "_block" in label else label
-
-
-def _numbers(view: ScanView, label: str) -> str:
-    shown = [f"{MEASURES[m].title} {number(v)}" for m in ("fid", "clip_score") if (v := view.value(label, m)) is not None]
-    return ", ".join(shown)
 
 
 def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
@@ -230,15 +207,13 @@ def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
         shown = [s.label for s in view.settings if s.label in view.images]
         if shown:
             setting = common if common in shown else shown[-1]
-            scores = view.scores.get(setting, {})
-            small = [f"{MEASURES[m].title} {number(scores[m].value)}" for m in ("fid", "clip_score") if m in scores]
-            small = [setting, *small] if setting != common else small
+            small = [setting] * (setting != common) + [score_words(view.scores.get(setting, {}))]
             by_prompts.setdefault(tuple(view.prompts), {})[name] = (", ".join(small), view.images[setting])
     for prompts, rows in by_prompts.items():
         yield _grid(f"Evaluated models at {common}, at the same prompts and seeds.", prompts, rows, list(rows))
 
 
-def _grid(caption: str, prompts: Sequence[str], rows: Mapping[str, tuple[str, NDArray[np.uint8]]], runs: Sequence[str]) -> Grid:
+def _grid(caption: str, prompts: Sequence[str], rows: Rows, runs: Sequence[str]) -> Grid:
     n = min(COLUMNS, *(len(images) for _, images in rows.values()))
     named = list(prompts)[:n] or [f"image {i + 1}" for i in range(n)]
     lines = [GridRow(name, small, [tile(image) for image in images[:n]]) for name, (small, images) in rows.items()]
