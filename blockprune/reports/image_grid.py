@@ -31,7 +31,7 @@ def scan_labels(view: ScanView) -> list[str]:
 
 def scan_rows(view: ScanView) -> Rows:
     """The teacher and some removals."""
-    shown = {n: "teacher" if n == TEACHER else f"without {short(n)}" if short(n) != n else n for n in scan_labels(view)}
+    shown = {n: n if short(n) == n else short(n) if n == TEACHER else f"without {short(n)}" for n in scan_labels(view)}
     scores = {n: {m: s for m in view.measures if (s := view.score(n, m))} for n in shown}
     return {name: (score_words(scores[n], *filter(None, [view.main_measure])), view.images[n]) for n, name in shown.items()}
 
@@ -41,7 +41,7 @@ def search_rows(view: SearchView) -> Rows:
     scores = {TEACHER: view.scores.get(TEACHER, {})}
     scores |= {e.score.label: {view.measure: e.score, **view.scores.get(e.score.label, {})} for e in [*view.ranked, *view.finals]}
     shown = {label: by for label, by in scores.items() if label in view.images}
-    return {("teacher" if n == TEACHER else n): (score_words(by, view.measure), view.images[n]) for n, by in shown.items()}
+    return {short(n): (score_words(by, view.measure), view.images[n]) for n, by in shown.items()}
 
 
 def score_words(scores: Mapping[str, Score], *first: str) -> str:

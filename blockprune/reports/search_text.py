@@ -15,6 +15,7 @@ from blockprune.model.architecture import CONVENTIONS
 from blockprune.reports.captions import caption_title, warning
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, escaped, facts_table, share_of, to_markdown, with_interval
+from blockprune.reports.text import pictures
 from blockprune.runs.records import Evaluation
 
 
@@ -143,10 +144,7 @@ def summary(view: SearchView) -> str:
 
 def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
-    unets = [name for name in figures if name.startswith("unet-")]
-    titles = {"unet-best.svg": "the architecture found", "unet-preset.svg": "the nearest preset"}
-    drawn = "\n\n".join(f"![U-Net of {titles[n]}]({n})\n\n*{titles[n][0].upper()}{titles[n][1:]}.*" for n in unets)
-    rest = [name for name in figures if name not in unets]
+    first, rest = ([f for f in figures if f.endswith(".svg") == is_first] for is_first in (True, False))
     removed = "\n".join(f"- {line}" for line in in_words(view.chosen[0].candidate.arch)) or "Nothing."
     if view.is_front:
         lines = [f"- `{escaped(e.score.label)}`: {'; '.join(in_words(e.candidate.arch)) or 'nothing'}" for e in view.chosen]
@@ -156,7 +154,7 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
         f"**{escaped(warned[:1].upper() + warned[1:])}.**" if (warned := warning(view)) else "",
         f"# Search on {escaped(view.protocol.get('model', 'a U-Net'))}: {escaped(asked)}",
         summary(view),
-        drawn,
+        *pictures(first, CAPTIONS),
         "## What is removed",
         removed,
         "## Against the known designs",
@@ -165,7 +163,7 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
         to_markdown(finalists_table(view, [m for m in _others(view) if MEASURES[m].of_quality])),
         *(["## After recovery", _recovery(view)] if view.recovered else []),
         *(["## Figures"] if rest else []),
-        *(f"![{CAPTIONS[name]}]({name})\n\n*{CAPTIONS[name]}*" for name in rest),
+        *pictures(rest, CAPTIONS),
         *([f"## {frequency.title}", to_markdown(frequency)] if (frequency := frequency_table(view)) else []),
         "## What was asked",
         to_markdown(facts_table(view.protocol)),
@@ -177,6 +175,8 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
 
 QUANTITIES = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 CAPTIONS: Mapping[str, str] = {
+    "unet-best.svg": "The U-Net of the architecture found: what it lacks is hatched.",
+    "unet-preset.svg": "The U-Net of the preset that is nearest in size.",
     "history.png": "The best score so far against the number of evaluations; steps where the way of proposing changes are named.",
     "front.png": "Every architecture scored: quality against size, with presets, the budget and the front of the finalists.",
     "grid.png": "Teacher, presets and finalists at the same prompts and seeds.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from blockprune.measures.measure import MEASURES, names, quality
 from blockprune.measures.score import TEACHER
@@ -55,7 +55,7 @@ def scan_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
     first, rest = [f for f in figures if f == "unet.svg"], [f for f in figures if f != "unet.svg"]
     parts = [
         f"# Scan of {model}",
-        *(_figure(name) for name in first),
+        *pictures(first, CAPTIONS),
         "## Summary",
         *summary(view),
         "## What was asked",
@@ -64,16 +64,16 @@ def scan_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
         _order(view),
         to_markdown(ranking_table(view)),
         *(["## Figures"] if rest else []),
-        *(_figure(name) for name in rest),
+        *pictures(rest, CAPTIONS),
         "## Caveats",
         "\n".join(f"- {line}" for line in caveats(view)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _figure(name: str) -> str:
-    caption = CAPTIONS.get(name, escaped(name))
-    return f"![{caption}]({name})\n\n*{caption}*"
+def pictures(names: Iterable[str], captions: Mapping[str, str]) -> list[str]:
+    """The figures of these files, each with its caption."""
+    return [f"![{captions[name]}]({name})\n\n*{captions[name]}*" for name in names]
 
 
 def _order(view: ScanView) -> str:

@@ -89,7 +89,9 @@ class Correlation(NamedTuple):
 
 
 def short(label: str) -> str:
-    """A readable short name: "down_blocks.1.resnets.0" => "down 1 R0"; a label of another kind as it is."""
+    """A readable short name: "down_blocks.1.resnets.0" => "down 1 R0", "full" => "teacher"; a label of another kind as it is."""
+    if label == TEACHER:
+        return "teacher"
     words = label.split(".")
     if words[0] not in PATHS:
         return label

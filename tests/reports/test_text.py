@@ -214,10 +214,13 @@ def test_what_comes_from_outside_is_escaped(make: Callable[..., ScanView]) -> No
 
 
 def test_short_names() -> None:
-    assert [short(n) for n in ("down_blocks.1.resnets.0", "up_blocks.0.pair.2", "mid_block", "up_blocks.3", "bk-sdm-base")] == [
+    assert [
+        short(n) for n in ("down_blocks.1.resnets.0", "up_blocks.0.pair.2", "mid_block", "up_blocks.3", "bk-sdm-base", "full")
+    ] == [
         "down 1 R0",
         "up 0 pair 2",
-        "mid",
+        "bk-sdm-base",
+        "teacher",
         "up 3",
         "bk-sdm-base",
     ]
