@@ -104,8 +104,9 @@ def unet_svg(graph: BlockGraph, heading: str, removed: Architecture | None = Non
     gone, units = removed or Architecture(), scored_units(graph, scored.losses if scored else {})
     drawn, width, height = _drawing(graph, gone, scored, "thop", numbers=True)
     width = max(width, LEAST_WIDTH)
-    lines = textwrap.wrap(_explanation(gone, units), round((width - 2 * EDGE) / 5.6))
-    top = 2 * LINE + LINE * len(lines)
+    texts = {"heading": (heading, 9.3), "small": (_explanation(gone, units), 5.6)}  # with the width of a letter
+    lines = [(line, kind) for kind, (text, px) in texts.items() for line in textwrap.wrap(text, round((width - 2 * EDGE) / px))]
+    top = LINE + LINE * len(lines)
     size = {"width": f"{width:g}", "height": f"{top + height + LEGEND_HEIGHT + LINE:g}"}
     root = Element(
         "svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "u", "viewBox": f"0 0 {' '.join(size.values())}", **size}
@@ -114,8 +115,8 @@ def unet_svg(graph: BlockGraph, heading: str, removed: Architecture | None = Non
     _add(root, "style", re.sub(r"var\(--\w+, (#\w+)\)", r"\1", style()))
     root.append(_defs())
     _add(root, "rect", fill="#ffffff", **size)
-    for i, line in enumerate([heading, *lines]):
-        _text(root, EDGE, LINE * (1.2 + i), line, "small" if i else "heading")
+    for i, (line, kind) in enumerate(lines):
+        _text(root, EDGE, LINE * (1.2 + i), line, kind)
     drawn.set("transform", f"translate(0 {top})")
     legend = _legend(graph, scored, bool(gone), any(b.kind in "RAM" and b.name not in units for b in graph))
     legend.set("transform", f"translate({EDGE} {top + height:g})")
@@ -155,7 +156,7 @@ def style() -> str:
 
 
 def _defs() -> Element:
-    """Hatching for each ink, the head of an arrow, and the colour bars, of which the first is the best in each direction."""
+    """Hatching for each ink, the head of an arrow, and the colour bar of measures where less is better, and where more is."""
     defs = Element("defs", {"class": "u-defs"})
     for ink in ("dark", "light", "plain"):
         turned = {"patternUnits": "userSpaceOnUse", "patternTransform": "rotate(45)"}
