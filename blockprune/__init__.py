@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blockprune.export.pipeline import load_pipeline
-    from blockprune.library import distill, evaluate, graph, prune, removed, save, scan, search
+    from blockprune.library import distill, evaluate, graph, prune, removed, report, save, scan, search
     from blockprune.model.architecture import Architecture, BlockGraph
     from blockprune.progress import Silent
     from blockprune.stages.search.budget import Budget
@@ -24,6 +24,7 @@ _HOMES = {
     "load_pipeline": "export.pipeline",
     "prune": "library",
     "removed": "library",
+    "report": "library",
     "save": "library",
     "scan": "library",
     "search": "library",
@@ -39,6 +40,7 @@ __all__ = [
     "load_pipeline",
     "prune",
     "removed",
+    "report",
     "save",
     "scan",
     "search",

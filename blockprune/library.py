@@ -29,8 +29,11 @@ from blockprune.model.fit import Weights
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.model.trace import trace
 from blockprune.progress import Bars, Listener, Silent
-from blockprune.results import EvaluateResult, ScanResult, SearchResult, TrainResult
+from blockprune.reports.report import write_report
+from blockprune.reports.request import ReportRequest
+from blockprune.results import EvaluateResult, ReportResult, ScanResult, SearchResult, TrainResult
 from blockprune.runs.directory import check_run_folder, read_run
+from blockprune.runs.memory import MemoryRun
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.run import evaluate as run_evaluate
 from blockprune.stages.fields import OnModel
@@ -47,6 +50,7 @@ from blockprune.stages.train.samples import data_of
 AnyModel: TypeAlias = str | Path | DiffusionPipeline
 AnyMeasure: TypeAlias = str | Measure | Callable[..., Any]
 AnyArchitecture: TypeAlias = str | Path | Architecture
+AnyRun: TypeAlias = str | Path | ScanResult | SearchResult | TrainResult | EvaluateResult
 R = TypeVar("R", bound=OnModel)
 
 
@@ -145,6 +149,27 @@ def evaluate(
     folder = _run_folder(out)
     with progress or Bars() as listener:
         return EvaluateResult(run_evaluate(asked, folder, listener, pipe))
+
+
+def report(runs: Sequence[AnyRun] = (), *, request: ReportRequest | None = None, **fields: Any) -> ReportResult:
+    """Writes one page about a teacher and its students, from run directories and from what the other calls returned.
+
+    What is asked are the fields of `ReportRequest`, as keywords or as a `request`; the page goes to `out`, its results beside it.
+
+    >>> import tempfile, blockprune as bp
+    >>> scanned = bp.scan(unit="stage", measures=["eps_mse"], eps_samples=4, progress=bp.Silent())
+    >>> made = bp.report([scanned], out=f"{tempfile.mkdtemp()}/report.html")
+    >>> [file.name for file in (made.page, *made.files)]
+    ['report.html', 'report.csv', 'report.json', 'report.tex']
+    """
+    opened = [run if isinstance(run, str | Path) else run.run for run in runs]
+    if runs:
+        fields["runs"] = tuple(
+            str(run.about["command"] if isinstance(run, MemoryRun) else getattr(run, "path", run)) for run in opened
+        )
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    asked = replace(request, **fields) if request else ReportRequest.from_mapping(fields, "ReportRequest(...)")
+    return ReportResult(Path(asked.out), write_report(asked, opened or asked.runs))
 
 
 def prune(pipe: DiffusionPipeline, arch: AnyArchitecture, data: str | Path | None = None) -> DiffusionPipeline:

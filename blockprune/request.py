@@ -50,7 +50,8 @@ class Option:
 
     `least` and `most` bound a number (`above` excludes its own value), `longest` the characters of a text, `choices` a text, or
     each text of a list, which the command line takes apart at `commas`. A field `from_model` that is None, or has no entry, takes
-    the model's own default. Fields that are not `compared` change speed, place or pictures, but no number.
+    the model's own default. Fields that are not `compared` change speed, place or pictures, but no number. An `argument` is what
+    help calls a field that stands on the command line without a flag; it must be given.
     """
 
     help: str
@@ -64,6 +65,7 @@ class Option:
     from_model: bool = False
     commas: bool = False
     compared: bool = True
+    argument: str = ""
 
 
 def option(default: Any, help: str, group: str, **more: Any) -> Any:
@@ -138,7 +140,7 @@ def bounds(request: type[Request], name: str) -> Bounds | None:
 
 def flag(name: str, about: Option) -> str:
     """How the command line spells a field."""
-    return "--" + (about.name or name).replace("_", "-")
+    return name.upper() if about.argument else "--" + (about.name or name).replace("_", "-")
 
 
 def _checked(request: type[Request], name: str, about: Option, value: Any) -> Any:

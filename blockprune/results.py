@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockprune.errors import UserError
 from blockprune.measures.score import Score
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
     from matplotlib.figure import Figure
 
-    from blockprune.reports.dossier import ModelView
+    from blockprune.reports.model_view import ModelView
     from blockprune.reports.search_view import SearchView
+    from blockprune.reports.unet import Svg
     from blockprune.reports.view import ScanView
     from blockprune.stages.train.run import Distilled
+
+F = TypeVar("F")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class ScanResult:
 
         return _pandas().DataFrame(ranking(self.view))
 
-    def figure(self, name: str = "unet") -> Figure:
+    def figure(self, name: str = "unet") -> Figure | Svg:
         """A figure of the report: unet, sensitivity, tradeoff, grid or correlation. UserError for one there is no data for."""
         from blockprune.reports.figures import figures
 
@@ -167,10 +170,7 @@ class TrainResult:
         """A figure of the report: losses or validation. UserError for one there is no data for."""
         from blockprune.reports.curves import curves
 
-        drawn = {file.removesuffix(".png"): figure for file, figure in curves(self.run.rows())}
-        if name not in drawn:
-            raise UserError(f"no figure {name!r} of this distillation: choose from {', '.join(drawn)}")
-        return drawn[name]
+        return _chosen(name, curves(self.run.rows()))
 
     def save(self, folder: str | Path) -> str:
         """Writes curves, card.json and, unless it is there already, the pipeline to a folder; returns what loads the pipeline."""
@@ -215,13 +215,11 @@ class SearchResult:
         )
         return _pandas().DataFrame(list(cells))
 
-    def figure(self, name: str = "history") -> Figure:
+    def figure(self, name: str = "history") -> Figure | Svg:
         """A figure of the report: history, front, grid, unet-best …. UserError for one there is no data for."""
         from blockprune.reports.search_figures import search_figures
 
-        view = self.view
-        quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
-        return _chosen(name, search_figures(view, quantity))
+        return _chosen(name, search_figures(self.view))
 
     def save(self, folder: str | Path) -> None:
         """Writes best.json, finalists.csv, report.md and figures to a folder."""
@@ -230,14 +228,26 @@ class SearchResult:
         _write(Path(folder), report_files(self.view))
 
 
+@dataclass(frozen=True)
+class ReportResult:
+    """A report: its page, the files with its results beside it, and what it lacks, a sentence each."""
+
+    page: Path
+    missing: Sequence[str]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.page.with_suffix(suffix) for suffix in (".csv", ".json", ".tex")]
+
+
 def _write(folder: Path, files: Iterator[tuple[str, bytes]]) -> None:
     for name, content in files:
         with writing(folder / name) as temporary:
             temporary.write_bytes(content)
 
 
-def _chosen(name: str, figures: Iterator[tuple[str, Figure]]) -> Figure:
-    drawn = {file.removesuffix(".png"): figure for file, figure in figures}
+def _chosen(name: str, figures: Iterator[tuple[str, F]]) -> F:
+    drawn = {Path(file).stem: figure for file, figure in figures}
     if name not in drawn:
         raise UserError(f"no figure {name!r} here: choose from {', '.join(drawn)}")
     return drawn[name]

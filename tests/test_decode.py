@@ -30,7 +30,7 @@ from blockprune.model.architecture import Architecture, ArchitectureRecord, Bloc
 from blockprune.model.config_schema import SCHEMAS
 from blockprune.model.defaults import defaults_of
 from blockprune.model.trace import trace
-from blockprune.reports.dossiers import dossier_of
+from blockprune.reports.report_data import report_data
 from blockprune.runs import schema
 from blockprune.runs.records import Candidate, Evaluation
 from blockprune.stages.evaluate.protocol import Rules
@@ -335,9 +335,9 @@ def test_a_changed_run_is_reported_or_refused(kind: str, file: str, tmp_path: Pa
     @given(changed(rows))
     def check(data: Any) -> None:
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in (data if isinstance(data, list) else [data])))
-        _refused(lambda: dossier_of([folder]))
+        _refused(lambda: report_data([folder]))
 
-    dossier_of([folder])
+    report_data([folder])
     check()
 
 

@@ -217,3 +217,24 @@ def test_a_pruned_pipeline_is_pruned_already(pipe: DiffusionPipeline) -> None:
 def test_folders_are_models(tiny_folder: Callable[[str], Path]) -> None:
     result = bp.evaluate(tiny_folder("sd1"), measures=[brightness], **QUICK)
     assert result.view.label == tiny_folder("sd1").name
+
+
+def test_a_scan_draws_the_u_and_is_reported_with_a_run_on_disk(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"unit": "stage", "measures": ["eps_mse"], "eps_samples": 4, **QUIET}
+    scan = bp.scan(**quick)
+    drawn = scan.figure()
+    assert drawn._repr_svg_().startswith("<svg")
+    drawn.savefig(tmp_path / "unet.svg")
+    scan.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "unet.svg").read_bytes() == (tmp_path / "unet.svg").read_bytes()
+    assert scan.figure("sensitivity").axes
+    bp.scan(**quick, out=tmp_path / "run")
+    made = bp.report([scan, tmp_path / "run"], out=tmp_path / "page" / "report.html", macs="conv_linear")
+    assert made.page == tmp_path / "page" / "report.html"
+    assert {p.name for p in (tmp_path / "page").iterdir()} == {made.page.name, *(file.name for file in made.files)}
+    results = json.loads((tmp_path / "page" / "report.json").read_text())
+    assert list(results["runs"]) == ["scan", "run"]
+    assert results["missing"] == list(made.missing) != []
+    assert results["macs_convention"] == "conv_linear"
+    with pytest.raises(UserError, match="unknown fields folder"):
+        bp.report([scan], folder="x")

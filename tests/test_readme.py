@@ -69,4 +69,4 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert names["student"].unet.num_parameters() < names["pipe"].unet.num_parameters()
     image = names["again"]("one top left", num_inference_steps=1, output_type="np").images
     assert image.shape[-1] == 3
-    assert {p.name for p in tmp_path.iterdir()} == {"my-student"}
+    assert {p.name for p in tmp_path.iterdir()} == {"my-student", *(f"report.{kind}" for kind in ("html", "csv", "json", "tex"))}

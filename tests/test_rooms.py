@@ -24,7 +24,7 @@ NO_TORCH = (
     "blockprune.model.architecture",
     "blockprune.reports.figures",
     "blockprune.reports.html.page",
-    "blockprune.reports.dossiers",
+    "blockprune.reports.report_data",
     "blockprune.cli.console",
 )
 

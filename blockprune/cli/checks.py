@@ -36,9 +36,9 @@ class CheckedCommand(TyperCommand):
                 for text in _texts(given.get(str(param.name))):
                     check_argument(_spelt(param), text, *self._takes(str(param.name)))
         rest = super().parse_args(ctx, args)
-        if isinstance(out := ctx.params.get("out"), Path):
-            _check_out(str(self.name), out)
-        elif "out" in ctx.params:
+        if (out := ctx.params.get("out")) is not None:
+            _check_out(str(self.name), Path(out))
+        elif "out" in ctx.params and self.name not in OUT_IS_FILE:
             check_folder(Path("runs"))
         return rest
 

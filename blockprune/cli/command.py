@@ -68,6 +68,9 @@ def _place(parameter: inspect.Parameter) -> int:
 def _parameter(request: type[Request], name: str, about: Option) -> inspect.Parameter:
     """An option that is None unless it is given; its help shows the default of the request, or the model's."""
     hint = list[str] if several(request, name) else kind(request, name)
+    if about.argument:
+        argument = typer.Argument(metavar=about.argument, help=about.help)
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, argument])
     spelled = [flag(name, about)] if hint is not bool else [f"{flag(name, about)}/--no-{flag(name, about)[2:]}"]
     text = about.help + (f": {', '.join(about.choices)}" if about.choices else "")
     if shown := _default(request, name, about):

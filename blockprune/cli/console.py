@@ -1,92 +1,88 @@
-"""The tables that the commands print for people."""
+"""What the commands print for people: tables, and what must be known beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from rich.box import SIMPLE_HEAD
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from blockprune.cost.table import Component
 from blockprune.measures.measure import MEASURES
 from blockprune.model.architecture import Cost
 from blockprune.progress import make_console as make_console
-from blockprune.reports import ScanView, ranking
-from blockprune.reports.captions import caption_title, warning
-from blockprune.reports.dossier import ModelView
-from blockprune.reports.search_text import against, in_answer
+from blockprune.reports.captions import warning
+from blockprune.reports.model_view import ModelView
+from blockprune.reports.search_text import against, finalists_table
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import agreement, correlation_text, count, number, scan_step_time, step_time, with_interval
+from blockprune.reports.table import Cell, Column, Table, share_of
+from blockprune.reports.text import agreement, correlation_text, ranking_table
+from blockprune.reports.view import ScanView, places_of
 from blockprune.runs.records import Candidate
 
 
-def print_ranking(view: ScanView, console: Console) -> None:
-    """Prints every architecture from the least to the most quality lost, with intervals where the width allows them."""
-    rows = ranking(view)
-    measures = [m for m in view.measures if MEASURES[m].of_quality]
-    heads = [f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}" for m in measures]
-    heads += ["params saved", "MACs saved", "latency, x teacher"]
-    wide = console.width >= 60 + 28 * len(measures)
-    shown = _shown(len(heads), len(measures), console.width)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("#", justify="right")
-    table.add_column("removed", overflow="fold")
+def print_table(table: Table, console: Console, style_of: Callable[[int], str] = lambda row: "") -> None:
+    """Prints the columns that the terminal has room for, intervals and remarks where it has room for all of them.
+
+    What columns of notes say comes below, a line each.
+    """
+    whole = [i for i, column in enumerate(table.columns) if column.kind != "note"]
+    wide = sum(_width(table, i, table.rows) for i in whole) <= console.width
+    rows = table.rows if wide else [[replace(cell, interval=None, remark="") for cell in row] for row in table.rows]
+    shown = whole if wide else _that_fit(whole, [_width(table, i, rows) for i in whole], table, console.width)
+    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for i in shown:
-        table.add_column(heads[i], justify="right", no_wrap=True)
-    for row in rows:
-        label, cells = _label(row), _cells(row, measures, view, wide)
-        table.add_row(*label, *(cells[i] for i in shown), style="bold" if row["rank"] == 0 else "red" if row["error"] else "")
-    console.print(table)
-    if len(shown) < len(heads):
-        left_out = ", ".join(head for i, head in enumerate(heads) if i not in shown)
-        console.print(Text(f"left out at {console.width} columns, all in scan.csv: {left_out}"))
-    for row in rows:
-        if row["error"]:
-            console.print(Text(f"{row['label']}: {row['error']}", style="red"))
-    if {"eps_mse", "fid"} <= set(measures):
+        grid.add_column(table.columns[i].title, justify="right" if table.columns[i].numeric else "left", overflow="fold")
+    for k, row in enumerate(rows):
+        grid.add_row(*(Text(table.columns[i].line(row[i])) for i in shown), style=style_of(k))
+    console.print(grid)
+    if left_out := [table.columns[i].title for i in whole if i not in shown]:
+        console.print(Text(f"no room at {console.width} columns for: {', '.join(left_out)}"), soft_wrap=True)
+    name = next(i for i, column in enumerate(table.columns) if not column.numeric)
+    for row in table.rows:
+        for column, cell in zip(table.columns, row, strict=True):
+            if column.kind == "note" and cell.value is not None:
+                console.print(Text(f"{row[name].value}: {cell.value}", style="red"), soft_wrap=True)
+
+
+def _width(table: Table, i: int, rows: Sequence[Sequence[Cell]]) -> int:
+    """The characters that a column takes: titles fold between words, cells do not."""
+    column = table.columns[i]
+    return 3 + max([*map(len, column.title.split()), *(len(column.line(row[i])) for row in rows)], default=0)
+
+
+def _that_fit(columns: Sequence[int], widths: Sequence[int], table: Table, room: int) -> list[int]:
+    """The columns of names, and of the others as many as fit, from the left, but at least one."""
+    names = [i for i in columns if not table.columns[i].numeric]
+    left = room - sum(width for i, width in zip(columns, widths, strict=True) if i in names)
+    shown = list[int]()
+    for i, width in zip(columns, widths, strict=True):
+        if i not in names and (width <= left or not shown):
+            shown.append(i)
+            left -= width
+    return [i for i in columns if i in names or i in shown]
+
+
+def print_ranking(view: ScanView, console: Console) -> None:
+    """Prints every architecture from the least to the most quality lost."""
+    errors = [view.error(label) for _, label in places_of(view)]
+    print_table(ranking_table(view), console, lambda row: "bold" if row == 0 else "red" if errors[row] else "")
+    if {"eps_mse", "fid"} <= set(view.measures):
         for line in (correlation_text(view), agreement(view)):
             console.print(Text(line.replace("`", "")), end="\n" if line else "")
 
 
-def _shown(n: int, n_measures: int, width: int) -> list[int]:
-    """Which of the columns a terminal has room for beside the names: the first measure, parameters saved, then from the left."""
-    first = [0, n_measures, n - 1] if n_measures else list(range(n))
-    order = [*first, *(i for i in range(n) if i not in first)]
-    return sorted(order[: max(2, (width - 36) // 16)])
-
-
-def _label(row: Mapping[str, Any]) -> list[Text]:
-    return [Text("-" if row["rank"] is None else str(row["rank"])), Text(row["label"])]
-
-
-def _cells(row: Mapping[str, Any], measures: list[str], view: ScanView, wide: bool) -> list[Text]:
-    total = view.graph.total
-    cells = [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) if wide else number(row[m]) for m in measures]
-    cells += [_saved(row["params_saved"], total.params), _saved(row["macs_saved_thop"], total.thop)]
-    ratio = scan_step_time(view, row["label"])
-    return [Text(c) for c in [*cells, ratio if wide else ratio.partition(" [")[0]]]
-
-
-def _saved(saved: int, total: int) -> str:
-    return f"{count(saved)} {100 * saved / total:4.1f}%" if saved else "-"
-
-
 def print_evaluation(view: ModelView, console: Console) -> None:
     """Prints every setting with its scores and intervals, then the component table where there is one."""
-    there = list(dict.fromkeys(m for setting in view.settings for m in view.scores.get(setting.label, {})))
+    scores = [view.scores.get(setting.label, {}) for setting in view.settings]
+    there = list(dict.fromkeys(m for by in scores for m in by))
     for measures in ([m for m in there if MEASURES[m].of_quality], [m for m in there if not MEASURES[m].of_quality]):
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-        table.add_column(view.label, no_wrap=True)
-        for m in measures:
-            table.add_column(MEASURES[m].heading, justify="right")
-        for setting in view.settings:
-            scores = [view.scores.get(setting.label, {}).get(m) for m in measures]
-            cells = [with_interval(s.value, s.low, s.high) if s else "-" for s in scores]
-            table.add_row(*(Text(c) for c in [setting.label, *cells]))
-        console.print(table)
+        columns = [Column(view.label, "text"), *(Column(MEASURES[m].heading) for m in measures)]
+        rows = [[Cell(s.label), *(Cell.of(by.get(m)) for m in measures)] for s, by in zip(view.settings, scores, strict=True)]
+        print_table(Table("", columns, rows), console)
     for setting in view.settings:
         if errors := {s.error for s in view.scores.get(setting.label, {}).values() if s.error}:
             console.print(Text(f"{setting.label}: {', '.join(sorted(errors))}", style="red"), soft_wrap=True)
@@ -99,23 +95,15 @@ def print_evaluation(view: ModelView, console: Console) -> None:
 
 def print_components(rows: Sequence[Component], console: Console, convention: str = "thop") -> None:
     """Prints parameters, MACs and latency of each part, the models side by side."""
-    whos = list(dict.fromkeys(row.who for row in rows))
-    timed = any(row.latency_s is not None for row in rows)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for what in ("params", f"MACs ({convention})", *(["ms"] if timed else [])):
-        for who in whos:
-            table.add_column(f"{what}: {who}", justify="right")
     by = {(row.name, row.who): row for row in rows}
-    for name in dict.fromkeys(row.name for row in rows):
-        if name == "whole":
-            table.add_section()
-        line = [by[name, who] for who in whos]
-        cells = [f"{row.params:,}" for row in line] + [f"{row.macs[convention]:,}" for row in line]
-        if timed:
-            cells += ["-" if row.latency_s is None else f"{1000 * row.latency_s:.4g}" for row in line]
-        table.add_row(name, *cells)
-    console.print(table)
+    names, whos = (list(dict.fromkeys(keys)) for keys in zip(*by, strict=True))
+    columns = [(Column("", "text"), [Cell(name) for name in names])]
+    columns += [(Column(f"params: {who}", "plain"), [Cell(by[name, who].params) for name in names]) for who in whos]
+    columns += [
+        (Column(f"MACs ({convention}): {who}", "plain"), [Cell(by[name, who].macs[convention]) for name in names]) for who in whos
+    ]
+    columns += [(Column(f"ms: {who}", "size", 1e-3), [Cell(by[name, who].latency_s) for name in names]) for who in whos]
+    print_table(Table.of_columns("", columns), console)
     console.print("one image, no doubling for guidance; 1 MAC = one multiply-add", soft_wrap=True)
 
 
@@ -123,37 +111,24 @@ def print_finalists(view: SearchView, console: Console) -> None:
     """Prints what must be known first, then the finalists, the winner or the front first, and what became of the known designs."""
     if line := warning(view):
         console.print(Text(line, style="bold yellow"), soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    captions = [caption_title(view)] if view.caption(None) else []
-    last = "on the front" if view.is_front else "within budget"
-    objective = f"{view.measure}, fresh seeds"
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("architecture", no_wrap=True)
-    for name in (objective, *captions, "parameters", "MACs (thop)", "latency, x teacher", last):
-        table.add_column(name, justify="right", overflow="fold")
-    total = view.graph.total
-    if (teacher := view.caption(None)) is not None:
-        table.add_row("-", "teacher", "-", with_interval(teacher.value, teacher.low, teacher.high), "100.0%", "100.0%", "-", "-")
-    for rank, e in enumerate(view.order, 1):
-        cost, ratio = view.cost(e), view.latency_ratio(e)
-        cells = [str(rank), e.score.label, with_interval(e.score.value, e.score.low, e.score.high)]
-        caption = view.caption(e)
-        cells += [with_interval(caption.value, caption.low, caption.high) if caption else "-" for _ in captions]
-        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", step_time(None, ratio)]
-        bold = "bold" if e in view.chosen else ""
-        table.add_row(*(Text(c) for c in [*cells, "yes" if in_answer(view, e) else "no"]), style=bold)
-    console.print(table)
+    bold = ["", *("bold" if e in view.chosen else "" for e in view.order)]
+    print_table(finalists_table(view, ["clip_score"]), console, lambda row: bold[row])
     for line in against(view):
         console.print(Text(line.replace("`", "")), soft_wrap=True)
 
 
 def print_solutions(solutions: Sequence[tuple[Candidate, float]], measure: str, total: Cost, console: Console) -> None:
     """Prints the exact solutions on known scores, best first, with the sums that predict what they lose."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in ("#", "parameters", "MACs (thop)", f"sum of {measure}", "removed"):
-        table.add_column(name, justify="left" if name == "removed" else "right", overflow="fold")
-    for rank, (c, predicted) in enumerate(solutions, 1):
-        shares = (f"{c.costs['params'] / total.params:.1%}", f"{c.costs['macs_thop'] / total.thop:.1%}")
-        table.add_row(str(rank), *shares, number(predicted), Text(", ".join(c.arch.terms)))
-    console.print(table)
+    numbers = [Column("#", "plain"), Column("parameters", "share"), Column("MACs (thop)", "share"), Column(f"sum of {measure}")]
+    rows = [
+        [
+            Cell(rank),
+            share_of(c.costs["params"], total.params),
+            share_of(c.costs["macs_thop"], total.thop),
+            Cell(predicted),
+            Cell(", ".join(c.arch.terms)),
+        ]
+        for rank, (c, predicted) in enumerate(solutions, 1)
+    ]
+    print_table(Table("", [*numbers, Column("removed", "text")], rows), console)
     console.print("sums of single removals are predictions: score a solution with `blockprune scan --arch`", soft_wrap=True)

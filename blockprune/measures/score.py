@@ -71,6 +71,13 @@ class Score:
         return checked(data, cls, "a score", AGAIN)
 
 
+def flat_score(name: str, score: Score | None) -> dict[str, Any]:
+    """A score as entries of a flat row: its value, interval and count."""
+    low, high = (score.interval if score else None) or (None, None)
+    value, n = (score.finite, score.n) if score else (None, None)
+    return {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
+
+
 def timed_in_turn(scores: Iterable[Score]) -> list[Score]:
     """The scores without the seconds of a student's step, which runs of earlier versions hold: only its ratio was measured in turn
     with the teacher, and seconds that were taken minutes apart do not compare."""

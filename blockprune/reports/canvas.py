@@ -19,7 +19,7 @@ from matplotlib.ft2font import FT2Font
 
 from blockprune.measures.measure import MEASURES
 
-INK, MUTED, FAINT, UNSCORED = "#1c2733", "#5f6b76", "#c9d0d6", "#e4e7ea"
+INK, MUTED, FAINT = "#1c2733", "#5f6b76", "#c9d0d6"
 # Light to dark with hue from yellow to violet: luminance falls steadily, so it reads in grey and with any colour vision.
 LOSS = ["#fdf3c7", "#fcd67f", "#f7a55b", "#e66c5c", "#b93d74", "#782281", "#2e1161"]
 # Okabe and Ito's colours for several runs or models, told apart with any colour vision; markers repeat what they say.

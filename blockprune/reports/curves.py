@@ -43,15 +43,15 @@ def loss_figure(runs: Mapping[str, Rows]) -> Figure:
 
     One run has its terms in one panel; several have a panel for each term.
     """
-    said = "Unweighted; thin: each update, thick: running mean. Judge a student by its images."
+    sub = "Unweighted; thin: each update, thick: running mean. Judge a student by its images."
     if len(runs) == 1:
         figure = new_figure(7.4, 4.4)
-        title(figure, "Training losses", said)
+        title(figure, "Training losses", sub)
         panels = {name: figure.axes[0] if figure.axes else figure.add_axes((0.1, 0.13, 0.87, 0.7)) for name in TERMS}
         styles = {(run, term): (TERMS[term], term) for run in runs for term in TERMS}
     else:
         figure = new_figure(7.4, 6.2)
-        title(figure, "Training losses, one curve a run", said)
+        title(figure, "Training losses, one curve a run", sub)
         grid = figure.subplots(2, 2).ravel()
         figure.subplots_adjust(left=0.09, right=0.98, top=0.84, bottom=0.14, hspace=0.32, wspace=0.2)
         panels = dict(zip(TERMS, grid, strict=True))
@@ -96,8 +96,8 @@ def validation_figure(runs: Mapping[str, Along], heading: str = "Scores along tr
     foot = 0.55 + 0.25 * several
     height = 0.55 + foot + 2.1 * len(measures)
     figure = new_figure(7.4, height)
-    said = "95 % intervals." if several else "95 % intervals. Dashed: best FID; dotted: last. They need not be the same."
-    title(figure, heading, said)
+    sub = "95 % intervals." if several else "95 % intervals. Dashed: best FID; dotted: last. They need not be the same."
+    title(figure, heading, sub)
     for i, m in enumerate(measures):
         ax = figure.add_axes((0.1, (foot + 2.1 * (len(measures) - 1 - i)) / height, 0.87, 1.55 / height))
         tidy(ax)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -13,9 +11,10 @@ from typing import Any
 from blockprune.cost.table import Component
 from blockprune.decode import AGAIN, checked
 from blockprune.measures.measure import MEASURES, define
-from blockprune.measures.score import Score
+from blockprune.measures.score import Score, flat_score
 from blockprune.model.architecture import Architecture, BlockGraph
-from blockprune.reports.dossier import Images, ModelView, Setting
+from blockprune.reports.model_view import Images, ModelView, Setting
+from blockprune.reports.table import to_csv
 from blockprune.runs import Readable
 from blockprune.runs.reading import images_of, rows_of
 from blockprune.runs.schema import MeasureRecord
@@ -72,7 +71,7 @@ def _strip(run: Readable, setting: str, n: int, unread: list[str] | None) -> Ima
 def report_files(view: ModelView) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of every file of an evaluation's report."""
     yield "evaluate.json", (json.dumps(_to_json(view), indent=2) + "\n").encode()
-    yield "evaluate.csv", _to_csv(view).encode()
+    yield "evaluate.csv", to_csv(flat_rows(view)).encode()
 
 
 def _to_json(view: ModelView) -> dict[str, Any]:
@@ -93,17 +92,7 @@ def flat_rows(view: ModelView) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"model": view.label, "setting": setting.label, **{k: getattr(setting, k) for k in SETTING}}
         scores = view.scores.get(setting.label, {})
         for m in measures:
-            score = scores.get(m)
-            numbers = (None,) * 4 if score is None else (score.value, score.low, score.high, score.n)
-            row |= dict(zip((m, f"{m}_low", f"{m}_high", f"{m}_n"), numbers, strict=True))
+            row |= flat_score(m, scores.get(m))
         error = next((s.error for s in scores.values() if s.error), "")
         rows.append({**row, "protocol": view.protocol["hash"], "error": error})
     return rows
-
-
-def _to_csv(view: ModelView) -> str:
-    rows, text = flat_rows(view), io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()

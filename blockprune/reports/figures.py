@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,10 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
-from PIL import Image
 
-from blockprune.measures.measure import MEASURES, quality
+from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
 from blockprune.reports.canvas import (
@@ -31,24 +28,24 @@ from blockprune.reports.canvas import (
     title,
     write,
 )
-from blockprune.reports.text import number
-from blockprune.reports.unet import unet_figure
-from blockprune.reports.view import ScanView, rank_correlation, ranked, short, worse
+from blockprune.reports.image_grid import grid_figure, scan_rows
+from blockprune.reports.unet import Svg, scan_svg
+from blockprune.reports.view import ScanView, rank_correlation, ranked, short
 
 # Okabe and Ito's colours, told apart with any colour vision; the marker repeats what the colour says.
 PLACES = {"down": ("#0072b2", "o"), "mid": ("#009e73", "D"), "up": ("#d55e00", "s"), "other": ("#555555", "*")}
-GRID_ROWS, GRID_COLUMNS, TILE = 12, 8, 128
 Box = tuple[float, float, float, float]
 
 
-def figures(view: ScanView, removed: Architecture | None = None) -> Iterator[tuple[str, Figure]]:
+def figures(view: ScanView, removed: Architecture | None = None) -> Iterator[tuple[str, Figure | Svg]]:
     """(file name, figure) of every figure for which the scan has data; blocks of `removed` are hatched in the U-Net."""
-    yield "unet.png", unet_figure(view, removed)
+    yield "unet.svg", scan_svg(view, removed)
     if view.main_measure:
         yield "tradeoff.png", tradeoff(view, view.main_measure)
         yield "sensitivity.png", sensitivity(view)
     if view.prompts and any(len(view.images.get(label, ())) for label in view.removals):
-        yield "grid.png", grid(view)
+        sub = "Teacher first, then from the least to the most quality lost."
+        yield "grid.png", grid_figure("The same prompts and seeds, block by block", sub, view.prompts, scan_rows(view))
     if sum(view.value(n, "eps_mse") is not None and view.value(n, "fid") is not None for n in view.removals) >= 2:
         yield "correlation.png", correlation(view)
 
@@ -116,8 +113,8 @@ def _covered(box: Box, names: Sequence[Box], dots: Sequence[tuple[float, ...]], 
 
 def _front(points: dict[str, tuple[float, float]], measure: str) -> list[str]:
     """The labels that no other beats in both quality and saving, best quality first."""
-    front: list[str] = []
-    for label in sorted(points, key=lambda n: (worse(measure, points[n][1]), -points[n][0])):
+    front, loss = list[str](), MEASURES[measure].loss
+    for label in sorted(points, key=lambda n: (loss(points[n][1]), -points[n][0])):
         if not front or points[label][0] > points[front[-1]][0]:
             front.append(label)
     return front
@@ -125,7 +122,7 @@ def _front(points: dict[str, tuple[float, float]], measure: str) -> list[str]:
 
 def _telling(points: dict[str, tuple[float, float]], measure: str) -> list[str]:
     """The labels worth naming: removals of several blocks, the front thinned to five, and the two worst."""
-    front, worst = _front(points, measure), sorted(points, key=lambda n: worse(measure, points[n][1]))[-2:]
+    front, worst = _front(points, measure), sorted(points, key=lambda n: MEASURES[measure].loss(points[n][1]))[-2:]
     thinned = np.linspace(0, len(front) - 1, min(5, len(front))).round().astype(int).tolist()
     several = [label for label in points if place(label) == "other"]
     return list(dict.fromkeys([*several, *(front[i] for i in thinned), *worst]))
@@ -219,59 +216,12 @@ def _bars(ax: Axes, view: ScanView, order: Sequence[str], measure: str) -> None:
     _teacher_band(ax, view, measure, "v")
 
 
-def grid_rows(view: ScanView) -> list[str]:
-    """The teacher, then removals with images from the least to the most quality lost, spread evenly over the ranking."""
-    have = [label for label in ranked(view) or view.removals if len(view.images.get(label, ()))]
-    chosen = np.linspace(0, len(have) - 1, min(GRID_ROWS - 1, len(have))).round().astype(int).tolist()
-    return [TEACHER] * bool(len(view.images.get(TEACHER, ()))) + [have[i] for i in dict.fromkeys(chosen)]
-
-
-def grid(view: ScanView) -> Figure:
-    """Images at common prompts and seeds: a row per architecture, a column per prompt."""
-    rows = grid_rows(view)
-    columns = min(GRID_COLUMNS, len(view.prompts), *(len(view.images[label]) for label in rows))
-    captions = [textwrap.wrap(plain(p), 21, max_lines=4, placeholder=" …") or [""] for p in list(view.prompts)[:columns]]
-    head = 0.13 * max(map(len, captions)) + 0.12
-    side, margin = 1.12, 1.75
-    width, height = margin + side * columns + 0.2, 0.75 + head + side * len(rows) + 0.15
-    figure = new_figure(max(width, 5.5), height)
-    title(figure, "The same prompts and seeds, block by block", "Teacher first, then from the least to the most quality lost.")
-    ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, figure.get_figwidth()), ylim=(height, 0))
-    ax.axis("off")
-    for c, lines in enumerate(captions):
-        x = margin + side * (c + 0.48)
-        write(ax, x, 0.69 + head, "\n".join(lines), ha="center", va="bottom", fontsize=6.5, linespacing=1.25)
-    for r, label in enumerate(rows):
-        y = 0.75 + head + side * r
-        _row_name(ax, view, label, margin - 0.12, y + side * 0.48)
-        for c in range(columns):
-            x = margin + side * c
-            extent = (x, x + side * 0.96, y + side * 0.96, y)
-            ax.imshow(_tile(view.images[label][c]), extent=extent, aspect="auto", interpolation="nearest")
-    ax.set(xlim=(0, figure.get_figwidth()), ylim=(height, 0))
-    return figure
-
-
-def _row_name(ax: Axes, view: ScanView, label: str, x: float, y: float) -> None:
-    names = {m: MEASURES[m].title if len(MEASURES[m].title) < 12 else m for m in quality()}
-    numbers = [f"{name} {number(v)}" for m, name in names.items() if (v := view.value(label, m)) is not None]
-    name = "teacher" if label == TEACHER else f"without {short(label)}" if short(label) != label else label
-    write(ax, x, y - 0.09, "\n".join(textwrap.wrap(name, 24)), ha="right", va="bottom", fontsize=8, weight="bold")
-    write(ax, x, y - 0.03, "\n".join(numbers[:3]), ha="right", va="top", fontsize=7, color=MUTED, linespacing=1.35)
-
-
-def _tile(image: NDArray[np.uint8]) -> NDArray[np.uint8]:  # (H, W, 3) uint8 => (TILE, TILE, 3) uint8
-    how = Image.Resampling.LANCZOS if image.shape[0] > TILE else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((TILE, TILE), how))
-
-
 def correlation(view: ScanView) -> Figure:
     """The cheap measure (`eps_mse`) against FID, one point per removal, with Kendall's tau."""
     figure = new_figure(6.6, 5.6)
     tau = rank_correlation(view, "eps_mse", "fid")
-    said = f"Kendall τ = {tau.tau:.2f} over {tau.n} removals" if tau else "too few removals for a rank correlation"
-    title(figure, "Does the cheap measure rank like FID?", said)
+    sub = f"Kendall τ = {tau.tau:.2f} over {tau.n} removals" if tau else "too few removals for a rank correlation"
+    title(figure, "Does the cheap measure rank like FID?", sub)
     ax = figure.subplots()
     tidy(ax)
     xs = {label: x for label in view.removals if (x := view.value(label, "eps_mse")) is not None}

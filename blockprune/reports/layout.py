@@ -39,8 +39,8 @@ def scored_units(graph: BlockGraph, losses: Mapping[Architecture, float]) -> dic
     """Block name => the smallest scored unit of removal that contains it; blocks in none are left out."""
     units = {arch for unit in UNITS for arch in graph.units(unit).values()}
     scored = sorted((a for a in losses if a in units), key=lambda a: graph.total.params - graph.cost(a).params)
-    found = {b.name: next((a for a in scored if b.name in a), None) for b in graph}
-    return {name: Unit(arch, losses[arch]) for name, arch in found.items() if arch is not None}
+    finest = {b.name: next((a for a in scored if b.name in a), None) for b in graph}
+    return {name: Unit(arch, losses[arch]) for name, arch in finest.items() if arch is not None}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import Score
 from blockprune.reports.canvas import INK, MARKERS, SERIES, axis_title, legend, named, new_figure, plain, tidy, title
-from blockprune.reports.dossier import ModelView, Setting
+from blockprune.reports.image_grid import grid_figure, score_words
+from blockprune.reports.model_view import ModelView, Setting
 
 
 def varied(view: ModelView, *names: str) -> list[list[Setting]]:
@@ -64,28 +65,15 @@ def guidance_figure(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) ->
     return figure
 
 
-def image_figure(view: ModelView) -> Figure:
-    """The images of common prompts and seeds: a row for each setting."""
-    rows = [s.label for s in view.settings if s.label in view.images]
-    n, side, margin = max(len(view.images[label]) for label in rows), 1.1, 2.2
-    height = 0.7 + side * len(rows)
-    figure = new_figure(margin + side * n + 0.1, height)
-    title(figure, "Images at common prompts and seeds", view.label)
-    for r, label in enumerate(rows):
-        top = (height - 0.6 - side * r) / height
-        figure.text(0.02, top - side / 2 / height, plain(label), va="center", fontsize=8, color=INK, parse_math=False)
-        for c, image in enumerate(view.images[label]):
-            width = figure.get_figwidth()
-            ax = figure.add_axes(((margin + side * c) / width, top - side / height, 0.96 * side / width, 0.96 * side / height))
-            ax.imshow(image, interpolation="nearest")
-            ax.axis("off")
-    return figure
-
-
 def evaluation_figures(view: ModelView) -> Iterator[tuple[str, Figure]]:
     """(name, figure) of one evaluated model: images.png, and guidance.png where guidance scales differ."""
     if view.images:
-        yield "images.png", image_figure(view)
+        rows = {
+            s.label: (score_words(view.scores.get(s.label, {})), view.images[s.label])
+            for s in view.settings
+            if s.label in view.images
+        }
+        yield "images.png", grid_figure(view.label, "Images at common prompts and seeds.", view.prompts, rows)
     if curves := guidance_curves({view.label: view}):
         yield "guidance.png", guidance_figure(curves)
 
@@ -96,9 +84,9 @@ def sizes(models: Mapping[str, ModelView]) -> dict[str, tuple[float, Score]]:
     measures = ("fid", "clip_score", "is")
     for setting in shared:
         for m in measures:
-            found = {n: v for n, v in models.items() if v.value(setting, m) is not None and v.whole_params is not None}
-            if len({v.whole_params for v in found.values()}) > 1:
-                return {n: ((v.whole_params or 0) / 1e6, v.scores[setting.label][m]) for n, v in found.items()}
+            sized = {n: v for n, v in models.items() if v.value(setting, m) is not None and v.whole_params is not None}
+            if len({v.whole_params for v in sized.values()}) > 1:
+                return {n: ((v.whole_params or 0) / 1e6, v.scores[setting.label][m]) for n, v in sized.items()}
     return {}
 
 

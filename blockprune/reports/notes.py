@@ -7,48 +7,43 @@ from collections.abc import Iterator
 from blockprune.measures.measure import MEASURES
 from blockprune.reports import search_text, text
 from blockprune.reports.curves import VALIDATED, trained, validated
-from blockprune.reports.dossier import Dossier, ModelView
 from blockprune.reports.model_figures import checkpoints, guidance_curves, varied
+from blockprune.reports.model_view import ModelView
+from blockprune.reports.report_data import ReportData, View
 from blockprune.reports.results import NAMES
 from blockprune.reports.view import rank_correlation
 
-PAPER = ("fid", "is", "clip_score")
 ENOUGH = 10_000  # images, from which on FID's bias is small beside its differences
-BIAS = " FID is biased upwards at small n, by an amount that depends on the model."
 
 
-def caveats(dossier: Dossier) -> list[str]:
+def caveats(data: ReportData) -> list[str]:
     """Caveats of every run, each said once."""
     lines: list[str] = []
-    for scan in dossier.scans.values():
+    for scan in data.scans.values():
         lines += text.caveats(scan)
-    for search in dossier.searches.values():
+    for search in data.searches.values():
         if search.ranked:
             lines += search_text.caveats(search)
-    if dossier.models:
-        lines += _of_models(dossier)
-    if dossier.trainings:
+    if data.models:
+        lines += _of_models(data)
+    if data.trainings:
         lines.append("Losses of different students or recipes do not compare: the feature term depends on which blocks are tapped.")
-    machines = {str(m) for view in dossier.runs.values() if (m := _machine(view))}
+    machines = {str(m) for view in data.runs.values() if (m := _machine(view))}
     if len(machines) > 1:
         lines.append(f"Runs are of different machines ({'; '.join(sorted(machines))}): compare latencies within a run only.")
     return list(dict.fromkeys(lines))
 
 
-def _machine(view: object) -> object:
-    said = view.made_with if isinstance(view, ModelView) else getattr(view, "protocol", {})
-    return said.get("machine") or said.get("processor")
+def _machine(view: View) -> object:
+    made_with = view.made_with if isinstance(view, ModelView) else view.protocol
+    return made_with.get("machine") or made_with.get("processor")
 
 
-def _of_models(dossier: Dossier) -> Iterator[str]:
-    for group in dossier.groups.values():
+def _of_models(data: ReportData) -> Iterator[str]:
+    for group in data.groups.values():
         protocol = next(iter(group.values())).protocol
         n = protocol.get("n_images")
-        few = (
-            " FID is biased upwards at small n, by an amount that depends on the model."
-            if isinstance(n, int) and n < 10_000
-            else ""
-        )
+        few = text.BIAS if isinstance(n, int) and n < ENOUGH else ""
         counted = f"{n:,}" if isinstance(n, int) else "an unrecorded number of"
         yield (
             f"Evaluated models were judged on {counted} images under the protocol `{protocol.get('name', 'not named')}`: their "
@@ -56,45 +51,45 @@ def _of_models(dossier: Dossier) -> Iterator[str]:
         )
         if protocol.get("detector"):
             yield f"Features come from the detector `{protocol['detector']}`; numbers of another detector do not compare."
-    if len(dossier.groups) > 1:
+    if len(data.groups) > 1:
         yield "Tables of evaluated models that stand apart were judged differently: compare within a table only."
-    if any(s.quantize for view in dossier.models.values() for s in view.settings):
+    if any(s.quantize for view in data.models.values() for s in view.settings):
         yield "Parameters, MACs and latency are those before quantisation: quantised settings show what it does to quality."
 
 
-def missing(dossier: Dossier) -> list[str]:
+def missing(data: ReportData) -> list[str]:
     """What a full report has and this one has not, and why."""
     return [
-        *dossier.unread,
-        *_absent(dossier),
-        *_of_scans(dossier),
-        *_of_searches(dossier),
-        *_of_trainings(dossier),
-        *_gaps(dossier),
+        *data.unread,
+        *_absent(data),
+        *_of_scans(data),
+        *_of_searches(data),
+        *_of_trainings(data),
+        *_gaps(data),
     ]
 
 
-def _absent(dossier: Dossier) -> Iterator[str]:
+def _absent(data: ReportData) -> Iterator[str]:
     kinds = {
-        "scan": (dossier.scans, "sensitivity of single blocks, and the rank correlation of the cheap measure with FID"),
-        "search": (dossier.searches, "the history of a search, its finalists, and the trade-off with the budget"),
-        "distill": (dossier.trainings, "curves of the training"),
+        "scan": (data.scans, "sensitivity of single blocks, and the rank correlation of the cheap measure with FID"),
+        "search": (data.searches, "the history of a search, its finalists, and the trade-off with the budget"),
+        "distill": (data.trainings, "curves of the training"),
         "evaluate": (
-            dossier.models,
+            data.models,
             "results under a fixed protocol, guidance curves, steps and quantisation, component costs",
         ),
     }
     for command, (runs, what) in kinds.items():
         if not runs:
             yield f"No `{command}` run was given: {what}."
-    if dossier.graph is None:
+    if data.graph is None:
         yield "No run holds the teacher's graph: the drawing, and costs that follow from it. A scan of the same teacher has it."
-    elif dossier.outside_params is None:
+    elif data.outside_params is None:
         yield "No run says how many parameters lie outside the U-Net: parameters of the whole pipeline."
 
 
-def _of_scans(dossier: Dossier) -> Iterator[str]:
-    for name, view in dossier.scans.items():
+def _of_scans(data: ReportData) -> Iterator[str]:
+    for name, view in data.scans.items():
         if view.main_measure is None:
             yield f"`{name}` has no quality measure: nothing colours the drawing."
         elif gaps := text.gaps(view):
@@ -105,16 +100,16 @@ def _of_scans(dossier: Dossier) -> Iterator[str]:
             yield f"`{name}` has no images."
 
 
-def _of_searches(dossier: Dossier) -> Iterator[str]:
-    for name, view in dossier.searches.items():
+def _of_searches(data: ReportData) -> Iterator[str]:
+    for name, view in data.searches.items():
         if not view.ranked:
             yield f"`{name}` has no finalist that holds the budgets: the search has not ended, or the budget is out of reach."
         if not view.images:
             yield f"`{name}` has no images."
 
 
-def _of_trainings(dossier: Dossier) -> Iterator[str]:
-    for name, view in dossier.trainings.items():
+def _of_trainings(data: ReportData) -> Iterator[str]:
+    for name, view in data.trainings.items():
         if not trained(view.rows):
             yield f"`{name}` has no training rows: its losses."
         scored = {s.measure for _, s in validated(view.rows) if s.value is not None}
@@ -122,9 +117,9 @@ def _of_trainings(dossier: Dossier) -> Iterator[str]:
             yield f"`{name}` has no {', '.join(absent)} along its training."
 
 
-def _gaps(dossier: Dossier) -> Iterator[str]:
-    for name, view in dossier.models.items():
-        for m in PAPER:
+def _gaps(data: ReportData) -> Iterator[str]:
+    for name, view in data.models.items():
+        for m in VALIDATED:
             without = [s.label for s in view.settings if view.value(s, m) is None]
             if without:
                 many = "any setting" if len(without) == len(view.settings) else ", ".join(f"`{label}`" for label in without)
@@ -135,15 +130,15 @@ def _gaps(dossier: Dossier) -> Iterator[str]:
             yield f"`{name}` has neither a graph nor component rows: its parameters and MACs."
         if not view.images:
             yield f"`{name}` has no images."
-    if not dossier.models:
+    if not data.models:
         return
-    if all(view.arch for view in dossier.models.values()):
+    if all(view.arch for view in data.models.values()):
         yield "The teacher itself was not evaluated: nothing to compare the students with."
-    if not guidance_curves(dossier.models):
+    if not guidance_curves(data.models):
         yield "No model was evaluated at several guidance scales: guidance curves."
-    if not any(varied(view, "steps", "quantize") for view in dossier.models.values()):
+    if not any(varied(view, "steps", "quantize") for view in data.models.values()):
         yield "No model was evaluated at several step counts or quantisations: that table."
-    if not dict(checkpoints(dossier.models)) and not dossier.trainings:
+    if not dict(checkpoints(data.models)) and not data.trainings:
         yield "No checkpoints were evaluated: scores along the training."
 
 

@@ -1,27 +1,27 @@
-"""The result tables of a report: which rows, in which order, and as CSV, JSON and LaTeX. Every string from outside is escaped."""
+"""The results of a report: which rows, in which order, and as tables, flat rows and JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from blockprune.export.model_card import in_words
-from blockprune.measures.measure import MEASURES, quality
-from blockprune.measures.score import TEACHER, Score
-from blockprune.model.architecture import Architecture, BlockGraph, Cost
+from blockprune.measures.measure import ARROWS, MEASURES, quality
+from blockprune.measures.score import TEACHER, Score, flat_score
+from blockprune.model.architecture import Architecture, Cost
 from blockprune.reports.curves import validated
-from blockprune.reports.dossier import Dossier, ModelView, TrainingView
+from blockprune.reports.model_view import ModelView, TrainingView
+from blockprune.reports.report_data import ReportData
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import number, step_time
+from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, prefix_of, step_latency
+from blockprune.reports.table import to_latex as latex_table
 from blockprune.reports.view import ScanView, ranking
 
 PAPER = ("fid", "is", "clip_score", "kid")
 NAMES = {"is": "IS", "clip_score": "CLIP", "eps_mse": "eps-MSE", "guided_mse": "guided MSE", "feature_distance": "feature distance"}
-ARROWS = {"down": "↓", "up": "↑"}
+LATER = ("kid", "feature_distance")  # after the costs, so that these stay in sight
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,10 @@ class Result:
         if self.arch and self.latency_s is not None:
             raise ValueError(f"{self.model}: a student's step has a ratio to its teacher's, not seconds of its own")
 
-    @property
-    def step_time(self) -> str:
-        return step_time(self.latency_s, self.latency_ratio, self.interval("latency_ratio"))
-
     def value(self, measure: str) -> float | None:
         """The number; None when it was not measured, failed, or is not finite."""
         score = self.scores.get(measure)
         return score.finite if score else None
-
-    def interval(self, measure: str) -> tuple[float, float] | None:
-        """(low, high) of the 95 % interval; None when there is none."""
-        score = self.scores.get(measure)
-        return score.interval if score else None
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,7 @@ class ResultTable:
     title: str
     note: str
     rows: Sequence[Result]
+    searched: bool = False
 
     @property
     def measures(self) -> list[str]:
@@ -76,12 +68,12 @@ class ResultTable:
         return [m for m in in_paper_order() if any(m in row.scores for row in self.rows)]
 
 
-def result_tables(dossier: Dossier) -> list[ResultTable]:
+def result_tables(data: ReportData) -> list[ResultTable]:
     """Evaluated models first, then what searches, distillations and scans scored on their own terms."""
-    tables = [_evaluated(group) for group in dossier.groups.values()]
-    tables += [_searched(name, view) for name, view in dossier.searches.items() if view.finals]
-    tables += list(_trained(dossier))
-    tables += [_scanned(name, view, dossier.outside_params) for name, view in dossier.scans.items()]
+    tables = [_evaluated(group) for group in data.groups.values()]
+    tables += [_searched(name, view) for name, view in data.searches.items() if view.finals]
+    tables += list(_trained(data))
+    tables += [_scanned(name, view, data.outside_params) for name, view in data.scans.items()]
     return [table for table in tables if table.rows]
 
 
@@ -102,39 +94,39 @@ def _evaluated(group: Mapping[str, ModelView]) -> ResultTable:
     protocol = next(iter(group.values())).protocol
     known = {"n_images": "images", "n_reference": "reference images"}
     counts = [f"{protocol[k]:,} {title}" for k, title in known.items() if isinstance(protocol.get(k), int)]
-    said = [f"Protocol {protocol.get('name', 'not named')}", *counts, f"seed {protocol.get('seed', 'not recorded')}"]
-    return ResultTable(", ".join(group), "Evaluated models", "; ".join(said), rows)
+    parts = [f"Protocol {protocol.get('name', 'not named')}", *counts, f"seed {protocol.get('seed', 'not recorded')}"]
+    return ResultTable(", ".join(group), "Evaluated models", "; ".join(parts), rows)
 
 
 def _searched(name: str, view: SearchView) -> ResultTable:
     total, outside = view.graph.total, view.outside_params
-    own = view.scores.get(TEACHER, {})
-    full = own["latency"].value if "latency" in own else None
-    rows = [Result("teacher", "", Architecture(), own, total, total.params + outside, full)]
+    teacher = view.scores.get(TEACHER, {})
+    full = teacher["latency"].value if "latency" in teacher else None
+    rows = [Result("teacher", "", Architecture(), teacher, total, total.params + outside, full)]
     for e in sorted(view.finals, key=lambda e: (-view.cost(e).params, e.score.label)):
         scores = {**view.scores.get(e.score.label, {}), view.measure: e.score}
         cost, ratio = view.cost(e), view.latency_ratio(e)
-        note = "" if view.holds(e) else "over budget"
+        over = "" if view.holds(e) else "over budget"
         rows.append(
-            Result(e.score.label, e.candidate.source, e.candidate.arch, scores, cost, cost.params + outside, None, ratio, note)
+            Result(e.score.label, e.candidate.source, e.candidate.arch, scores, cost, cost.params + outside, None, ratio, over)
         )
-    said = f"One-shot, nothing retrained; fresh seeds; budget {', '.join(view.limits) or 'none'}"
-    return ResultTable(name, f"Finalists of {name}", said, rows)
+    note = f"One-shot, nothing retrained; fresh seeds; budget {', '.join(view.limits) or 'none'}"
+    return ResultTable(name, f"Finalists of {name}", note, rows, searched=True)
 
 
-def _trained(dossier: Dossier) -> Iterator[ResultTable]:
+def _trained(data: ReportData) -> Iterator[ResultTable]:
     """The last validation of every distillation; the largest student first."""
-    rows = [_last(name, view, dossier) for name, view in dossier.trainings.items() if validated(view.rows)]
+    rows = [_last(name, view, data) for name, view in data.trainings.items() if validated(view.rows)]
     if rows:
         rows.sort(key=lambda row: (-(row.cost.params if row.cost else 0), row.model))
-        said = "The validation that ended each run: few images, for following a run rather than for comparing models"
-        yield ResultTable(", ".join(dossier.trainings), "Distilled students", said, rows)
+        note = "The validation that ended each run: few images, for following a run rather than for comparing models"
+        yield ResultTable(", ".join(data.trainings), "Distilled students", note, rows)
 
 
-def _last(name: str, view: TrainingView, dossier: Dossier) -> Result:
+def _last(name: str, view: TrainingView, data: ReportData) -> Result:
     scores = validated(view.rows)
     last = max(step for step, _ in scores)
-    graph, outside = view.graph or dossier.graph, view.outside_params if view.outside_params is not None else dossier.outside_params
+    graph, outside = view.graph or data.graph, view.outside_params if view.outside_params is not None else data.outside_params
     cost = graph.cost(view.arch) if graph else None
     whole = cost.params + outside if cost and outside is not None else None
     return Result(name, f"after {last:,} updates", view.arch, {s.measure: s for step, s in scores if step == last}, cost, whole)
@@ -150,8 +142,8 @@ def _scanned(name: str, view: ScanView, outside: int | None) -> ResultTable:
         shown = "teacher" if label == TEACHER else f"without {label}" if label in view.graph else label
         timing = view.value(label, "latency"), view.value(label, "latency_ratio")
         rows.append(Result(shown, "", view.archs[label], scores, cost, whole, *timing, note=row["error"]))
-    said = "One-shot, nothing retrained; the teacher, then from the least to the most quality lost"
-    return ResultTable(name, f"Removals of {name}", said, rows)
+    note = "One-shot, nothing retrained; the teacher, then from the least to the most quality lost"
+    return ResultTable(name, f"Removals of {name}", note, rows)
 
 
 def in_paper_order() -> list[str]:
@@ -178,9 +170,7 @@ def flat(tables: Sequence[ResultTable], convention: str) -> list[dict[str, Any]]
                 "arch": r.arch.key,
             }
             for m in measures:
-                s = r.scores.get(m)
-                low, high = r.interval(m) or (None, None)
-                row |= {m: r.value(m), f"{m}_low": low, f"{m}_high": high, f"{m}_n": s.n if s else None}
+                row |= flat_score(m, r.scores.get(m))
             row |= {"unet_params": r.cost.params if r.cost else None, "pipeline_params": r.whole_params}
             row |= {f"macs_{convention}": r.cost.macs(convention) if r.cost else None}
             row |= {"latency_s": r.latency_s, "latency_ratio": r.latency_ratio, "removed": r.arch.terms, "note": r.note}
@@ -188,98 +178,71 @@ def flat(tables: Sequence[ResultTable], convention: str) -> list[dict[str, Any]]
     return rows
 
 
-def to_csv(tables: Sequence[ResultTable], convention: str) -> str:
-    """Every result, a line each; removed blocks separated by spaces, what is missing left empty."""
-    rows = flat(tables, convention)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else ["table"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"removed": " ".join(row["removed"])} for row in rows)
-    return out.getvalue()
-
-
 MADE_BY = "blockprune report"
 
 
-def to_json(dossier: Dossier, tables: Sequence[ResultTable], convention: str, notes: Mapping[str, Sequence[str]]) -> str:
+def to_json(data: ReportData, tables: Sequence[ResultTable], convention: str, notes: Mapping[str, Sequence[str]]) -> str:
     """The results, the components, the protocol of every run, what each measure means, and the notes (caveats and the like)."""
     rows = flat(tables, convention)
-    students = {" = ".join(names): {**arch.to_json(), "in_words": in_words(arch)} for arch, names in dossier.students.items()}
-    data = {
+    students = {" = ".join(names): {**arch.to_json(), "in_words": in_words(arch)} for arch, names in data.students.items()}
+    content = {
         "format": 1,
         "made_by": MADE_BY,
-        "teacher": {"name": dossier.teacher, "identity": dossier.teacher_id, "cost": _cost(dossier.graph)},
+        "teacher": {"name": data.teacher, "identity": data.teacher_id, "cost": data.graph.total.to_json() if data.graph else None},
         "macs_convention": convention,
         "measures": {m: MEASURES[m].to_json() for m in in_paper_order() if rows and m in rows[0]},
         "results": rows,
-        "components": [{"model": name, **vars(c)} for name, view in dossier.models.items() for c in view.components],
+        "components": [{"model": name, **vars(c)} for name, view in data.models.items() for c in view.components],
         "students": students,
-        "runs": {name: {"protocol": dict(view.protocol)} for name, view in dossier.runs.items()},
+        "runs": {name: {"protocol": dict(view.protocol)} for name, view in data.runs.items()},
         **notes,
     }
-    return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n"
 
 
-def _cost(graph: BlockGraph | None) -> dict[str, Any] | None:
-    return graph.total.to_json() if graph else None
+def results_table(table: ResultTable, convention: str) -> Table:
+    """The paper-style table; the best value of each quality column among students stands out."""
+    rows, second = table.rows, "source" if table.searched else "setting"
+    prefix, unit = prefix_of([r.cost.macs(convention) for r in rows if r.cost])
+    size, params = prefix_of([r.cost.params for r in rows if r.cost])
+    first, last = ([m for m in table.measures if (m in LATER) == late] for late in (False, True))
+    best = {m: _best(rows, m) for m in table.measures}
+
+    def scores(measures: Sequence[str]) -> list[tuple[Column, list[Cell]]]:
+        stands_out = {m: [bool(r.arch) and best[m] is not None and r.value(m) == best[m] for r in rows] for m in measures}
+        return [
+            (Column(heading(m)), [Cell.of(r.scores.get(m), b) for r, b in zip(rows, stands_out[m], strict=True)]) for m in measures
+        ]
+
+    columns: list[tuple[Column, list[Cell]]] = [
+        (Column("model", "text"), [Cell(r.model) for r in rows]),
+        (Column(second, "text"), [Cell(r.setting or None) for r in rows]),
+        *scores(first),
+        (Column(f"U-Net params, {size}", "size", params), [Cell(r.cost and r.cost.params) for r in rows]),
+        (Column(f"whole params, {size}", "size", params), [Cell(r.whole_params) for r in rows]),
+        (Column(f"{prefix}MACs/step ({convention})", "size", unit), [Cell(r.cost and r.cost.macs(convention)) for r in rows]),
+        (
+            STEP_LATENCY,
+            [
+                step_latency(r.latency_s, r.latency_ratio, s.interval if (s := r.scores.get("latency_ratio")) else None)
+                for r in rows
+            ],
+        ),
+        (Column("weights, MB", unit=1e6), [Cell(r.value("weight_bytes")) for r in rows]),
+        *scores(last),
+        (Column("note", "note"), [Cell(r.note or None) for r in rows]),
+    ]
+    return Table.of_columns(table.title, columns, f"{table.note}.")
 
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "↓": r"$\downarrow$",
-    "↑": r"$\uparrow$",
-    "×": r"$\times$",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
+def _best(rows: Sequence[Result], measure: str) -> float | None:
+    values = [v for r in rows if r.arch and (v := r.value(measure)) is not None]
+    if len(values) < 2:
+        return None
+    return min(values) if MEASURES[measure].direction == "down" else max(values)
 
 
-def latex(text: object) -> str:
-    """`text` on one line, with everything that LaTeX would interpret made harmless."""
-    return "".join(LATEX.get(c, c) for c in " ".join(str(text).split()))
-
-
-def to_latex(tables: Sequence[ResultTable], convention: str) -> str:
-    """A booktabs table for each table of results."""
+def to_latex(tables: Sequence[Table]) -> str:
+    """A booktabs table for each table."""
     lines = ["% needs \\usepackage{booktabs} and an engine or encoding that knows UTF-8"]
-    for i, table in enumerate(tables, 1):
-        lines += ["", *_latex_table(table, convention, i)]
-    return "\n".join(lines) + "\n"
-
-
-def _latex_table(table: ResultTable, convention: str, i: int) -> Iterator[str]:
-    settings = any(row.setting for row in table.rows)
-    timed = any(row.step_time != "-" for row in table.rows)
-    prefix, unit = macs_unit(table.rows, convention)
-    head = ["Model", *["Setting"] * settings, *map(heading, table.measures), "U-Net (M)", "Whole (M)"]
-    head += [f"{prefix}MACs ({convention})", *["Step latency (× teacher)"] * timed]
-    yield from (r"\begin{table}[t]", r"  \centering", f"  \\caption{{{latex(table.title)}. {latex(table.note)}.}}")
-    yield f"  \\label{{tab:blockprune-{i}}}"
-    yield f"  \\begin{{tabular}}{{{'l' * (1 + settings)}{'r' * (len(head) - 1 - settings)}}}"
-    yield from (r"    \toprule", f"    {' & '.join(map(latex, head))} \\\\", r"    \midrule")
-    for row in table.rows:
-        cells = [row.model, *[row.setting] * settings]
-        cells += [number(row.value(m)) for m in table.measures]
-        cells += [scaled(row.cost.params if row.cost else None, 1e6), scaled(row.whole_params, 1e6)]
-        cells += [scaled(row.cost.macs(convention) if row.cost else None, unit)]
-        cells += [step_time(row.latency_s, row.latency_ratio)] * timed
-        yield f"    {' & '.join(map(latex, cells))} \\\\"
-    yield from (r"    \bottomrule", r"  \end{tabular}", r"\end{table}")
-
-
-def macs_unit(rows: Sequence[Result], convention: str) -> tuple[str, float]:
-    """The prefix and size in which the multiply-adds of a table read best."""
-    return ("M", 1e6) if max((r.cost.macs(convention) for r in rows if r.cost), default=0) < 1e9 else ("G", 1e9)
-
-
-def scaled(value: float | None, unit: float) -> str:
-    """A value in a unit, to four significant digits and without an exponent; "-" for None."""
-    if value is None:
-        return "-"
-    size = value / unit
-    return f"{size:,.0f}" if abs(size) >= 1000 else f"{size:#.4g}".rstrip(".")
+    return "\n\n".join([*lines, *(latex_table(table, f"tab:blockprune-{i}") for i, table in enumerate(tables, 1))]) + "\n"

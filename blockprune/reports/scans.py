@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from blockprune.measures.score import Score, timed_in_turn
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports.evaluations import define_own
-from blockprune.reports.text import to_csv, to_json, to_markdown
-from blockprune.reports.view import ScanView
+from blockprune.reports.table import to_csv
+from blockprune.reports.text import scan_markdown, to_json
+from blockprune.reports.view import ScanView, ranking
 from blockprune.runs import Readable
 from blockprune.runs.reading import images_of, rows_of
 
@@ -35,19 +36,19 @@ def scan_view(run: Readable, unread: list[str] | None = None) -> ScanView:
 
 def pictures(run: Readable, archs: Mapping[str, Architecture], n: int, unread: list[str] | None) -> dict[str, NDArray[np.uint8]]:
     """Label => (n, H, W, 3) uint8, the images that a run keeps of each architecture; square ones where `n` is 0."""
-    found = {label: images_of(run, f"images/{arch.key}.png", n, unread) for label, arch in archs.items()}
-    return {label: images for label, images in found.items() if images is not None}
+    read = {label: images_of(run, f"images/{arch.key}.png", n, unread) for label, arch in archs.items()}
+    return {label: images for label, images in read.items() if images is not None}
 
 
 def report_files(view: ScanView) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of every file of a scan's report."""
-    from blockprune.reports.canvas import png
     from blockprune.reports.figures import figures
+    from blockprune.reports.unet import encoded
 
     drawn: list[Any] = []
     for name, figure in figures(view):
         drawn.append(name)
-        yield name, png(figure)
-    yield "scan.csv", to_csv(view).encode()
+        yield name, encoded(figure)
+    yield "scan.csv", to_csv(ranking(view)).encode()
     yield "scan.json", to_json(view).encode()
-    yield "report.md", to_markdown(view, drawn).encode()
+    yield "report.md", scan_markdown(view, drawn).encode()

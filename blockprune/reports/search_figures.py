@@ -10,13 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blockprune.measures.measure import MEASURES
-from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import Architecture
 from blockprune.reports.canvas import FAINT, INK, MUTED, axis_title, is_wide, new_figure, plain, tidy, title, write
-from blockprune.reports.figures import grid
+from blockprune.reports.image_grid import grid_figure, search_rows
 from blockprune.reports.search_view import PRESET, SCAN, SearchView, history
-from blockprune.reports.unet import draw_unet
-from blockprune.reports.view import ScanView
+from blockprune.reports.unet import Svg, search_svg
 from blockprune.runs.records import Evaluation
 
 # Okabe and Ito's colours; the marker repeats what the colour says.
@@ -24,31 +21,23 @@ OURS, KNOWN, RANDOM, SINGLE = "#0072b2", "#d55e00", "#8a949c", "#c9d0d6"
 NAMES = {"params": "parameters of the whole pipeline", "macs": "MACs of a U-Net step", "latency": "latency of a U-Net step"}
 
 
-def search_figures(view: SearchView, quantity: str = "params") -> Iterator[tuple[str, Figure]]:
+def search_figures(view: SearchView) -> Iterator[tuple[str, Figure | Svg]]:
     """(file name, figure) of every figure for which the search has data."""
     if not view.is_front:
-        yield "unet-best.png", _drawn(view, view.best, "found")
-    preset = view.nearest_preset
-    if preset is not None:
-        yield "unet-preset.png", _drawn(view, preset, "preset")
+        yield "unet-best.svg", search_svg(view, view.best, "found")
+    if (preset := view.nearest_preset) is not None:
+        yield "unet-preset.svg", search_svg(view, preset, "preset")
     yield "history.png", history_figure(view)
-    yield "front.png", front_figure(view, quantity)
+    yield "front.png", front_figure(view)
     if view.prompts and view.images:
-        yield "grid.png", grid(_as_scan(view))
-
-
-def _drawn(view: SearchView, e: Evaluation, what: str) -> Figure:
-    losses, measure = view.losses(), view.measure
-    share = f"{view.share(e, 'params'):.1%} of parameters, {view.share(e, 'macs'):.1%} of MACs"
-    return draw_unet(view.graph, losses, measure if losses else None, None, e.candidate.arch, f"{what}: {e.score.label}, {share}")
-
-
-def _value(loss: float, measure: str) -> float:
-    return loss if MEASURES[measure].direction == "down" else -loss
+        yield (
+            "grid.png",
+            grid_figure("The same prompts and seeds", "Teacher and finalists, one-shot.", view.prompts, search_rows(view)),
+        )
 
 
 def _step(ax: Axes, evaluations: list[Evaluation], measure: str, colour: str, label: str) -> None:
-    values = [(i, _value(v, measure)) for i, v in enumerate(history(evaluations), 1) if math.isfinite(v)]
+    values = [(i, MEASURES[measure].loss(v)) for i, v in enumerate(history(evaluations), 1) if math.isfinite(v)]
     if values:
         ax.step(*zip(*values, strict=True), where="post", color=colour, lw=1.8, label=label)
 
@@ -67,12 +56,12 @@ def history_figure(view: SearchView) -> Figure:
     fitting = [e for e in view.search if e.candidate.fits and e.score.value is not None]
     lines: dict[str, list[str]] = {}
     for e in (e for e in fitting if e.candidate.source == PRESET):
-        lines.setdefault(f"{_value(e.loss, view.measure):.2g}", []).append(e.score.label)
+        lines.setdefault(f"{e.score.value or 0.0:.2g}", []).append(e.score.label)
     for text, names in lines.items():
         ax.axhline(float(text), color=KNOWN, lw=1, ls="--")
         style = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom", "color": KNOWN, "fontsize": 7.5}
         write(ax, 0.99, float(text), ", ".join(names), **style)
-    if is_wide(abs(_value(e.loss, view.measure)) for e in fitting):
+    if is_wide(abs(e.score.value or 0.0) for e in fitting):
         ax.set_yscale("log")
     for i, e in enumerate(view.search, 1):
         if i > 1 and e.candidate.source not in {PRESET, *(f.candidate.source for f in view.search[: i - 1])}:
@@ -84,20 +73,20 @@ def history_figure(view: SearchView) -> Figure:
     return figure
 
 
-def front_figure(view: SearchView, quantity: str) -> Figure:
+def front_figure(view: SearchView) -> Figure:
     """Quality against size: everything scored, the presets by name, the budget, and the front of the finalists."""
-    figure = new_figure(7.4, 5.2)
+    figure, quantity = new_figure(7.4, 5.2), view.quantity
     title(figure, "Quality against size", "Small: scores of the search. Large: finalists on fresh seeds, with 95 % intervals.")
     ax = figure.add_axes((0.11, 0.12, 0.86, 0.73))
     tidy(ax)
     scored = [e for e in view.search if e.score.value is not None]
     for e in scored:
         colour = SINGLE if e.candidate.source == SCAN else OURS
-        ax.plot(100 * view.share(e, quantity), _value(e.loss, view.measure), ls="", marker=".", ms=4, color=colour, alpha=0.6)
+        ax.plot(100 * view.share(e, quantity), (e.score.value or 0.0), ls="", marker=".", ms=4, color=colour, alpha=0.6)
     for e in view.finals:
         _finalist(ax, view, e, quantity)
     front = view.front(quantity)
-    ys = [_value(e.loss, view.measure) for e in front]
+    ys = [(e.score.value or 0.0) for e in front]
     ax.plot([100 * view.share(e, quantity) for e in front], ys, color=OURS, lw=1, zorder=1)
     total = {"params": view.graph.total.params, "macs": view.graph.total.macs(view.convention)}
     outside = {"params": view.outside_params, "macs": 0}
@@ -125,12 +114,3 @@ def _finalist(ax: Axes, view: SearchView, e: Evaluation, quantity: str) -> None:
     if known or e.candidate.arch in [c.candidate.arch for c in view.chosen]:
         style: dict[str, Any] = {"xytext": (7, 6), "textcoords": "offset points", "fontsize": 7.5, "color": colour}
         ax.annotate(plain(e.score.label), (x, e.score.value), parse_math=False, **style)
-
-
-def _as_scan(view: SearchView) -> ScanView:
-    """Teacher, presets and the best finalists as the rows of an image grid."""
-    archs = {TEACHER: Architecture()} | {e.score.label: e.candidate.arch for e in [*view.ranked, *view.finals]}
-    archs = {label: arch for label, arch in archs.items() if label in view.images}
-    scores = [e.score for e in view.finals if e.score.label in archs]
-    scores += [s for label in archs for s in view.scores.get(label, {}).values()]
-    return ScanView(view.protocol, view.graph, {TEACHER: Architecture(), **archs}, scores, view.images, view.prompts)

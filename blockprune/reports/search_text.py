@@ -1,22 +1,21 @@
-"""The text of a search's report: best.json, finalists.csv, pareto.json and Markdown. Every string from outside is escaped."""
+"""The text of a search's report: best.json, pareto.json, its tables and Markdown. Every string from outside is escaped."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from blockprune.export.model_card import in_words
 from blockprune.measures.intervals import kendall_tau
 from blockprune.measures.measure import MEASURES
-from blockprune.measures.score import TEACHER, Score
+from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import CONVENTIONS
 from blockprune.reports.captions import caption_title, warning
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import escaped, table, with_interval
-from blockprune.reports.view import short
+from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, escaped, facts_table, share_of, to_markdown, with_interval
+from blockprune.reports.text import pictures
 from blockprune.runs.records import Evaluation
 
 
@@ -47,7 +46,7 @@ def rows(view: SearchView) -> list[dict[str, Any]]:
 
 
 def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
-    cost, own = view.cost(e), view.scores.get(e.score.label, {})
+    cost, scores = view.cost(e), view.scores.get(e.score.label, {})
     row: dict[str, Any] = {"rank": rank, "label": e.score.label, "source": e.candidate.source, "holds_budget": view.holds(e)}
     row |= {"on_front": e in view.front(view.protocol["pareto"])} if view.protocol["pareto"] else {}
     row |= {view.measure: e.score.value, "low": e.score.low, "high": e.score.high, "n": e.score.n, "seed": e.score.seed}
@@ -58,7 +57,7 @@ def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
         row |= {"clip_score": caption.value} | {f"clip_score_{name}": getattr(caption, name) for name in names}
     elif view.caption(None) is not None:
         row |= {"clip_score": None}
-    row |= {m: own[m].value if m in own else None for m in _others(view) if m != "clip_score"}
+    row |= {m: scores[m].value if m in scores else None for m in _others(view) if m != "clip_score"}
     row |= {"params": cost.params, "pipeline_params": cost.params + view.outside_params}
     return row | {f"macs_{c}": cost.macs(c) for c in CONVENTIONS} | {"removed": " ".join(e.candidate.arch.terms)}
 
@@ -69,56 +68,46 @@ def _others(view: SearchView) -> list[str]:
     return sorted((m for m in MEASURES if m in seen and m != view.measure), key=lambda m: m != "clip_score")
 
 
-def finalists_csv(view: SearchView) -> str:
-    out = io.StringIO()
-    lines = rows(view)
-    columns = dict.fromkeys(name for line in sorted(lines, key=len, reverse=True) for name in line)
-    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
-
-
-def pareto_json(view: SearchView, quantity: str) -> str:
+def pareto_json(view: SearchView) -> str:
     """The front of the finalists: quality against parameters, MACs or latency, smallest first."""
     points = [
         {
             "architecture": e.candidate.arch.to_json(),
             "label": e.score.label,
             "source": e.candidate.source,
-            "share_of_teacher": view.share(e, quantity),
+            "share_of_teacher": view.share(e, view.quantity),
             "cost": view.cost(e).to_json(),
             "score": e.score.to_json(),
         }
-        for e in view.front(quantity)
+        for e in view.front(view.quantity)
     ]
-    return json.dumps({"format": 1, "quantity": quantity, "measure": view.measure, "front": points}, indent=2) + "\n"
+    return json.dumps({"format": 1, "quantity": view.quantity, "measure": view.measure, "front": points}, indent=2) + "\n"
 
 
 def against(view: SearchView) -> list[str]:
     """For each preset, whether something found beats it at no larger size, with intervals that do not overlap."""
     lines, size = [], " and ".join(QUANTITIES[q] for q in view.quantities)
     for preset in view.known_designs:
-        own, name = view.against(preset), f"`{escaped(preset.score.label)}`"
-        if own is None:
+        best, name = view.against(preset), f"`{escaped(preset.score.label)}`"
+        if best is None:
             lines.append(f"No finalist is as small as {name} in {size}: ask for its size as a budget to compare with it.")
             continue
-        mine, theirs = view.judged(own), view.judged(preset)
-        said = f"`{own.score.label}` {_scored(mine)} against {name} {_scored(theirs)} (n = {mine.score.n}, fresh seeds)"
+        mine, theirs = view.judged(best), view.judged(preset)
+        scores = f"`{best.score.label}` {_scored(mine)} against {name} {_scored(theirs)} (n = {mine.score.n}, fresh seeds)"
         if mine.score.bounds[1] < theirs.score.bounds[0]:
-            lines.append(f"Better than {name} at no more {size}, intervals apart: {said}.{_larger(view, own, preset)}")
+            lines.append(f"Better than {name} at no more {size}, intervals apart: {scores}.{_larger(view, best, preset)}")
         elif mine.loss < theirs.loss:
-            lines.append(f"Better than {name} at no more {size}, but the intervals overlap: {said}.{_larger(view, own, preset)}")
+            lines.append(f"Better than {name} at no more {size}, but the intervals overlap: {scores}.{_larger(view, best, preset)}")
         else:
-            lines.append(f"Not better than {name}: {said}. The hand design stays ahead on this measure.")
+            lines.append(f"Not better than {name}: {scores}. The hand design stays ahead on this measure.")
     return lines
 
 
-def _larger(view: SearchView, own: Evaluation, preset: Evaluation) -> str:
+def _larger(view: SearchView, best: Evaluation, preset: Evaluation) -> str:
     """What is not budgeted and where the finalist takes more than the preset."""
     lines = []
     for q in ("params", "macs"):
-        mine, theirs = view.share(own, q), view.share(preset, q)
+        mine, theirs = view.share(best, q), view.share(preset, q)
         if q not in view.quantities and mine > theirs:
             lines.append(f" It takes more {QUANTITIES[q]}: {mine:.1%} of the teacher's against {theirs:.1%}.")
     return "".join(lines)
@@ -155,11 +144,7 @@ def summary(view: SearchView) -> str:
 
 def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
-    protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
-    unets = [name for name in figures if name.startswith("unet-")]
-    titles = {"unet-best.png": "the architecture found", "unet-preset.png": "the nearest preset"}
-    drawn = table([titles[n] for n in unets], [[f"![U-Net of {titles[n]}]({n})" for n in unets]]) if unets else ""
-    rest = [name for name in figures if name not in unets]
+    first, rest = ([f for f in figures if f.endswith(".svg") == is_first] for is_first in (True, False))
     removed = "\n".join(f"- {line}" for line in in_words(view.chosen[0].candidate.arch)) or "Nothing."
     if view.is_front:
         lines = [f"- `{escaped(e.score.label)}`: {'; '.join(in_words(e.candidate.arch)) or 'nothing'}" for e in view.chosen]
@@ -169,20 +154,19 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
         f"**{escaped(warned[:1].upper() + warned[1:])}.**" if (warned := warning(view)) else "",
         f"# Search on {escaped(view.protocol.get('model', 'a U-Net'))}: {escaped(asked)}",
         summary(view),
-        drawn,
+        *pictures(first, CAPTIONS),
         "## What is removed",
         removed,
         "## Against the known designs",
         "\n".join(f"- {line}" for line in against(view)) or "No preset of this U-Net fits the budget.",
         "## Finalists, on fresh seeds",
-        _finalists(view),
+        to_markdown(finalists_table(view, [m for m in _others(view) if MEASURES[m].of_quality])),
         *(["## After recovery", _recovery(view)] if view.recovered else []),
         *(["## Figures"] if rest else []),
-        *(f"![{CAPTIONS[name]}]({name})\n\n*{CAPTIONS[name]}*" for name in rest),
-        "## How often each unit is removed among the best tenth",
-        _frequency(view),
+        *pictures(rest, CAPTIONS),
+        *([f"## {frequency.title}", to_markdown(frequency)] if (frequency := frequency_table(view)) else []),
         "## What was asked",
-        table(["", ""], protocol),
+        to_markdown(facts_table(view.protocol)),
         "## Caveats",
         "\n".join(f"- {line}" for line in caveats(view)),
     ]
@@ -191,61 +175,51 @@ def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
 
 QUANTITIES = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 CAPTIONS: Mapping[str, str] = {
+    "unet-best.svg": "The U-Net of the architecture found: what it lacks is hatched.",
+    "unet-preset.svg": "The U-Net of the preset that is nearest in size.",
     "history.png": "The best score so far against the number of evaluations; steps where the way of proposing changes are named.",
     "front.png": "Every architecture scored: quality against size, with presets, the budget and the front of the finalists.",
     "grid.png": "Teacher, presets and finalists at the same prompts and seeds.",
 }
 
 
-def _finalists(view: SearchView) -> str:
-    others = [m for m in _others(view) if m not in ("latency", "params", "macs")]
-    titles = [caption_title(view) if m == "clip_score" else m for m in others]
-    last = "on the front" if view.is_front else "within budget"
-    head = ["#", "architecture", view.measure, *titles, "parameters", "MACs (thop)", last]
-    total, teacher = view.graph.total, view.scores.get(TEACHER, {})
-    lines = [["-", "teacher", "-", *(_cell(teacher.get(m)) for m in others), "100.0%", "100.0%", "-"]]
-    for row, e in zip(rows(view), view.order, strict=True):
-        own = view.scores.get(e.score.label, {})
-        cells = [
-            str(row["rank"]),
-            f"`{escaped(e.score.label)}`",
-            _scored(e) if e.score.value is not None else escaped(e.score.error),
-        ]
-        cells += [_cell(own.get(m)) for m in others]
-        cost = view.cost(e)
-        cells += [f"{cost.params / total.params:.1%}", f"{cost.thop / total.thop:.1%}", "yes" if in_answer(view, e) else "no"]
-        lines.append(cells)
-    return table(head, lines)
-
-
-def _cell(score: Score | None) -> str:
-    return with_interval(score.value, score.low, score.high) if score else "-"
-
-
-def in_answer(view: SearchView, e: Evaluation) -> bool:
-    """True for what is on the front, or where there is none for what holds the budgets."""
-    return e in view.chosen if view.is_front else view.holds(e)
+def finalists_table(view: SearchView, measures: Sequence[str]) -> Table:
+    """The teacher and the finalists, the winner or the front first, with the objective, these measures and what each costs."""
+    order, total = view.order, view.graph.total
+    costs = [total, *map(view.cost, order)]
+    scores = [view.scores.get(label, {}) for label in (TEACHER, *(e.score.label for e in order))]
+    answers = [Cell("yes" if (e in view.chosen if view.is_front else view.holds(e)) else "no") for e in order]
+    columns = [
+        (Column("#", "plain"), [Cell(), *map(Cell, range(1, len(order) + 1))]),
+        (Column("architecture", "code"), [Cell("teacher"), *(Cell(e.score.label) for e in order)]),
+        (Column(view.measure), [Cell(), *(replace(Cell.of(e.score), remark=e.score.error) for e in order)]),
+        *((Column(caption_title(view) if m == "clip_score" else m), [Cell.of(s.get(m)) for s in scores]) for m in measures),
+        (Column("parameters", "share"), [share_of(cost.params, total.params) for cost in costs]),
+        (Column("MACs (thop)", "share"), [share_of(cost.thop, total.thop) for cost in costs]),
+        (STEP_LATENCY, [Cell.of(s.get("latency_ratio")) for s in scores]),
+        (Column("on the front" if view.is_front else "within budget", "text"), [Cell(), *answers]),
+    ]
+    return Table.of_columns("Finalists", columns)
 
 
 def _recovery(view: SearchView) -> str:
     """What a short distillation changes, and whether the order survives it."""
     pairs = [(e, after) for e in view.ranked if (after := view.after(e)) is not None]
-    lines = [[f"`{escaped(e.score.label)}`", _scored(e), _scored(after)] for e, after in pairs]
-    told = table(["architecture", f"{view.measure}, one-shot", f"{view.measure}, recovered"], lines)
+    columns = [Column("architecture", "code"), *(Column(f"{view.measure}, {when}") for when in ("one-shot", "recovered"))]
+    table = Table("", columns, [[Cell(e.score.label), Cell.of(e.score), Cell.of(after.score)] for e, after in pairs])
     tau = kendall_tau([e.loss for e, _ in pairs], [after.loss for _, after in pairs])
     order = f"Kendall τ between the two orders is {tau:.2f} over {len(pairs)} architectures." if tau is not None else ""
-    return (
-        f"Every finalist was distilled briefly (`--recover`) on the same samples; these scores decide.\n\n{told}\n\n{order}".strip()
-    )
+    intro = "Every finalist was distilled briefly (`--recover`) on the same samples; these scores decide."
+    return f"{intro}\n\n{to_markdown(table)}\n\n{order}".strip()
 
 
-def _frequency(view: SearchView) -> str:
-    order = sorted(view.frequency().items(), key=lambda item: -item[1])
-    always = [short(label) for label, share in order if share == 1]
-    never = [short(label) for label, share in order if share == 0]
-    some = [[short(label), f"{share:.0%}"] for label, share in order if 0 < share < 1]
-    lines = [f"Always: {', '.join(always) or 'none'}.", f"Never: {', '.join(never) or 'none'}."]
-    return "\n\n".join([*lines, table(["unit", "removed in"], some) if some else ""]).strip()
+def frequency_table(view: SearchView) -> Table | None:
+    """How often each unit is removed among the best tenth of a search; None when none is."""
+    shares = sorted(view.frequency().items(), key=lambda item: -item[1])
+    rows = [[Cell(label), Cell(share)] for label, share in shares if share]
+    note = f"Of {len(shares)} units, the {len(shares) - len(rows)} that are not listed never are."
+    columns = [Column("unit", "block"), Column("removed in", "share")]
+    return Table("How often a unit is removed among the best tenth", columns, rows, note) if rows else None
 
 
 def caveats(view: SearchView) -> list[str]:

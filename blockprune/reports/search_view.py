@@ -141,8 +141,8 @@ class SearchView:
 
     def against(self, preset: Evaluation) -> Evaluation | None:
         """The best finalist no larger than a preset in what is budgeted, other than a preset; None when there is none."""
-        own = [e for e in self.finals if e.candidate.source != PRESET and e.score.value is not None]
-        small = [e for e in own if all(self.share(e, q) <= self.share(preset, q) for q in self.quantities)]
+        ours = [e for e in self.finals if e.candidate.source != PRESET and e.score.value is not None]
+        small = [e for e in ours if all(self.share(e, q) <= self.share(preset, q) for q in self.quantities)]
         return min(small, key=lambda e: self.judged(e).loss, default=None)
 
     @property
@@ -150,6 +150,11 @@ class SearchView:
         """What is budgeted: parameters, MACs or latency."""
         swept = [self.protocol["pareto"]] if self.protocol["pareto"] else []
         return list(dict.fromkeys([*(quantity for quantity, _ in self.limits.values()), *swept]))
+
+    @property
+    def quantity(self) -> str:
+        """What quality is shown against."""
+        return str(self.protocol["pareto"] or next(iter(self.quantities), "params"))
 
     def frequency(self) -> dict[str, float]:
         """unit => the share in which it is removed among the best tenth of what fits."""
@@ -160,11 +165,11 @@ class SearchView:
 
     def front(self, quantity: str) -> list[Evaluation]:
         """What no other finalist beats in both the measure and the quantity, smallest first."""
-        found: list[Evaluation] = []
+        front: list[Evaluation] = []
         for e in sorted((e for e in self.finals if e.score.value is not None), key=lambda e: (self.share(e, quantity), e.loss)):
-            if not found or e.loss < found[-1].loss:
-                found.append(e)
-        return found
+            if not front or e.loss < front[-1].loss:
+                front.append(e)
+        return front
 
     @property
     def known_designs(self) -> list[Evaluation]:

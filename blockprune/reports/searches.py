@@ -9,6 +9,7 @@ from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports import search_text
 from blockprune.reports.scans import pictures
 from blockprune.reports.search_view import SearchView
+from blockprune.reports.table import to_csv
 from blockprune.runs import Readable
 from blockprune.runs.reading import rows_of
 from blockprune.runs.records import Evaluation
@@ -24,8 +25,8 @@ def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
     evaluations = {kind: [Evaluation.from_json(row) for row in rows if row["kind"] == kind] for kind in KINDS}
     scores: dict[str, dict[str, Score]] = {}
     for row in rows:
-        found = row["scores"] if row["kind"] == "seen" else [row] if row["kind"] == "timing" else []
-        for score in timed_in_turn(map(Score.from_json, found)):
+        records = row["scores"] if row["kind"] == "seen" else [row] if row["kind"] == "timing" else []
+        for score in timed_in_turn(map(Score.from_json, records)):
             scores.setdefault(score.label, {})[score.measure] = score
     full = scores.get(TEACHER, {}).get("latency")
     scope = (about["outside_params"], full.value if full else None, asked["macs"], asked["scope"])
@@ -50,17 +51,16 @@ def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
 def report_files(view: SearchView) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of every file of a search's report: finalists.csv, report.md and figures, pareto.json for a front, best.json
     unless there are no budgets to be best within. A search that found nothing raises UserError before the first."""
-    from blockprune.reports.canvas import png
     from blockprune.reports.search_figures import search_figures
+    from blockprune.reports.unet import encoded
 
-    quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
     if view.chosen and not view.is_front:
         yield "best.json", search_text.best_json(view).encode()
-    yield "finalists.csv", search_text.finalists_csv(view).encode()
+    yield "finalists.csv", to_csv(search_text.rows(view)).encode()
     if view.protocol["pareto"]:
-        yield "pareto.json", search_text.pareto_json(view, quantity).encode()
+        yield "pareto.json", search_text.pareto_json(view).encode()
     drawn: list[str] = []
-    for name, figure in search_figures(view, quantity):
+    for name, figure in search_figures(view):
         drawn.append(name)
-        yield name, png(figure)
+        yield name, encoded(figure)
     yield "report.md", search_text.search_markdown(view, drawn).encode()

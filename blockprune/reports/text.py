@@ -1,87 +1,38 @@
-"""The text of a scan's report: CSV, JSON and Markdown. Every string from outside is escaped."""
+"""The text of a scan's report: its ranking as a table, JSON and Markdown. Every string from outside is escaped."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from blockprune.measures.measure import MEASURES, quality
+from blockprune.measures.measure import MEASURES, names, quality
 from blockprune.measures.score import TEACHER
-from blockprune.reports.view import ScanView, rank_correlation, ranked, ranking, worse
+from blockprune.reports.table import (
+    STEP_LATENCY,
+    Cell,
+    Column,
+    Table,
+    count,
+    escaped,
+    facts_table,
+    number,
+    share_of,
+    step_latency,
+    to_markdown,
+    with_interval,
+)
+from blockprune.reports.view import ScanView, places_of, rank_correlation, ranked, ranking
 
 CAPTIONS = {
-    "unet.png": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
+    "unet.svg": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
     "tradeoff.png": "Quality lost against what each removal saves.",
     "sensitivity.png": "Every removal, ranked, with 95 % bootstrap intervals.",
     "grid.png": "Teacher and masks at the same prompts and seeds.",
     "correlation.png": "The cheap measure against FID.",
 }
-REFERENCE = ("fid", "kid", "is")
+BIAS = " FID is biased upwards at small n, by an amount that depends on the model."
 RUINOUS = {"fid": 10.0, "is": 0.5, "clip_score": 0.5}  # times the teacher's; KID may be near zero
 MANY = 8
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, two where the number needs an exponent; "-" for None."""
-    if value is None:
-        return "-"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size == 0:
-        return "0"
-    return f"{value:#.3g}".rstrip(".") if size >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
-
-
-def count(value: int) -> str:
-    """A count with an SI suffix: 859520964 => "860 M"."""
-    for size, suffix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:#.3g}".rstrip(".") + f" {suffix}"
-    return str(value)
-
-
-def with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or low is None or high is None:
-        return number(value)
-    return f"{number(value)} [{number(low)}, {number(high)}]"
-
-
-def step_time(seconds: float | None, ratio: float | None, interval: tuple[float, float] | None = None) -> str:
-    """What a U-Net step takes: the teacher's in milliseconds, of all else the ratio to a teacher timed in turn; "-" for neither."""
-    if ratio is not None:
-        return f"{ratio:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-    return f"{1000 * seconds:.3g} ms" if seconds is not None else "-"
-
-
-def saving(saved: int, total: int) -> str:
-    """ "2.26 M (0.26 %)"; a change of the resolution can also cost, which reads as a negative saving."""
-    return f"{count(saved)} ({100 * saved / total:.2g} %)" if saved else "-"
-
-
-def escaped(value: object) -> str:
-    """`value` on one line, with everything that Markdown or HTML would interpret made harmless."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{escaped(k)}: {escaped(v)}" for k, v in value.items())
-    if value is None:
-        return "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(escaped, value))
-    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|!~$])", r"\\\1", line)
-
-
-def to_csv(view: ScanView) -> str:
-    """The ranking, one line per architecture; removed blocks separated by spaces, what is missing left empty."""
-    rows = ranking(view)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"removed": " ".join(row["removed"])} for row in rows)
-    return out.getvalue()
 
 
 def to_json(view: ScanView) -> str:
@@ -98,32 +49,31 @@ def to_json(view: ScanView) -> str:
     return json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n"
 
 
-def to_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
+def scan_markdown(view: ScanView, figures: Sequence[str] = ()) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
     model = escaped(view.protocol.get("model", "a U-Net"))
-    protocol = [(escaped(k), escaped(v)) for k, v in view.protocol.items()]
-    first, rest = [f for f in figures if f == "unet.png"], [f for f in figures if f != "unet.png"]
+    first, rest = [f for f in figures if f == "unet.svg"], [f for f in figures if f != "unet.svg"]
     parts = [
         f"# Scan of {model}",
-        *(_figure(name) for name in first),
+        *pictures(first, CAPTIONS),
         "## Summary",
         *summary(view),
         "## What was asked",
-        table(["", ""], protocol) if protocol else "The protocol was not recorded.",
+        to_markdown(facts_table(view.protocol)) if view.protocol else "The protocol was not recorded.",
         "## Ranking",
         _order(view),
-        _ranked_table(view),
+        to_markdown(ranking_table(view)),
         *(["## Figures"] if rest else []),
-        *(_figure(name) for name in rest),
+        *pictures(rest, CAPTIONS),
         "## Caveats",
         "\n".join(f"- {line}" for line in caveats(view)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _figure(name: str) -> str:
-    caption = CAPTIONS.get(name, escaped(name))
-    return f"![{caption}]({name})\n\n*{caption}*"
+def pictures(names: Iterable[str], captions: Mapping[str, str]) -> list[str]:
+    """The figures of these files, each with its caption."""
+    return [f"![{captions[name]}]({name})\n\n*{captions[name]}*" for name in names]
 
 
 def _order(view: ScanView) -> str:
@@ -132,38 +82,28 @@ def _order(view: ScanView) -> str:
     return f"From the least to the most quality lost, by {MEASURES[main].title} (`{main}`). In brackets: 95 % bootstrap intervals."
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _ranked_table(view: ScanView) -> str:
-    rows, measures = ranking(view), [m for m in view.measures if MEASURES[m].of_quality]
-    errors = any(row["error"] for row in rows)
-    timed = {"latency", "latency_ratio"} & set(view.measures)
-    titles = [f"{m} {'↓' if MEASURES[m].direction == 'down' else '↑'}" for m in measures]
-    head = [
-        "#",
-        "removed",
-        *titles,
-        "parameters saved",
-        "MACs saved (thop)",
-        *(["step latency, × teacher, timed in turn"] if timed else []),
+def ranking_table(view: ScanView, convention: str = "thop") -> Table:
+    """Every architecture: the teacher, then from the least to the most quality lost, with what each saves."""
+    places, total = places_of(view), view.graph.total
+    labels = [label for _, label in places]
+    costs = [view.graph.cost(view.archs[label]) for label in labels]
+    params = [(total.params - cost.params, total.params) for cost in costs]
+    macs = [(total.macs(convention) - cost.macs(convention), total.macs(convention)) for cost in costs]
+    steps = [(view.value(n, "latency"), view.value(n, "latency_ratio"), view.interval(n, "latency_ratio")) for n in labels]
+    columns = [
+        (Column("#", "plain"), [Cell(rank) for rank, _ in places]),
+        (Column("removed", "block"), [Cell(label) for label in labels]),
+        *(
+            (Column(MEASURES[m].heading), [Cell.of(view.score(n, m)) for n in labels])
+            for m in view.measures
+            if MEASURES[m].of_quality
+        ),
+        (Column("parameters saved", "share"), [share_of(saved, of, count(saved)) for saved, of in params]),
+        (Column(f"MACs saved ({convention})", "share"), [share_of(saved, of, count(saved)) for saved, of in macs]),
+        (STEP_LATENCY, [step_latency(*step) for step in steps]),
+        (Column("failed", "note"), [Cell(view.error(label) or None) for label in labels]),
     ]
-    total = view.graph.total
-    lines = []
-    for row in rows:
-        cells = [str(row["rank"]) if row["rank"] is not None else "-", f"`{row['label'].replace('`', ' ').replace('|', ' ')}`"]
-        cells += [with_interval(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in measures]
-        cells += [saving(row["params_saved"], total.params), saving(row["macs_saved_thop"], total.thop)]
-        cells += [scan_step_time(view, row["label"])] if timed else []
-        lines.append(cells + [escaped(row["error"])] * errors)
-    return table(head + ["failed"] * errors, lines)
-
-
-def scan_step_time(view: ScanView, label: str) -> str:
-    """`step_time` of the teacher or a removal of a scan."""
-    return step_time(view.value(label, "latency"), view.value(label, "latency_ratio"), view.interval(label, "latency_ratio"))
+    return Table.of_columns("Ranking", columns)
 
 
 def summary(view: ScanView) -> list[str]:
@@ -189,11 +129,11 @@ def summary(view: ScanView) -> list[str]:
 def gaps(view: ScanView) -> str:
     """What was asked or begun and has no value, in a sentence; "" when nothing is missing."""
     asked = [m for m in view.protocol.get("measures") or () if m in MEASURES and MEASURES[m].kind != "cost"]
-    found: dict[int, list[str]] = {}
+    missing: dict[int, list[str]] = {}
     for m in dict.fromkeys("latency_ratio" if m == "latency" else m for m in [*asked, *view.measures]):
-        found.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
+        missing.setdefault(sum(view.value(label, m) is None for label in view.removals), []).append(f"`{m}`")
     of = len(view.removals)
-    lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in found.items() if n]
+    lines = [f"{', '.join(names)} for {n if n < of else 'all'} of {of} removals" for n, names in missing.items() if n]
     return f"Not measured: {'; '.join(lines)}." if lines else ""
 
 
@@ -204,16 +144,15 @@ def _names(labels: Sequence[str]) -> str:
 
 def compared() -> list[str]:
     """The measures by which a removal can be better than its teacher: no distances to the teacher itself."""
-    unpaired = [m for m in quality() if not MEASURES[m].paired]
-    return sorted(unpaired, key=lambda m: REFERENCE.index(m) if m in REFERENCE else len(REFERENCE))
+    return [m for m in quality() if not MEASURES[m].paired]
 
 
 def _against_teacher(view: ScanView) -> list[str]:
     """How the removals compare with the teacher, by every measure of which it has a value and by their paired differences."""
     by = [m for m in compared() if view.value(TEACHER, m) is not None]
     if not by:
-        names = ", ".join(MEASURES[m].title for m in compared())
-        return [f"The teacher has none of {names}: nothing here compares a removal with the teacher's own spread."]
+        titles = ", ".join(MEASURES[m].title for m in compared())
+        return [f"The teacher has none of {titles}: nothing here compares a removal with the teacher's own spread."]
     values = [f"{MEASURES[m].title} {_scored(view, TEACHER, m)} (n = {score.n})" for m in by if (score := view.score(TEACHER, m))]
     return [f"The teacher has {', '.join(values)}.", _paired(view, by), _ruinous(view, by)]
 
@@ -221,12 +160,12 @@ def _against_teacher(view: ScanView) -> list[str]:
 def _paired(view: ScanView, by: Sequence[str]) -> str:
     """How many removals are worse than the teacher beyond the interval of their paired difference, by each measure; who by none."""
     names = _listed([MEASURES[m].title for m in by])
-    told = [n for n in view.removals if all((s := view.score(n, m)) and s.delta_low is not None for m in by)]
-    if not told:
+    judged = [n for n in view.removals if all((s := view.score(n, m)) and s.delta_low is not None for m in by)]
+    if not judged:
         return f"Nothing is said to be worse, or nearly free: no removal has paired differences of {names} with intervals."
-    worsened = {m: [n for n in told if _is_worse(view, n, m)] for m in by}
+    worsened = {m: [n for n in judged if _is_worse(view, n, m)] for m in by}
     counts = _listed([f"{MEASURES[m].title} for {len(worsened[m])}" for m in by])
-    order = [n for n in ranked(view) if n in told] + [n for n in told if n not in ranked(view)]
+    order = [n for n in ranked(view) if n in judged] + [n for n in judged if n not in ranked(view)]
     free = [n for n in order if not any(n in worsened[m] for m in by)]
     last = (
         f"Nearly free, worse beyond noise in none of {names}: {_names(free)}."
@@ -238,7 +177,7 @@ def _paired(view: ScanView, by: Sequence[str]) -> str:
         last += f" Left out: {_listed(distances)} (a distance to the teacher is above zero for whatever changes the output)."
     return (
         "Paired with the teacher on the same seeds and prompts, with the 95 % interval of the difference clear of zero, "
-        f"a removal worsens {counts}, and at least one of these for {len(told) - len(free)} of {len(told)}. {last}"
+        f"a removal worsens {counts}, and at least one of these for {len(judged) - len(free)} of {len(judged)}. {last}"
     )
 
 
@@ -250,7 +189,10 @@ def _ruinous(view: ScanView, by: Sequence[str]) -> str:
     ruined = [
         n
         for n in reversed(ranked(view))
-        if any((v := view.value(n, m)) is not None and worse(m, v) >= worse(m, RUINOUS[m] * teacher[m]) for m in teacher)
+        if any(
+            (v := view.value(n, m)) is not None and MEASURES[m].loss(v) >= MEASURES[m].loss(RUINOUS[m] * teacher[m])
+            for m in teacher
+        )
     ]
     rules = [f"{MEASURES[m].title} at {'least ten times' if m == 'fid' else 'most half of'} the teacher's" for m in teacher]
     return f"Ruinous, {' or '.join(rules)}: {_names(ruined)}." if ruined else f"None is ruinous ({' or '.join(rules)})."
@@ -268,7 +210,7 @@ def _is_worse(view: ScanView, label: str, measure: str) -> bool:
     score = view.score(label, measure)
     if score is None or score.delta_low is None or score.delta_high is None:
         return False
-    return min(worse(measure, score.delta_low), worse(measure, score.delta_high)) > 0
+    return min(map(MEASURES[measure].loss, (score.delta_low, score.delta_high))) > 0
 
 
 def extremes(view: ScanView) -> str:
@@ -295,12 +237,14 @@ def correlation_text(view: ScanView) -> str:
 
 def agreement(view: ScanView) -> str:
     """How each cheap measure ranks the removals beside each dear one; "" unless there are two cheap ones."""
-    cheap = [m for m in ("eps_mse", "guided_mse") if ranked(view, m)]
-    taus = {m: {d: rank_correlation(view, m, d) for d in ("fid", "clip_score")} for m in cheap}
-    rows = [(m, [f"{t.tau:.2f} with {MEASURES[d].title}" for d, t in row.items() if t]) for m, row in taus.items()]
-    if len(cheap) < 2 or not all(found for _, found in rows):
+    cheap = [m for m in names("denoising") if ranked(view, m)]
+    rows = [
+        (m, [f"{tau.tau:.2f} with {MEASURES[d].title}" for d in ("fid", "clip_score") if (tau := rank_correlation(view, m, d))])
+        for m in cheap
+    ]
+    if len(cheap) < 2 or not all(taus for _, taus in rows):
         return ""
-    return "Kendall τ of the cheap measures: " + "; ".join(f"`{m}` {' and '.join(found)}" for m, found in rows) + "."
+    return "Kendall τ of the cheap measures: " + "; ".join(f"`{m}` {' and '.join(taus)}" for m, taus in rows) + "."
 
 
 def caveats(view: ScanView) -> list[str]:
@@ -309,13 +253,13 @@ def caveats(view: ScanView) -> list[str]:
         "Scores are one-shot: blocks are removed and nothing is retrained. What is best now need not be best after training.",
         "Quality does not add up over blocks: two removals together must be measured. Parameters and MACs do add up.",
     ]
-    for m in ("fid", "kid", "is"):
-        if (score := view.score(TEACHER, m)) and score.n:
-            bias = " It is biased upwards at small n, by an amount that depends on the model." if m == "fid" else ""
+    seen = [m for m in quality() if "detector" in MEASURES[m].needs and view.score(TEACHER, m)]
+    for m in seen:
+        if (score := view.score(TEACHER, m)) and score.n and not MEASURES[m].paired:
             same = "compares only with values of the same n, reference and detector"
-            lines.append(f"{MEASURES[m].title} is over n = {score.n} images and {same}.{bias}")
+            lines.append(f"{MEASURES[m].title} is over n = {score.n} images and {same}.{BIAS if m == 'fid' else ''}")
     detector = view.protocol.get("detector")
-    if detector and any(view.score(TEACHER, m) for m in ("fid", "kid", "is", "feature_distance")):
+    if detector and seen:
         lines.append(f"Features come from the detector {escaped(detector)}; numbers of another detector do not compare.")
     if {"latency", "latency_ratio"} & set(view.measures):
         machine = view.protocol.get("machine") or view.protocol.get("processor")

@@ -9,7 +9,7 @@ from typing import Any
 
 from blockprune.model.architecture import Architecture, BlockGraph
 from blockprune.reports.curves import curves
-from blockprune.reports.dossier import TrainingView
+from blockprune.reports.model_view import TrainingView
 from blockprune.runs import AnyRun, Readable
 from blockprune.runs.reading import images_of, rows_of
 
@@ -18,7 +18,7 @@ def training_view(run: Readable, unread: list[str] | None = None) -> TrainingVie
     """What a distillation's run says; sentences in `unread` tell of damaged rows and pictures."""
     about = run.about
     prompts = about.get("pictured_prompts") or []
-    steps = {int(found[1]): name for name in run.names("images") if (found := re.fullmatch(r"step-([0-9]+)\.png", name))}
+    steps = {int(match[1]): name for name in run.names("images") if (match := re.fullmatch(r"step-([0-9]+)\.png", name))}
     shown = sorted({*sorted(steps)[:1], *sorted(steps)[-2:]})
     images = {step: images_of(run, f"images/{steps[step]}", len(prompts), unread) for step in shown}
     return TrainingView(

@@ -1,34 +1,28 @@
-"""The U-Net drawn as a U: one cell per block, coloured by what its removal costs, hatched where an architecture removes it."""
+"""The U-Net drawn as a U, in SVG: one cell per block, coloured by what its removal costs, hatched where an architecture removes it.
+
+The same drawing stands in a page, in a file of its own and in a notebook; every block says what is known of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from xml.etree.ElementTree import Element, SubElement, tostring
 
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
-from blockprune.measures.measure import MEASURES
+from blockprune.measures.measure import MEASURES, quality
 from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import Architecture, BlockGraph
-from blockprune.reports.canvas import (
-    FAINT,
-    INK,
-    MUTED,
-    UNSCORED,
-    axis_title,
-    colour_of,
-    ink_on,
-    loss_scale,
-    new_figure,
-    title,
-    write,
-)
+from blockprune.model.architecture import KINDS, Architecture, Block, BlockGraph
+from blockprune.reports.canvas import INK, LOSS, axis_title, colour_of, ink_on, is_wide, loss_scale, png
 from blockprune.reports.layout import (
-    Cell,
+    TIMES,
     Tile,
     Unit,
     bend,
@@ -40,71 +34,221 @@ from blockprune.reports.layout import (
     tiles,
     with_innermost,
 )
-from blockprune.reports.text import number
+from blockprune.reports.search_view import SearchView
+from blockprune.reports.table import brief, count, number, with_interval
 from blockprune.reports.view import ScanView
+from blockprune.runs.records import Evaluation
 
-INCH = 0.78
-HATCH = "/////"
+PX_X, PX_Y, MARGIN = 62, 50, 1.2  # of a cell unit, and beside the U
+LEAST_WIDTH, LINE, EDGE = 720, 16, 16  # of a file, in pixels
+BAR_WIDTH, LEGEND_WIDTH, LEGEND_HEIGHT = 240, 480, 50
 UNIT_NAMES = {"block": "block", "pair": "ResNet-attention pair", "stage": "stage", "layer": "transformer layer"}
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def unet_figure(view: ScanView, removed: Architecture | None = None) -> Figure:
+class Svg(str):
+    """A drawing: a notebook shows it, `savefig` writes it to a file."""
+
+    def _repr_svg_(self) -> str:
+        return self
+
+    def savefig(self, path: str | Path) -> None:
+        Path(path).write_text(self, encoding="utf-8")
+
+
+def encoded(figure: Figure | Svg) -> bytes:
+    """What the file of a figure holds: PNG, or SVG."""
+    return figure.encode() if isinstance(figure, Svg) else png(figure)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What single removals cost: `losses` colour the drawing by `measure`; `scan` adds what else it has measured."""
+
+    losses: Mapping[Architecture, float]
+    measure: str
+    scan: ScanView | None = None
+
+    @classmethod
+    def of_scan(cls, view: ScanView) -> Sensitivity | None:
+        """By the scan's main measure; None when it has none."""
+        if (main := view.main_measure) is None:
+            return None
+        return cls({view.archs[n]: v for n in view.removals if (v := view.value(n, main)) is not None}, main, view)
+
+    @classmethod
+    def of_search(cls, view: SearchView) -> Sensitivity | None:
+        """By what the search scored unit by unit; None when it scored none."""
+        return cls(view.losses(), view.measure) if view.losses() else None
+
+
+def scan_svg(view: ScanView, removed: Architecture | None = None) -> Svg:
     """The U-Net coloured by the scan's main measure; blocks of `removed` are hatched."""
-    main = view.main_measure
-    losses = {view.archs[n]: v for n in view.removals if main and (v := view.value(n, main)) is not None}
-    teacher = view.value(TEACHER, main) if main else None
     model = str(view.protocol.get("model", "U-Net")).rstrip("/").rsplit("/", 1)[-1][:40]
-    if main is None:
-        return draw_unet(view.graph, {}, None, None, removed, f"{model}: no quality measure was scored")
-    name, unit = MEASURES[main].title, _unit_of(view)
-    return draw_unet(view.graph, losses, main, teacher, removed, f"{model}: {name} when a {unit} is removed")
-
-
-def _unit_of(view: ScanView) -> str:
-    """What kind of unit most of the scan's removals are, in words."""
+    scored = Sensitivity.of_scan(view)
+    if scored is None:
+        return unet_svg(view.graph, f"{model}: no quality measure was scored", removed)
     scanned = {view.archs[label] for label in view.removals}
-    return UNIT_NAMES[max(UNIT_NAMES, key=lambda unit: len(scanned & set(view.graph.units(unit).values())))]
+    unit = UNIT_NAMES[max(UNIT_NAMES, key=lambda unit: len(scanned & set(view.graph.units(unit).values())))]
+    return unet_svg(view.graph, f"{model}: {MEASURES[scored.measure].title} when a {unit} is removed", removed, scored)
 
 
-def draw_unet(
-    graph: BlockGraph,
-    losses: Mapping[Architecture, float],
-    measure: str | None = None,
-    teacher: float | None = None,
-    removed: Architecture | None = None,
-    heading: str = "U-Net",
-) -> Figure:
-    """The U-Net of `graph`, each block in the colour of the finest scored unit that contains it, grey when none does.
+def search_svg(view: SearchView, e: Evaluation, what: str) -> Svg:
+    """The U-Net of one evaluation of a search, coloured by what the search scored unit by unit."""
+    shares = f"{view.share(e, 'params'):.1%} of parameters, {view.share(e, 'macs'):.1%} of MACs"
+    return unet_svg(view.graph, f"{what}: {e.score.label}, {shares}", e.candidate.arch, Sensitivity.of_search(view))
 
-    `losses` may hold architectures that are not units; those colour nothing. `teacher` is marked on the colour bar.
-    """
+
+def unet_svg(graph: BlockGraph, heading: str, removed: Architecture | None = None, scored: Sensitivity | None = None) -> Svg:
+    """A file of its own: heading, explanation, the U, and what its colours mean."""
+    gone, units = removed or Architecture(), scored_units(graph, scored.losses if scored else {})
+    drawn, width, height = _drawing(graph, gone, scored, "thop", numbers=True)
+    width = max(width, LEAST_WIDTH)
+    texts = {"heading": (heading, 9.3), "small": (_explanation(gone, units), 5.6)}  # with the width of a letter
+    lines = [(line, kind) for kind, (text, px) in texts.items() for line in textwrap.wrap(text, round((width - 2 * EDGE) / px))]
+    top = LINE + LINE * len(lines)
+    size = {"width": f"{width:g}", "height": f"{top + height + LEGEND_HEIGHT + LINE:g}"}
+    root = Element(
+        "svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "u", "viewBox": f"0 0 {' '.join(size.values())}", **size}
+    )
+    _add(root, "title", NO_XML.sub("?", heading))
+    _add(root, "style", re.sub(r"var\(--\w+, (#\w+)\)", r"\1", style()))
+    root.append(_defs())
+    _add(root, "rect", fill="#ffffff", **size)
+    for i, (line, kind) in enumerate(lines):
+        _text(root, EDGE, LINE * (1.2 + i), line, kind)
+    drawn.set("transform", f"translate(0 {top})")
+    legend = _legend(graph, scored, bool(gone), any(b.kind in "RAM" and b.name not in units for b in graph))
+    legend.set("transform", f"translate({EDGE} {top + height:g})")
+    root.extend([drawn, legend])
+    return Svg(tostring(root, encoding="unicode"))
+
+
+def page_svg(graph: BlockGraph, removed: Architecture, scored: Sensitivity | None, convention: str, heading: str) -> str:
+    """The U alone, to stand in a page that has `style` and `page_defs`; a student does not repeat the teacher's numbers."""
+    drawn, width, height = _drawing(graph, removed, scored, convention, numbers=not removed)
+    words = f"{len(removed)} blocks removed" if removed else "nothing removed"
+    alt = NO_XML.sub("?", f"U-Net of {heading}: {words}. Arrow keys move between blocks.")
+    root = Element("svg", {"class": "u", "viewBox": f"0 0 {width:g} {height:g}", "role": "group", "aria-label": alt})
+    root.append(drawn)
+    return tostring(root, encoding="unicode")
+
+
+def page_legend(graph: BlockGraph, scored: Sensitivity | None) -> str:
+    """What colours and hatching mean, for several drawings in a page."""
+    size = {"width": f"{LEGEND_WIDTH}", "height": f"{LEGEND_HEIGHT}"}
+    root = Element("svg", {"class": "u", "viewBox": f"0 0 {' '.join(size.values())}", **size})
+    root.append(_legend(graph, scored, True, True))
+    return tostring(root, encoding="unicode")
+
+
+def page_defs() -> str:
+    """What the drawings of a page refer to, once."""
+    root = Element("svg", {"width": "0", "height": "0", "aria-hidden": "true", "style": "position: absolute"})
+    root.append(_defs())
+    return tostring(root, encoding="unicode")
+
+
+@cache
+def style() -> str:
+    """The style sheet of the drawings, whose colours are variables of a page."""
+    return (Path(__file__).parent / "unet.css").read_text(encoding="utf-8")
+
+
+def _defs() -> Element:
+    """Hatching for each ink, the head of an arrow, and the colour bar of measures where less is better, and where more is."""
+    defs = Element("defs", {"class": "u-defs"})
+    for ink in ("dark", "light", "plain"):
+        turned = {"patternUnits": "userSpaceOnUse", "patternTransform": "rotate(45)"}
+        pattern = _add(defs, "pattern", id=f"hatch-{ink}", width=7, height=7, **turned)
+        _add(pattern, "line", class_=ink, x1=1.5, y1=0, x2=1.5, y2=7)
+    head = {"viewBox": "0 0 8 8", "refX": 7, "refY": 4, "markerWidth": 7, "markerHeight": 7}
+    _add(_add(defs, "marker", id="arrow", orient="auto", **head), "path", d="M0 0 L8 4 L0 8 z")
+    for direction, colours in (("down", LOSS), ("up", LOSS[::-1])):
+        bar = _add(defs, "linearGradient", id=f"loss-{direction}")
+        for i, colour in enumerate(colours):
+            _add(bar, "stop", offset=round(i / (len(colours) - 1), 3), stop_color=colour)
+    return defs
+
+
+def _drawing(
+    graph: BlockGraph, removed: Architecture, scored: Sensitivity | None, convention: str, numbers: bool
+) -> tuple[Element, float, float]:
+    """The U with its width and height, each block in the colour of the finest scored unit that contains it."""
+    losses = scored.losses if scored else {}
     units = scored_units(graph, losses)
-    scale = loss_scale([u.value for u in units.values()], measure) if measure and units else None
-    gone = removed or Architecture()
-    cells = layout(graph, with_innermost(graph, losses, gone))
+    scale = loss_scale([u.value for u in units.values()], scored.measure) if scored and units else None
+    cells = layout(graph, with_innermost(graph, losses, removed))
     right, top = max(c.x + c.w for c in cells.values()), max(c.y + c.h for c in cells.values())
-    margin, bar = 1.35, 1.5 if scale else 0.2
-    width, height = (right + 2 * margin + bar) * INCH, (top + 0.35) * INCH + 1.05
-    figure = new_figure(width, height)
-    title(figure, heading, _explanation(removed, units))
-    ax = figure.add_axes((0, 0.35 / height, (right + 2 * margin) * INCH / width, (top + 0.35) * INCH / height))
-    ax.set(xlim=(-margin, right + margin), ylim=(-0.2, top + 0.15))
-    ax.axis("off")
-    _skips(ax, graph, cells)
-    _bend(ax, cells)
-    for tile in tiles(graph, cells, units, gone):
-        _tile(ax, tile, scale)
-    for cell in strip_cells(graph, cells, units, gone):
-        write(ax, cell.x + 0.02, cell.y + cell.h / 2 - 0.01, cell.label, fontsize=8.5, weight="bold", va="center")
-    _stage_names(ax, graph, cells)
-    if scale and measure:
-        _colour_bar(figure, scale, measure, teacher)
-    _legend(figure, bool(gone), any(c.name not in units and c.name in graph and not c.fixed for c in cells.values()))
-    return figure
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return round((x + MARGIN) * PX_X, 1), round((top + 0.15 - y) * PX_Y, 1)
+
+    group = Element("g")
+    for kind, lines in (("skip", skips(graph, cells)), ("bend", bend(cells))):
+        for start, end in lines:
+            (x1, y1), (x2, y2) = at(*start), at(*end)
+            _add(
+                group, "line", class_=kind, x1=x1, y1=y1, x2=x2, y2=y2, **({"marker_end": "url(#arrow)"} if kind == "bend" else {})
+            )
+    for s in stage_names(graph, cells):
+        (x, y), anchor = at(s.x, s.y), "end" if s.side < 0 else "start"
+        _text(group, x, y, s.name, "stage", anchor)
+        _text(group, x, y + 13, s.size, "small", anchor)
+    for cell in strip_cells(graph, cells, units, removed):
+        _text(group, *at(cell.x + 0.02, cell.y + cell.h / 2), cell.label, "label")
+    order = {b.name: i for i, b in enumerate(graph)}
+    for tile in sorted(tiles(graph, cells, units, removed), key=lambda t: order.get(t.name, -1)):
+        block = _block(tile, at(tile.x, tile.y + tile.h), scale, numbers)
+        _add(block, "title", _tooltip(graph, scored, convention, tile))
+        group.append(block)
+    return group, (right + 2 * MARGIN) * PX_X, (top + 0.35) * PX_Y
 
 
-def _explanation(removed: Architecture | None, units: Mapping[str, Unit]) -> str:
-    text = "Down path left, up path right; R = ResNet block, A = attention; grey lines = skip connections."
+def _block(tile: Tile, corner: tuple[float, float], scale: ScalarMappable | None, numbers: bool) -> Element:
+    """Colour, hatch, label and value of one block, or of one strip where the tile has no label."""
+    colour = colour_of(scale, tile.unit.value) if scale and tile.unit and not tile.fixed else None
+    ink = ("dark" if ink_on(colour) == INK else "light") if colour else ""
+    states = {"gone": tile.gone, "fixed": tile.fixed, "unscored": colour is None, ink: ink}
+    group = Element(
+        "g", {"class": " ".join(["block", *(name for name, holds in states.items() if holds)]), "role": "img", "tabindex": "-1"}
+    )
+    (x, y), w, h = corner, round(tile.w * PX_X, 1), round(tile.h * PX_Y, 1)
+    box = {"x": x, "y": y, "width": w, "height": h, "rx": 4 if tile.label else 0}
+    _add(group, "rect", class_="cell" if tile.label else "cell strip", **box, **({"fill": to_hex(colour)} if colour else {}))
+    if tile.gone:
+        _add(group, "rect", class_="hatch", **box, fill=f"url(#hatch-{ink or 'plain'})")
+    if tile.label:
+        _text(group, x + (w / 2 if tile.fixed else 5), y + h / 2, tile.label, "label")
+    if tile.value is not None and numbers:
+        _text(group, x + w - 4, y + h / 2, brief(tile.value), "value")
+    return group
+
+
+def _legend(graph: BlockGraph, scored: Sensitivity | None, hatched: bool, unscored: bool) -> Element:
+    """The colour bar with its ends, the teacher's own value, and what hatching and grey mean."""
+    group = Element("g")
+    values = [u.value for u in scored_units(graph, scored.losses).values()] if scored else []
+    if scored and values:
+        scale = loss_scale(values, scored.measure)
+        title = axis_title(scored.measure) + (", logarithmic" if is_wide(values) else "")
+        teacher = scored.scan.value(TEACHER, scored.measure) if scored.scan else None
+        _text(group, 0, 8, title + (f"; teacher: {number(teacher)}" if teacher is not None else ""))
+        _add(group, "rect", x=0, y=18, width=BAR_WIDTH, height=14, rx=3, fill=f"url(#loss-{MEASURES[scored.measure].direction})")
+        for text, x, anchor in zip(map(number, scale.get_clim()), (0, BAR_WIDTH), ("start", "end"), strict=True):
+            _text(group, x, 41, text, "small", anchor)
+    x = BAR_WIDTH + 24 if values else 0
+    for name in ["removed"] * hatched + ["not scored"] * unscored:
+        key = _add(group, "g", class_="unscored")
+        for class_, fill in (("cell", ""), *([("hatch", "url(#hatch-plain)")] if name == "removed" else [])):
+            _add(key, "rect", class_=class_, x=x, y=18, width=26, height=14, rx=3, **({"fill": fill} if fill else {}))
+        _text(group, x + 32, 25, name)
+        x += 100
+    return group
+
+
+def _explanation(removed: Architecture, units: Mapping[str, Unit]) -> str:
+    text = "Down path left, up path right; R: ResNet block, A: attention; grey lines: skip connections."
     if any(len(u.arch) > 1 for u in units.values()):
         text += " Blocks removed together share a colour."
     elif any("transformer_blocks" in name for u in units.values() for name in u.arch):
@@ -112,68 +256,52 @@ def _explanation(removed: Architecture | None, units: Mapping[str, Unit]) -> str
     return f"{text} Hatched: {len(removed)} removed." if removed else text
 
 
-def _skips(ax: Axes, graph: BlockGraph, cells: Mapping[str, Cell]) -> None:
-    for (x, y), (end, _) in skips(graph, cells):
-        ax.plot([x, end], [y, y], color=FAINT, lw=1.1, zorder=0)
-        ax.plot([end - 0.06], [y], marker=">", ms=3, color="#aab3ba", zorder=0)
+def _tooltip(graph: BlockGraph, scored: Sensitivity | None, convention: str, tile: Tile) -> str:
+    """What is known of a block, a line each."""
+    whole = tile.label == "innermost stages"
+    lines = ["innermost stages, down and up" if whole else tile.name]
+    if not whole and tile.name in graph:
+        lines += _facts(graph[tile.name], graph, convention)
+    if tile.unit is not None and scored is not None and not tile.fixed:
+        arch = tile.unit.arch
+        lines.append("without it:" if set(arch) == {tile.name} else f"without its unit ({', '.join(arch)}):")
+        lines += _scores(scored, arch)
+    return "\n".join([*lines, "removed in this student"] if tile.gone else lines)
 
 
-def _bend(ax: Axes, cells: Mapping[str, Cell]) -> None:
-    for start, end in bend(cells):
-        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color="#aab3ba", lw=1.1, shrinkA=2, shrinkB=2))
+def _facts(block: Block, graph: BlockGraph, convention: str) -> Sequence[str]:
+    """Shapes, costs, and why it stays."""
+    (c, h, w), (c_out, h_out, w_out) = block.shape_in, block.shape_out
+    total, macs = graph.total, block.cost.macs(convention)
+    lines = [f"{KINDS[block.kind]}, {c}{TIMES}{h}{TIMES}{w} to {c_out}{TIMES}{h_out}{TIMES}{w_out}"]
+    lines += [f"parameters: {count(block.cost.params)} ({block.cost.params / total.params:.1%} of the U-Net)"]
+    lines += [f"MACs of a step: {count(macs)} ({macs / total.macs(convention):.1%}), {convention}"]
+    return lines if block.removable or block.kind == "F" else [*lines, f"stays: {block.why_fixed}"]
 
 
-def _tile(ax: Axes, tile: Tile, scale: ScalarMappable | None) -> None:
-    """Colour, hatch, label and value of one block, or of one strip where the tile has no label."""
-    face = to_rgba("#f4f5f6") if tile.fixed else colour_of(scale, tile.unit.value) if scale and tile.unit else to_rgba(UNSCORED)
-    hatching = (*to_rgba(ink_on(face))[:3], 0.55)
-    if not tile.label:
-        ax.add_patch(Rectangle((tile.x, tile.y), tile.w, tile.h, facecolor=face, edgecolor="white", lw=0.6))
-        if tile.gone:
-            ax.add_patch(Rectangle((tile.x, tile.y), tile.w, tile.h, fill=False, hatch=HATCH, edgecolor=hatching, lw=0.6))
-        return
-    ax.add_patch(_box(tile, face, FAINT if tile.fixed else "none"))
-    if tile.gone:
-        ax.add_patch(_box(tile, "none", hatching, hatch=HATCH))
-    patch = {"bbox": {"facecolor": face, "edgecolor": "none", "pad": 1.2}} if tile.gone else {}
-    style: dict[str, Any] = {"va": "center", "color": MUTED if tile.fixed else ink_on(face), **patch}
-    middle = tile.y + tile.h / 2 - 0.01
-    if tile.fixed:
-        write(ax, tile.x + tile.w / 2, middle, tile.label, ha="center", fontsize=6.5, **style)
-        return
-    write(ax, tile.x + 0.1, middle, tile.label, ha="left", fontsize=8.5, weight="bold", **style)
-    if tile.value is not None:
-        write(ax, tile.x + tile.w - 0.08, middle, number(tile.value), ha="right", fontsize=7.5, **style)
+def _scores(scored: Sensitivity, arch: Architecture) -> Sequence[str]:
+    """What the removal of `arch` costs, by every measure."""
+    scan = scored.scan
+    label = next((n for n in scan.removals if scan.archs[n] == arch), None) if scan else None
+    if scan is None or label is None:
+        return [f"{MEASURES[scored.measure].title}: {number(scored.losses[arch])}"]
+    values = {m: scan.value(label, m) for m in quality()}
+    scores = {m: with_interval(v, *(scan.interval(label, m) or (None, None))) for m, v in values.items() if v is not None}
+    ratio = scan.value(label, "latency_ratio")
+    return [
+        *(f"{MEASURES[m].title}: {s}" for m, s in scores.items()),
+        *([f"step latency: {ratio:.3g} of the teacher's"] if ratio else []),
+    ]
 
 
-def _box(tile: Tile, face: Any, edge: Any, hatch: str | None = None) -> FancyBboxPatch:
-    shape = "round,pad=0,rounding_size=0.07"
-    return FancyBboxPatch((tile.x, tile.y), tile.w, tile.h, boxstyle=shape, facecolor=face, edgecolor=edge, lw=0.7, hatch=hatch)
+def _add(parent: Element, tag: str, text: str = "", /, **attributes: object) -> Element:
+    """A new element in `parent`; `class_` is its class, other underscores are hyphens."""
+    node = SubElement(parent, tag, {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items()})
+    node.text = text or None
+    return node
 
 
-def _stage_names(ax: Axes, graph: BlockGraph, cells: Mapping[str, Cell]) -> None:
-    for s in stage_names(graph, cells):
-        align: dict[str, Any] = {"va": "center", "ha": "right" if s.side < 0 else "left"}
-        write(ax, s.x, s.y + 0.13, s.name, weight="bold", fontsize=9, **align)
-        write(ax, s.x, s.y - 0.13, s.size, fontsize=7, color=MUTED, **align)
-
-
-def _colour_bar(figure: Figure, scale: ScalarMappable, measure: str, teacher: float | None) -> None:
-    width, height = figure.get_size_inches()
-    ax = figure.add_axes((1 - 1.0 / width, 0.9 / height, 0.18 / width, 1 - 2.2 / height))
-    bar = figure.colorbar(scale, cax=ax)
-    bar.outline.set_visible(False)
-    ax.tick_params(labelsize=7.5, colors=MUTED, length=2, which="both")
-    ax.set_ylabel(axis_title(measure), fontsize=8, color=INK, labelpad=6)
-    ax.yaxis.set_label_position("left")
-    low, high = scale.get_clim()
-    if teacher is not None and low is not None and high is not None and low <= teacher <= high:
-        ax.axhline(teacher, color=INK, lw=1.2)
-        write(ax, -0.25, teacher, "teacher", transform=ax.get_yaxis_transform(), fontsize=7, ha="right", va="center")
-
-
-def _legend(figure: Figure, hatched: bool, unscored: bool) -> None:
-    keys = [Patch(facecolor="white", edgecolor=INK, hatch=HATCH, label="removed")] if hatched else []
-    keys += [Patch(facecolor=UNSCORED, label="not scored")] if unscored else []
-    if keys:
-        figure.legend(handles=keys, loc="lower left", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.01, 0.0))
+def _text(parent: Element, x: float, y: float, text: str, class_: str = "", anchor: str = "") -> None:
+    """Text whose middle is at the height `y`."""
+    style = {name: value for name, value in (("class_", class_), ("text_anchor", anchor)) if value}
+    _add(parent, "text", NO_XML.sub("?", text), x=round(x, 1), y=round(y, 1), dy=".35em", **style)

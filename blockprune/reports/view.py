@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockprune.errors import UserError
+from blockprune.measures.intervals import kendall_tau
 from blockprune.measures.measure import MEASURES, names, quality
-from blockprune.measures.score import TEACHER, Score
+from blockprune.measures.score import TEACHER, Score, flat_score
 from blockprune.model.architecture import Architecture, BlockGraph
 
 PATHS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
@@ -89,7 +89,9 @@ class Correlation(NamedTuple):
 
 
 def short(label: str) -> str:
-    """A readable short name: "down_blocks.1.resnets.0" => "down 1 R0"; a label of another kind as it is."""
+    """A readable short name: "down_blocks.1.resnets.0" => "down 1 R0", "full" => "teacher"; a label of another kind as it is."""
+    if label == TEACHER:
+        return "teacher"
     words = label.split(".")
     if words[0] not in PATHS:
         return label
@@ -98,11 +100,6 @@ def short(label: str) -> str:
     pairs = list(zip(rest[::2], rest[1::2], strict=False))
     last = rest[len(pairs) * 2 :]
     return " ".join([*stage, *(f"{PARTS[part]}{i}" if part in PARTS else f"{part} {i}" for part, i in pairs), *last])
-
-
-def worse(measure: str, value: float) -> float:
-    """`value` with the sign that makes larger worse."""
-    return value if MEASURES[measure].direction == "down" else -value
 
 
 def ranked(view: ScanView, measure: str | None = None) -> list[str]:
@@ -114,7 +111,7 @@ def ranked(view: ScanView, measure: str | None = None) -> list[str]:
     if by is None:
         return sorted(view.removals, key=lambda label: view.graph.cost(view.archs[label]).params)
     values = {label: v for label in view.removals if (v := view.value(label, by)) is not None}
-    return sorted(values, key=lambda label: worse(by, values[label]))
+    return sorted(values, key=lambda label: MEASURES[by].loss(values[label]))
 
 
 def ranking(view: ScanView) -> list[dict[str, Any]]:
@@ -124,12 +121,16 @@ def ranking(view: ScanView) -> list[dict[str, Any]]:
     `macs_thop` and `macs_saved_thop` count one U-Net step at batch 1; `latency` is the teacher's step in seconds, `latency_ratio`
     that of a removal over it, timed in turn; below 1 is faster.
     """
+    return [_row(view, rank, label) for rank, label in places_of(view)]
+
+
+def places_of(view: ScanView) -> list[tuple[int | None, str]]:
+    """(rank, label) in the order of the ranking."""
     order = ranked(view)
     scored = set(order)
     failed = [label for label in view.removals if label not in scored]
     failed.sort(key=lambda label: bool(view.error(label)))
-    ranks: list[tuple[int | None, str]] = [(0, TEACHER), *enumerate(order, 1), *((None, label) for label in failed)]
-    return [_row(view, rank, label) for rank, label in ranks]
+    return [(0, TEACHER), *enumerate(order, 1), *((None, label) for label in failed)]
 
 
 def _row(view: ScanView, rank: int | None, label: str) -> dict[str, Any]:
@@ -138,8 +139,7 @@ def _row(view: ScanView, rank: int | None, label: str) -> dict[str, Any]:
     row: dict[str, Any] = {"rank": rank, "label": label, "arch": arch.key, "removed": arch.terms}
     for m in view.measures:
         score = view.score(label, m)
-        low, high = view.interval(label, m) or (None, None)
-        row |= {m: view.value(label, m), f"{m}_low": low, f"{m}_high": high, f"{m}_n": score.n if score else None}
+        row |= flat_score(m, score)
         if MEASURES[m].of_quality and not MEASURES[m].paired:
             deltas = (score.delta, score.delta_low, score.delta_high) if score else (None,) * 3
             row |= dict(zip((f"{m}_delta", f"{m}_delta_low", f"{m}_delta_high"), deltas, strict=True))
@@ -153,7 +153,5 @@ def rank_correlation(view: ScanView, first: str, second: str) -> Correlation | N
     common = [n for n in ranked(view, first) if view.value(n, second) is not None]
     if len(common) < 3:
         return None
-    losses = np.array([[worse(m, view.value(n, m) or 0.0) for n in common] for m in (first, second)])
-    signs = np.sign(losses[:, :, None] - losses[:, None, :])
-    scale = math.sqrt(float((signs[0] ** 2).sum() * (signs[1] ** 2).sum()))
-    return Correlation(float((signs[0] * signs[1]).sum()) / scale, len(common)) if scale else None
+    tau = kendall_tau(*([MEASURES[m].loss(view.value(n, m) or 0.0) for n in common] for m in (first, second)))
+    return Correlation(tau, len(common)) if tau is not None else None

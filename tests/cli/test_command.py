@@ -18,6 +18,12 @@ from blockprune.request import Request, option
 
 
 @dataclass(frozen=True, kw_only=True)
+class Joined(Request):
+    runs: tuple[str, ...] = option((), "what is joined", "Output", argument="RUN...")
+    out: str = option("joined", "where", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asked(Request):
     device: str | None = option(None, "where", "Scale")
     steps: tuple[int, ...] = option((), "denoising steps", "Sampling", least=1, most=100, from_model=True, commas=True)
@@ -122,3 +128,15 @@ def test_every_help_has_two_examples(name: str, cli: Cli) -> None:
     code, out, _ = cli(name, "--help")
     assert code == 0
     assert out.count(f"$ blockprune {name}") == 2
+
+
+def test_a_field_without_a_flag_is_an_argument_that_must_be_given() -> None:
+    made: list[Joined] = []
+    app = typer.Typer()
+    app.command()(command(Joined, made.append, "Joins."))
+    assert CliRunner().invoke(app, ["one", "a,b", "--out", "two"], catch_exceptions=False).exit_code == 0
+    assert made == [Joined(runs=("one", "a,b"), out="two")]
+    assert CliRunner().invoke(app, []).exit_code == 2
+    assert "RUN..." in CliRunner().invoke(app, ["--help"]).output
+    with pytest.raises(UserError, match="RUNS: "):
+        Joined(runs=(1,))  # type: ignore[arg-type]

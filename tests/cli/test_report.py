@@ -120,4 +120,4 @@ def test_where_the_page_cannot_go(made: Path, tmp_path: Path, one_line: OneLine,
 
 
 def test_unknown_convention(made: Path, one_line: OneLine) -> None:
-    assert "unknown MAC convention 'flops'" in one_line("report", made / "scan", "--macs", "flops")
+    assert "unknown --macs 'flops': choose from thop" in one_line("report", made / "scan", "--macs", "flops")

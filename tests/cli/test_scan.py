@@ -48,14 +48,14 @@ def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_outputs_are_all_there(scanned: Path) -> None:
     names = {p.name for p in scanned.iterdir()}
-    assert {"run.json", "rows.jsonl", "scan.csv", "scan.json", "report.md", "unet.png", "grid.png", "tradeoff.png"} <= names
+    assert {"run.json", "rows.jsonl", "scan.csv", "scan.json", "report.md", "unet.svg", "grid.png", "tradeoff.png"} <= names
     table = list(csv.DictReader((scanned / "scan.csv").read_text().splitlines()))
     data = json.loads((scanned / "scan.json").read_text())
     assert [row["label"] for row in table] == [row["label"] for row in data["ranking"]]
     assert table[0]["label"] == "full"
     assert len(table) == 11
     assert all(row["fid"] and row["clip_score"] and row["kid"] and row["is"] for row in table)
-    assert "unet.png" in (scanned / "report.md").read_text()
+    assert "unet.svg" in (scanned / "report.md").read_text()
 
 
 def test_same_command_again_adds_nothing(scanned: Path, cli: Cli) -> None:

@@ -25,7 +25,7 @@ from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture
 from blockprune.model.trace import trace
 from blockprune.reports.searches import search_view
-from blockprune.reports.text import number
+from blockprune.reports.table import number
 from blockprune.runs import directory
 
 SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8", "--final-factor", "2", "--finalists", "2"]
@@ -50,7 +50,7 @@ def scored(folder: Path, kind: str = "search") -> dict[str, Any]:
 
 def test_outputs_are_all_there(searched: Path) -> None:
     names = {p.name for p in searched.iterdir()}
-    assert {"best.json", "finalists.csv", "report.md", "history.png", "front.png", "unet-best.png", "grid.png"} <= names
+    assert {"best.json", "finalists.csv", "report.md", "history.png", "front.png", "unet-best.svg", "grid.png"} <= names
     best = json.loads((searched / "best.json").read_text())
     assert Architecture.from_json(best).removed
     assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]
@@ -236,7 +236,7 @@ def test_a_front(tmp_path: Path, cli: Cli) -> None:
     assert losses == sorted(losses, reverse=True)
     assert len(front) >= 3
     assert not (tmp_path / "run" / "best.json").exists()  # among all sizes none is the best
-    assert not (tmp_path / "run" / "unet-best.png").exists()
+    assert not (tmp_path / "run" / "unet-best.svg").exists()
     lines = list(csv.DictReader((tmp_path / "run" / "finalists.csv").read_text().splitlines()))
     assert [line["label"] for line in lines if line["on_front"] == "True"] == [point["label"] for point in front]
     report = (tmp_path / "run" / "report.md").read_text()

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from blockprune.cli.console import print_finalists
 from blockprune.reports import searches
-from blockprune.reports.dossiers import dossier_of
 from blockprune.reports.html.page import report_files
+from blockprune.reports.report_data import report_data
 from blockprune.runs.directory import Stored
 
 LOST = {"mine": 1.0, "mid-removed": 0.0015}
@@ -47,7 +47,7 @@ def test_lost_captions_are_the_first_thing_said(tmp_path: Path) -> None:
     assert printed(folder).splitlines()[0] == f"warning: {said}"
     assert files["report.md"].splitlines()[0] == f"**Warning: {said}.**"
     assert json.loads(files["best.json"])["warning"] == f"warning: {said}"
-    assert said in report_files(dossier_of([folder]), "thop")[".html"]
+    assert said in report_files(report_data([folder]), "thop")[".html"]
 
 
 @pytest.mark.parametrize(("measures", "says"), [(("fid", "clip_score"), ""), (("fid",), "was not measured: give --clip")])
@@ -82,7 +82,7 @@ def test_a_front_without_a_budget_has_no_best(tmp_path: Path) -> None:
     assert [(row["label"], row["on_front"]) for row in rows] == [("mine", "True"), ("mid-removed", "True")]
     said = files["report.md"].splitlines()[0]
     assert said.startswith("**Warning: of the front, each of mine follows captions worse than its teacher")
-    students = dossier_of([folder]).students
+    students = report_data([folder]).students
     assert list(students.values()) == [["mid-removed"], ["mine"]]
-    assert "has the best" not in report_files(dossier_of([folder]), "thop")[".html"]
+    assert "has the best" not in report_files(report_data([folder]), "thop")[".html"]
     assert "best.json" in written(report_rows.search(tmp_path / "within", drifts=LOST, pareto="params"))

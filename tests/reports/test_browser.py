@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import report_rows
 
-from blockprune.reports.dossiers import dossier_of
 from blockprune.reports.html.page import report_files
+from blockprune.reports.report_data import report_data
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 pytestmark = [
@@ -26,7 +26,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of a report of every kind of run."""
     folder = tmp_path_factory.mktemp("report")
     page = folder / "report.html"
-    page.write_text(report_files(dossier_of(report_rows.everything(folder / "runs")), "thop")[".html"])
+    page.write_text(report_files(report_data(report_rows.everything(folder / "runs")), "thop")[".html"])
     return page.as_uri()
 
 

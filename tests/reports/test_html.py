@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import report_rows
@@ -18,14 +19,13 @@ import report_rows
 from blockprune.errors import UserError
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
-from blockprune.reports import results
-from blockprune.reports.dossier import Dossier
-from blockprune.reports.dossiers import dossier_of
-from blockprune.reports.html import page, parts, tables
-from blockprune.reports.html.drawing import brief
+from blockprune.reports import model_tables
+from blockprune.reports.html import page, parts
 from blockprune.reports.html.sections import sections
 from blockprune.reports.notes import caveats, missing
-from blockprune.reports.results import flat, latex, result_tables, to_csv, to_latex
+from blockprune.reports.report_data import ReportData, report_data
+from blockprune.reports.results import flat, result_tables, results_table, to_latex
+from blockprune.reports.table import Table, to_csv
 
 
 class Reader(HTMLParser):
@@ -48,19 +48,19 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def dossier(tmp_path_factory: pytest.TempPathFactory) -> Dossier:
-    return dossier_of(report_rows.everything(tmp_path_factory.mktemp("runs")))
+def data(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
+    return report_data(report_rows.everything(tmp_path_factory.mktemp("runs")))
 
 
 @pytest.fixture(scope="module")
-def files(dossier: Dossier) -> dict[str, str]:
-    return page.report_files(dossier, "thop")
+def files(data: ReportData) -> dict[str, str]:
+    return page.report_files(data, "thop")
 
 
 @pytest.fixture(scope="module")
-def shown(dossier: Dossier) -> dict[str, Sequence[Any]]:
+def shown(data: ReportData) -> dict[str, Sequence[Any]]:
     """The parts of each section, by its anchor."""
-    return {section.id: section.parts for section in sections(dossier, "thop")}
+    return {section.id: section.parts for section in sections(data, "thop")}
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +68,28 @@ def read(files: dict[str, str]) -> Reader:
     return Reader(files[".html"])
 
 
-def test_rows_come_teacher_first_then_by_parameters(dossier: Dossier) -> None:
-    evaluated = result_tables(dossier)[0]
+def titles(table: Table) -> list[str]:
+    return [column.title for column in table.columns]
+
+
+def test_rows_come_teacher_first_then_by_parameters(data: ReportData) -> None:
+    evaluated = result_tables(data)[0]
     assert list(dict.fromkeys(row.model for row in evaluated.rows)) == ["tiny", "mid", "small"]
-    for table in result_tables(dossier)[:4]:
+    for table in result_tables(data)[:4]:
         sizes = [row.whole_params or 0 for row in table.rows]
         assert sizes == sorted(sizes, reverse=True), table.title
 
 
-def test_costs_are_the_graphs(dossier: Dossier) -> None:
+def test_costs_are_the_graphs(data: ReportData) -> None:
     graph = report_rows.graph()
-    for row in (row for table in result_tables(dossier) for row in table.rows):
+    for row in (row for table in result_tables(data) for row in table.rows):
         assert row.cost == graph.cost(row.arch)
         assert row.whole_params == graph.cost(row.arch).params + report_rows.OUTSIDE
 
 
 def test_an_evaluated_model_without_a_graph_is_priced_by_its_components(tmp_path: Path) -> None:
     made = report_rows.evaluate(tmp_path / "e", "small", report_rows.STUDENT, graph=None, outside_params=None)
-    (row, *_) = result_tables(dossier_of([made]))[0].rows
+    (row, *_) = result_tables(report_data([made]))[0].rows
     cost = report_rows.graph().cost(Architecture(frozenset(report_rows.STUDENT)))
     assert row.cost is not None
     assert (row.cost.params, row.cost.thop, row.whole_params) == (cost.params, cost.thop, cost.params + report_rows.OUTSIDE)
@@ -97,35 +101,35 @@ def test_a_students_step_is_held_against_the_teachers_of_the_same_run(tmp_path: 
         report_rows.evaluate(tmp_path / name, name, removed, speed=speed)
         for name, removed, speed in [("tiny", [], 3.0), ("small", report_rows.STUDENT, 1.0), ("mid", ["mid_block"], 2.0)]
     ]
-    found = dossier_of(runs)
+    found = report_data(runs)
     total = report_rows.graph().total.params
     for row in result_tables(found)[0].rows:
         plain = "int8" not in row.setting and not row.setting.startswith("step ")
         share = report_rows.graph().cost(row.arch).params / total
         assert row.latency_s == (pytest.approx(0.03) if plain and not row.arch else None), row.setting
         assert row.latency_ratio == (pytest.approx(share) if plain and row.arch else None), row.setting
-    shown = tables.components(found.models, "thop")
+    shown = model_tables.components(found.models, "thop")
     assert shown is not None
-    column = list(shown.columns).index("latency, × teacher")
+    column = [c.title for c in shown.columns].index("latency, × teacher")
     for cells in shown.rows:
-        arch = found.models[cells[0].text].arch if cells[0].text != "teacher" else Architecture()
-        if cells[1].text == "U-Net x 1":
-            assert cells[column].key == pytest.approx(report_rows.graph().cost(arch).params / total)
-            assert cells[column].small == ("" if arch else "30 ms")
+        arch = found.models[cells[0].value].arch if cells[0].value != "teacher" else Architecture()
+        if cells[1].value == "U-Net x 1":
+            assert cells[column].value == pytest.approx(report_rows.graph().cost(arch).params / total)
+            assert cells[column].remark == ("" if arch else "30 ms")
     with pytest.raises(ValueError, match="not seconds of its own"):
         replace(result_tables(found)[0].rows[-1], latency_s=1.0)
 
 
-def test_csv_json_and_page_say_the_same(dossier: Dossier, files: dict[str, str], read: Reader) -> None:
+def test_csv_json_and_page_say_the_same(data: ReportData, files: dict[str, str], read: Reader) -> None:
     rows = list(csv.DictReader(io.StringIO(files[".csv"])))
-    data = json.loads(files[".json"])
-    models = [r["model"] for r in flat(result_tables(dossier), "thop")]
-    assert [r["model"] for r in rows] == [r["model"] for r in data["results"]] == models
-    assert [float(r["fid"] or "nan") for r in rows if r["fid"]] == [r["fid"] for r in data["results"] if r["fid"] is not None]
-    assert data["made_by"] == "blockprune report"
-    assert data["students"]["small = kd-small = mine"]["removed"] == report_rows.STUDENT
+    content = json.loads(files[".json"])
+    models = [r["model"] for r in flat(result_tables(data), "thop")]
+    assert [r["model"] for r in rows] == [r["model"] for r in content["results"]] == models
+    assert [float(r["fid"] or "nan") for r in rows if r["fid"]] == [r["fid"] for r in content["results"] if r["fid"] is not None]
+    assert content["made_by"] == "blockprune report"
+    assert content["students"]["small = kd-small = mine"]["removed"] == report_rows.STUDENT
     embedded = files[".html"].partition('id="report-data">')[2].partition("</script>")[0]
-    assert json.loads(embedded) == data
+    assert json.loads(embedded) == content
     assert "NaN" not in files[".json"]
 
 
@@ -136,16 +140,16 @@ def test_nothing_from_outside_is_markup(files: dict[str, str], read: Reader) -> 
     assert not any("alert(1)" in text and "<script>" not in text for text in read.texts)
     assert any(report_rows.HOSTILE in (img["alt"] or "") for img in read.all("img"))
     assert any(report_rows.HOSTILE in text for text in read.texts)
-    data = files[".html"].partition('id="report-data">')[2].partition("</script>")[0]
-    assert "<" not in data
+    embedded = files[".html"].partition('id="report-data">')[2].partition("</script>")[0]
+    assert "<" not in embedded
 
 
 def test_a_hostile_name_stays_inside_the_embedded_data(tmp_path: Path) -> None:
     name = "</script><script>alert(2)</script>"
-    text = page.report_files(dossier_of([report_rows.evaluate(tmp_path / "e", name)]), "thop")[".html"]
+    text = page.report_files(report_data([report_rows.evaluate(tmp_path / "e", name)]), "thop")[".html"]
     assert len(Reader(text).all("script")) == 2
-    data = text.partition('id="report-data">')[2].partition("</script>")[0]
-    assert json.loads(data)["results"][0]["model"] == name
+    embedded = text.partition('id="report-data">')[2].partition("</script>")[0]
+    assert json.loads(embedded)["results"][0]["model"] == name
 
 
 def test_the_page_needs_nothing_else(files: dict[str, str], read: Reader) -> None:
@@ -170,63 +174,47 @@ def test_anchors_lead_somewhere(read: Reader) -> None:
     assert {"results", "architecture", "sensitivity", "search", "training", "settings", "costs", "images", "caveats"} <= ids
 
 
-def test_every_removed_block_is_hatched_in_every_student(dossier: Dossier, shown: dict[str, Sequence[Any]]) -> None:
+def test_every_removed_block_is_hatched_in_every_student(data: ReportData, shown: dict[str, Sequence[Any]]) -> None:
     (drawn,) = shown["architecture"]
     teacher, *students = drawn.items
-    assert not any(m.gone for m in teacher.marks)
-    for drawing, arch in zip(students, dossier.students, strict=True):
-        for mark in drawing.marks:
-            name = mark.told.split("\n")[0]
-            assert mark.gone == (name in arch), name
-            assert ("removed in this student" in mark.told) == mark.gone
+    assert "gone" not in teacher.svg
+    for drawing, arch in zip(students, data.students, strict=True):
+        for block in ElementTree.fromstring(drawing.svg).iterfind(".//*[title]"):
+            tooltip, gone = block.findtext("title", "").split("\n"), "gone" in (block.get("class") or "").split()
+            assert gone == (tooltip[0] in arch) == ("removed in this student" in tooltip), tooltip[0]
         assert len(drawing.words) == len({n.split(".")[0] + n.split(".")[1] if "." in n else n for n in arch})
 
 
-def test_a_block_tells_what_its_removal_costs(dossier: Dossier, shown: dict[str, Sequence[Any]]) -> None:
-    (drawn,) = shown["architecture"]
-    scan = dossier.scans["scan"]
-    told = {m.told.split("\n")[0]: m.told for m in drawn.items[0].marks}
-    label = "down_blocks.0.resnets.1"
-    block = report_rows.graph()[label]
-    assert f"({block.cost.params / report_rows.graph().total.params:.1%} of the U-Net)" in told[label]
-    assert f"denoising error against the teacher: {results.number(scan.value(label, 'eps_mse'))} [" in told[label]
-    assert "FID: " in told[label]
-    assert f"step latency: {scan.value(label, 'latency_ratio'):.3g} of the teacher's" in told[label]
-    assert "without it" not in told["conv_in"]
-
-
-def test_weights_are_shown_where_they_were_weighed(dossier: Dossier) -> None:
-    table = result_tables(dossier)[0]
-    assert "weights, MB" not in tables.results(table, "thop").columns
+def test_weights_are_shown_where_they_were_weighed(data: ReportData) -> None:
+    table = result_tables(data)[0]
+    assert "weights, MB" not in titles(results_table(table, "thop"))
     rows = [replace(row, scores={**row.scores, "weight_bytes": Score("", "", "weight_bytes", 2.5e6, 0, 0)}) for row in table.rows]
-    shown = tables.results(replace(table, rows=rows), "thop")
-    assert {row[list(shown.columns).index("weights, MB")].text for row in shown.rows} == {"2.5"}
+    shown = results_table(replace(table, rows=rows), "thop")
+    column = titles(shown).index("weights, MB")
+    assert {shown.columns[column].text(row[column]) for row in shown.rows} == {"2.50"}
 
 
-def test_best_is_the_best_student(dossier: Dossier) -> None:
-    (table,) = (t for t in result_tables(dossier) if t.title == "Evaluated models")
-    shown = tables.results(table, "thop")
-    column = list(shown.columns).index("FID ↓")
-    best = [row[0].text for row in shown.rows if row[column].best]
+def test_best_is_the_best_student(data: ReportData) -> None:
+    (table,) = (t for t in result_tables(data) if t.title == "Evaluated models")
+    shown = results_table(table, "thop")
+    column = titles(shown).index("FID ↓")
+    best = [row[0].value for row in shown.rows if row[column].best]
     assert best == ["mid"]
 
 
-def test_latex_takes_everything_literally(dossier: Dossier, tmp_path: Path) -> None:
-    assert latex("a_b & 5% of $x$ #1 {y} ~ ^ \\z <t>") == (
-        r"a\_b \& 5\% of \$x\$ \#1 \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{}z \textless{}t\textgreater{}"
-    )
-    text = to_latex(result_tables(dossier), "thop")
+def test_latex_takes_everything_literally(data: ReportData, tmp_path: Path) -> None:
+    text = to_latex([results_table(t, "thop") for t in result_tables(data)])
     for block in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S):
         lines = [line for line in block[1].splitlines() if line.strip().endswith("\\\\")]
         assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(block[0])}
-    assert text.count(r"\toprule") == text.count(r"\bottomrule") == len(result_tables(dossier))
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == len(result_tables(data))
     hostile = report_rows.evaluate(tmp_path / "e", "50%_of\nit & more")
-    assert r"50\%\_of it \& more &" in to_latex(result_tables(dossier_of([hostile])), "thop")
+    assert r"50\%\_of it \& more &" in to_latex([results_table(t, "thop") for t in result_tables(report_data([hostile]))])
 
 
-def test_macs_are_named_by_their_convention(dossier: Dossier) -> None:
-    assert "macs_with_attention" in to_csv(result_tables(dossier), "with_attention").splitlines()[0]
-    assert any("MACs/step (conv_linear)" in column for column in tables.results(result_tables(dossier)[0], "conv_linear").columns)
+def test_macs_are_named_by_their_convention(data: ReportData) -> None:
+    assert "macs_with_attention" in to_csv(flat(result_tables(data), "with_attention")).splitlines()[0]
+    assert any("MACs/step (conv_linear)" in title for title in titles(results_table(result_tables(data)[0], "conv_linear")))
 
 
 def test_several_runs_of_a_kind_have_a_curve_each(shown: dict[str, Sequence[Any]]) -> None:
@@ -235,13 +223,13 @@ def test_several_runs_of_a_kind_have_a_curve_each(shown: dict[str, Sequence[Any]
     assert [p.title for p in shown["search"] if p.kind == "subhead"] == ["search-80", "search-78"]
 
 
-def test_nothing_is_missing_from_a_full_report(dossier: Dossier) -> None:
-    assert missing(dossier) == ["`scan`: not measured: `fid` for 1 of 19 removals."]
-    assert any("n = 64" in line for line in caveats(dossier))
+def test_nothing_is_missing_from_a_full_report(data: ReportData) -> None:
+    assert missing(data) == ["`scan`: not measured: `fid` for 1 of 19 removals."]
+    assert any("n = 64" in line for line in caveats(data))
 
 
 def test_an_old_distillation_alone_is_a_report_that_says_what_is_missing(tmp_path: Path) -> None:
-    old = dossier_of([report_rows.distill(tmp_path / "kd", old=True)])
+    old = report_data([report_rows.distill(tmp_path / "kd", old=True)])
     text = page.report_files(old, "thop")[".html"]
     assert "What is missing" in text
     said = "\n".join(missing(old))
@@ -252,13 +240,13 @@ def test_an_old_distillation_alone_is_a_report_that_says_what_is_missing(tmp_pat
 
 @pytest.mark.parametrize("measures", [("eps_mse",), ("fid",), ("latency_ratio",), ()])
 def test_a_scan_of_little_is_a_report(tmp_path: Path, measures: tuple[str, ...]) -> None:
-    found = dossier_of([report_rows.scan(tmp_path / "scan", measures)])
+    found = report_data([report_rows.scan(tmp_path / "scan", measures)])
     assert "What is missing" in page.report_files(found, "thop")[".html"]
     assert any(line.startswith("`scan`") for line in missing(found))
 
 
 def test_a_search_that_has_not_ended_is_a_report(tmp_path: Path) -> None:
-    found = dossier_of([report_rows.search(tmp_path / "search", finals=False)])
+    found = report_data([report_rows.search(tmp_path / "search", finals=False)])
     assert "Best score so far" not in page.report_files(found, "thop")[".tex"]
     assert "`search` has no finalist that holds the budgets" in "\n".join(missing(found))
 
@@ -270,7 +258,7 @@ def test_rows_of_another_age_are_left_out_and_counted(tmp_path: Path) -> None:
         for lacking in ("n", "tiers", "losses"):
             rows[1].pop(lacking, None)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        found = dossier_of([folder])
+        found = report_data([folder])
         assert f"1 of {len(rows)} rows of {folder.name!r} lack" in missing(found)[0]
         assert page.report_files(found, "thop")
 
@@ -278,7 +266,7 @@ def test_rows_of_another_age_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_a_damaged_picture_is_left_out_and_named(tmp_path: Path) -> None:
     folder = report_rows.evaluate(tmp_path / "e", "tiny")
     (folder / "images" / "cfg-3-10-steps.png").write_bytes(b"no picture")
-    said = missing(dossier_of([folder]))
+    said = missing(report_data([folder]))
     assert any("cfg-3-10-steps.png" in line and "cannot be read" in line for line in said)
     assert "`tiny` has no images." in said
 
@@ -286,15 +274,15 @@ def test_a_damaged_picture_is_left_out_and_named(tmp_path: Path) -> None:
 def test_runs_of_other_teachers_do_not_mix(tmp_path: Path) -> None:
     runs = [report_rows.scan(tmp_path / "scan"), report_rows.scan(tmp_path / "other", teacher="fedcba987654")]
     with pytest.raises(UserError, match=r"'other' has .*fedcba987654.*'scan' has .*0123456789ab"):
-        dossier_of(runs)
+        report_data(runs)
 
 
 def test_protocols_that_differ_are_named_or_kept_apart(tmp_path: Path) -> None:
     a = report_rows.evaluate(tmp_path / "a", "tiny")
     b = report_rows.evaluate(tmp_path / "b", "small", report_rows.STUDENT, protocol={"hash": "b" * 12, "n_images": 32})
     with pytest.raises(UserError, match=r"n_images 64 and 32.*--allow-mismatch"):
-        dossier_of([a, b])
-    apart = dossier_of([a, b], allow_mismatch=True)
+        report_data([a, b])
+    apart = report_data([a, b], allow_mismatch=True)
     assert [t.title for t in result_tables(apart)] == ["Evaluated models", "Evaluated models"]
     assert any("stand apart" in line for line in caveats(apart))
 
@@ -306,8 +294,3 @@ def test_prose_undoes_markdown_and_escapes_html() -> None:
 def test_pictures_are_svg_or_png(shown: dict[str, Sequence[Any]]) -> None:
     pictures = [p for found in shown.values() for p in found if p.kind == "picture"]
     assert {p.src.partition(";")[0] for p in pictures} <= {"data:image/svg+xml", "data:image/png"}
-
-
-def test_brief_numbers_fit_their_cells() -> None:
-    texts = {0.0137: "0.014", 0.00167: "0.0017", 3.8e-4: "4e-4", 1.66: "1.7", 0.0: "0", 57.3: "57", 217.0: "217"}
-    assert {value: brief(value) for value in texts} == texts

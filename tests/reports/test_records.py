@@ -11,9 +11,9 @@ import report_rows
 from conftest import Cli
 
 from blockprune.cli import main
-from blockprune.reports.dossiers import dossier_of
 from blockprune.reports.html.page import report_files
 from blockprune.reports.notes import missing
+from blockprune.reports.report_data import report_data
 from blockprune.runs.directory import read_rows, read_run
 
 FEW = ["--n-images", "4", "--steps", "2", "--batch-size", "4"]
@@ -100,17 +100,17 @@ def test_labels_and_pictures_are_named_as_real_ones_are(real: Mapping[str, Path]
             "step 3",
             "step 6",
         }
-    found = {kind: [dossier_of([run[kind]]) for run in (real, made)] for kind in COMMANDS}
-    for kind, dossiers in found.items():
-        for dossier in dossiers:
-            (view,) = dossier.runs.values()
+    found = {kind: [report_data([run[kind]]) for run in (real, made)] for kind in COMMANDS}
+    for kind, both in found.items():
+        for data in both:
+            (view,) = data.runs.values()
             assert view.images, kind
-            assert not dossier.unread
+            assert not data.unread
 
 
 def test_real_runs_are_a_report(real: Mapping[str, Path], cli: Cli, tmp_path: Path) -> None:
-    dossier = dossier_of([real[name] for name in COMMANDS], allow_mismatch=True)
-    assert not dossier.unread
-    said = missing(dossier)
+    data = report_data([real[name] for name in COMMANDS], allow_mismatch=True)
+    assert not data.unread
+    said = missing(data)
     assert not any("lack" in line or "No run" in line for line in said), said
-    assert all(report_files(dossier, "thop").values())
+    assert all(report_files(data, "thop").values())

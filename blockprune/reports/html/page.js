@@ -33,29 +33,29 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 // Drawings: what the blocks' titles say is shown at once, by pointer, touch or keyboard. Without this script the titles remain.
 const tip = document.getElementById("tip");
-let told = null;
+let shownBlock = null;
 
 function show(block) {
   const lines = block.getAttribute("aria-label").split("\n");
   tip.replaceChildren(...lines.map((line, i) => Object.assign(document.createElement(i ? "div" : "strong"), { textContent: line })));
   tip.hidden = false;
-  told = block;
+  shownBlock = block;
   place();
 }
 
 // Above its block, or below where there is no room; again while the page scrolls, as it does when a block out of sight is focused.
 function place() {
-  if (!told) return;
-  const box = told.getBoundingClientRect(), own = tip.getBoundingClientRect(), width = document.documentElement.clientWidth;
-  const left = Math.max(8, Math.min(box.left + box.width / 2 - own.width / 2, width - own.width - 8));
-  const over = box.top - own.height - 8;
+  if (!shownBlock) return;
+  const box = shownBlock.getBoundingClientRect(), size = tip.getBoundingClientRect(), width = document.documentElement.clientWidth;
+  const left = Math.max(8, Math.min(box.left + box.width / 2 - size.width / 2, width - size.width - 8));
+  const over = box.top - size.height - 8;
   tip.style.left = `${left}px`;
   tip.style.top = `${over >= 8 ? over : box.bottom + 8}px`;
 }
 
 function hide() {
   tip.hidden = true;
-  told = null;
+  shownBlock = null;
 }
 
 for (const drawing of document.querySelectorAll("svg.u")) {
@@ -84,7 +84,7 @@ for (const drawing of document.querySelectorAll("svg.u")) {
 document.addEventListener("scroll", place, { capture: true, passive: true });
 
 // Texts to copy; the JSON is the one that the page carries.
-const said = document.getElementById("said");
+const copyStatus = document.getElementById("status");
 for (const pre of document.querySelectorAll("pre[data-from]")) {
   pre.textContent = document.getElementById(pre.dataset.from).textContent.replaceAll("\\u003c", "<");
 }
@@ -94,10 +94,10 @@ for (const button of document.querySelectorAll("button.copy")) {
     getSelection().selectAllChildren(pre);
     try {
       await navigator.clipboard.writeText(pre.textContent);
-      said.textContent = "Copied.";
+      copyStatus.textContent = "Copied.";
     } catch {
       document.execCommand("copy");
-      said.textContent = "Selected; copied where the browser allows it.";
+      copyStatus.textContent = "Selected; copied where the browser allows it.";
     }
   });
 }

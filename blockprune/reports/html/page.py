@@ -11,13 +11,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from blockprune.errors import UserError
-from blockprune.reports.dossier import Dossier, ModelView, View
-from blockprune.reports.html.parts import Copyable, Grid, Picture, prose
+from blockprune.reports.html.parts import Grid, Picture, prose
 from blockprune.reports.html.sections import Section, sections
-from blockprune.reports.html.tables import facts
+from blockprune.reports.model_view import ModelView
 from blockprune.reports.notes import caveats, missing
-from blockprune.reports.results import result_tables, to_csv, to_json, to_latex
-from blockprune.reports.text import count
+from blockprune.reports.report_data import ReportData, View
+from blockprune.reports.results import flat, result_tables, results_table, to_json, to_latex
+from blockprune.reports.table import count, to_csv
+from blockprune.reports.unet import page_defs, style
 from blockprune.reports.view import ScanView
 
 HERE = Path(__file__).parent
@@ -39,42 +40,43 @@ PROTOCOL = {
 NO_PROTOCOL = {*VERSIONS, "processor", "teacher_model", "hash"}
 
 
-def report_files(dossier: Dossier, convention: str) -> dict[str, str]:
+def report_files(data: ReportData, convention: str) -> dict[str, str]:
     """Suffix => content: the page, and its results as CSV, JSON and LaTeX.
 
     Raises UserError when the page is larger than `LIMIT` bytes, naming the runs whose pictures are the largest.
     """
-    tabled, said = result_tables(dossier), {"caveats": caveats(dossier), "missing": missing(dossier)}
+    tabled, notes = result_tables(data), {"caveats": caveats(data), "missing": missing(data)}
     texts = {
-        ".csv": to_csv(tabled, convention),
-        ".json": to_json(dossier, tabled, convention, said),
-        ".tex": to_latex(tabled, convention),
+        ".csv": to_csv(flat(tabled, convention)),
+        ".json": to_json(data, tabled, convention, notes),
+        ".tex": to_latex([results_table(table, convention) for table in tabled]),
     }
-    shown = sections(dossier, convention)
+    shown = sections(data, convention)
     # a name that the file system gave may be no text: half a surrogate pair is shown as an escape
-    page = _page(dossier, shown, said, texts).encode(errors="backslashreplace").decode()
+    page = _page(data, shown, notes, texts).encode(errors="backslashreplace").decode()
     if (size := len(page.encode())) > LIMIT:
         raise UserError(f"the page would have {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:g} MB: leave out {_largest(shown)}")
     return {".html": page, **texts}
 
 
-def _page(dossier: Dossier, shown: Sequence[Section], said: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> str:
+def _page(data: ReportData, shown: Sequence[Section], notes: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> str:
     env = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     env.filters["prose"] = prose
     script = (HERE / "page.js").read_text(encoding="utf-8")
     return env.get_template("page.html").render(
-        title=f"Block pruning of {dossier.teacher or 'a diffusion U-Net'}",
-        header=facts("", _header(dossier)),
-        runs={name: (_kind(view), _protocol(view)) for name, view in dossier.runs.items()},
+        title=f"Block pruning of {data.teacher or 'a diffusion U-Net'}",
+        header=_header(data),
+        runs={name: (_kind(view), _protocol(view)) for name, view in data.runs.items()},
         sections=shown,
-        caveats=said["caveats"],
-        missing=said["missing"],
-        copyables=[Copyable("LaTeX", texts[".tex"]), Copyable("CSV", texts[".csv"])],
+        caveats=notes["caveats"],
+        missing=notes["missing"],
+        copyables={"LaTeX": texts[".tex"], "CSV": texts[".csv"]},
         # Within a script element only "<" could end or confuse it; inside JSON strings it may be written as an escape.
         data=Markup(texts[".json"].replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8") + style()),
+        defs=Markup(page_defs()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -89,22 +91,22 @@ def _made_with(view: View) -> Mapping[str, object]:
     return view.made_with if isinstance(view, ModelView) else view.protocol
 
 
-def _header(dossier: Dossier) -> dict[str, str]:
+def _header(data: ReportData) -> dict[str, str]:
     """Teacher, protocol, versions and hardware; several values where runs differ."""
-    graph, made = dossier.graph, [_made_with(view) for view in dossier.runs.values()]
-    rows = {"Teacher": " · ".join(p for p in (dossier.teacher or "not named", dossier.teacher_id) if p)}
+    graph, made = data.graph, [_made_with(view) for view in data.runs.values()]
+    rows = {"Teacher": " · ".join(p for p in (data.teacher or "not named", data.teacher_id) if p)}
     if graph is not None:
-        outside = dossier.outside_params
+        outside = data.outside_params
         whole = f", {count(graph.total.params + outside)} in the whole pipeline" if outside is not None else ""
         c, h, w = graph.latent
         rows["U-Net"] = f"{count(graph.total.params)} parameters{whole}; latent {c} × {h} × {w}"
-    for group in dossier.groups.values():
+    for group in data.groups.values():
         protocol = next(iter(group.values())).protocol
         parts = [f"{title} {protocol[k]}" for k, title in PROTOCOL.items() if protocol.get(k) not in (None, "")]
-        name = "Protocol" if len(dossier.groups) == 1 else f"Protocol of {', '.join(group)}"
+        name = "Protocol" if len(data.groups) == 1 else f"Protocol of {', '.join(group)}"
         rows[name] = ", ".join([str(protocol.get("name", "not named")), *parts])
     kinds: dict[str, list[str]] = {}
-    for run, view in dossier.runs.items():
+    for run, view in data.runs.items():
         kinds.setdefault(_kind(view), []).append(run)
     versions = [f"{p} {' / '.join(v)}" for p in VERSIONS if (v := _distinct(made, p))]
     rows |= {"Runs": "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())}
@@ -119,10 +121,10 @@ def _distinct(made: Sequence[Mapping[str, object]], name: str) -> list[str]:
 
 def _protocol(view: View) -> list[tuple[str, str]]:
     """What was asked, without what the header says."""
-    said = {k: v for k, v in view.protocol.items() if k not in NO_PROTOCOL and v not in (None, "")}
+    entries = {k: v for k, v in view.protocol.items() if k not in NO_PROTOCOL and v not in (None, "")}
     if isinstance(view, ScanView):
-        said = {"removals": len(view.removals), **{k: v for k, v in said.items() if k != "removals"}}
-    return [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in said.items()]
+        entries = {**entries, "removals": len(view.removals)}
+    return [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in entries.items()]
 
 
 def _largest(shown: Sequence[Section]) -> str:

@@ -22,28 +22,6 @@ TILE = 160
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Text with a smaller second line; `key` is what a column is sorted by, a number where there is one."""
-
-    text: str
-    small: str = ""
-    key: float | str | None = None
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """`numeric` says of each column whether it holds numbers."""
-
-    caption: str
-    columns: Sequence[str]
-    numeric: Sequence[bool]
-    rows: Sequence[Sequence[Cell]]
-    note: str = ""
-    kind: str = field(default="table", init=False)
-
-
-@dataclass(frozen=True)
 class Picture:
     """A figure as a data URI; `width` is its natural width in CSS pixels."""
 
@@ -83,6 +61,26 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A U-Net drawn as a U; `words` say what is removed."""
+
+    heading: str
+    sub: str
+    svg: Markup
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Us side by side under one colour scale."""
+
+    items: Sequence[Drawing]
+    legend: Markup
+    note: str
+    kind: str = field(default="drawings", init=False)
+
+
+@dataclass(frozen=True)
 class Text:
     """Paragraphs, or with `listed` a list; backticks mark code."""
 
@@ -97,14 +95,6 @@ class Subhead:
 
     title: str
     kind: str = field(default="subhead", init=False)
-
-
-@dataclass(frozen=True)
-class Copyable:
-    """A text to copy, under a name."""
-
-    name: str
-    text: str
 
 
 def prose(text: str) -> Markup:

@@ -1,28 +1,27 @@
-"""From a dossier to the sections of a page: what is shown, in which order."""
+"""From the data of a report to the sections of a page: what is shown, in which order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+from markupsafe import Markup
 
 from blockprune.export.model_card import in_words
 from blockprune.measures.measure import MEASURES
-from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
-from blockprune.reports import figures, search_figures, search_text, text
+from blockprune.reports import figures, model_tables, search_figures, search_text, text
 from blockprune.reports.captions import warning
 from blockprune.reports.curves import VALIDATED, loss_figure, trained, validated, validation_figure
-from blockprune.reports.dossier import Dossier, Images, ModelView
-from blockprune.reports.html import tables
-from blockprune.reports.html.drawing import Drawing, Drawings, Sensitivity, draw, legend
-from blockprune.reports.html.parts import Grid, GridRow, Picture, Subhead, Table, Text, is_small, picture, tile
+from blockprune.reports.html.parts import Drawing, Drawings, Grid, GridRow, Picture, Subhead, Text, is_small, picture, tile
+from blockprune.reports.image_grid import Rows, scan_rows, score_words, search_rows
 from blockprune.reports.model_figures import checkpoints, guidance_curves, guidance_figure, size_figure, sizes
-from blockprune.reports.results import ResultTable, result_tables
+from blockprune.reports.model_view import Images, ModelView
+from blockprune.reports.report_data import ReportData
+from blockprune.reports.results import ResultTable, result_tables, results_table
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.text import count, number
+from blockprune.reports.table import Table, count, number
+from blockprune.reports.unet import Sensitivity, page_legend, page_svg
 from blockprune.reports.view import ScanView, rank_correlation
 
 Part = Table | Picture | Grid | Text | Drawings | Subhead
@@ -38,33 +37,33 @@ class Section:
     parts: Sequence[Part]
 
 
-def sections(dossier: Dossier, convention: str) -> list[Section]:
+def sections(data: ReportData, convention: str) -> list[Section]:
     """Every section for which the runs have data."""
-    tabled = result_tables(dossier)
-    found = [
-        Section("results", "Results", list(_results(dossier, tabled, convention))),
-        Section("architecture", "What is removed", list(_drawn(dossier, convention))),
-        Section("sensitivity", "What each block costs", list(_sensitivity(dossier, tabled, convention))),
-        Section("search", "Search", list(_search(dossier))),
-        Section("training", "Training", list(_training(dossier))),
-        Section("settings", "Guidance, steps and quantisation", list(_settings(dossier))),
-        Section("costs", "Costs by component", [t for t in [tables.components(dossier.models, convention)] if t]),
-        Section("images", "Images", list(_images(dossier))),
+    tabled = result_tables(data)
+    all_sections = [
+        Section("results", "Results", list(_results(data, tabled, convention))),
+        Section("architecture", "What is removed", list(_drawn(data, convention))),
+        Section("sensitivity", "What each block costs", list(_sensitivity(data, convention))),
+        Section("search", "Search", list(_search(data))),
+        Section("training", "Training", list(_training(data))),
+        Section("settings", "Guidance, steps and quantisation", list(_settings(data))),
+        Section("costs", "Costs by component", [t for t in [model_tables.components(data.models, convention)] if t]),
+        Section("images", "Images", list(_images(data))),
     ]
-    return [section for section in found if section.parts]
+    return [section for section in all_sections if section.parts]
 
 
-def _results(dossier: Dossier, tabled: Sequence[ResultTable], convention: str) -> Iterator[Part]:
-    scans = {f"Removals of {name}" for name in dossier.scans}
+def _results(data: ReportData, tabled: Sequence[ResultTable], convention: str) -> Iterator[Part]:
+    scans = {f"Removals of {name}" for name in data.scans}
     for table in tabled:
         if table.title not in scans:
-            yield tables.results(table, convention, "source" if table.run in dossier.searches else "setting")
-    budgets = {text: limit for view in dossier.searches.values() for text, limit in _budgets(view)}
-    for group in dossier.groups.values():
+            yield results_table(table, convention)
+    budgets = {text: limit for view in data.searches.values() for text, limit in _budgets(view)}
+    for group in data.groups.values():
         if points := sizes(group):
             measure = MEASURES[next(iter(points.values()))[1].measure].title
-            told = "; ".join(f"{name}: {x:.4g} M parameters, {measure} {number(s.value)}" for name, (x, s) in points.items())
-            alt = f"Scatter of {measure} against parameters of the whole pipeline. {told}."
+            values = "; ".join(f"{name}: {x:.4g} M parameters, {measure} {number(s.value)}" for name, (x, s) in points.items())
+            alt = f"Scatter of {measure} against parameters of the whole pipeline. {values}."
             yield picture(size_figure(points, budgets), alt, f"{measure} against size, one point a model.", list(group))
 
 
@@ -75,52 +74,41 @@ def _budgets(view: SearchView) -> Iterator[tuple[str, float]]:
             yield words, (limit + view.outside_params) / 1e6
 
 
-def _drawn(dossier: Dossier, convention: str) -> Iterator[Part]:
-    graph, scored = dossier.graph, _scored(dossier)
+def _drawn(data: ReportData, convention: str) -> Iterator[Part]:
+    graph, (source, scored) = data.graph, _scored(data)
     if graph is None:
-        for arch, names in dossier.students.items():
+        for arch, names in data.students.items():
             yield Text([f"{' = '.join(names)} removes {len(arch)} blocks of its teacher:"])
             yield Text(in_words(arch), listed=True)
         return
     total = graph.total
     full = f"{count(total.params)} U-Net parameters, {count(total.macs(convention))} MACs a step ({convention})"
-    drawings = [draw(graph, Architecture(), scored, convention, f"teacher {dossier.teacher}".strip(), full)]
-    for arch, names in dossier.students.items():
+    name = f"teacher {data.teacher}".strip()
+    drawings = [Drawing(name, full, Markup(page_svg(graph, Architecture(), scored, convention, name)))]
+    for arch, names in data.students.items():
         cost = graph.cost(arch)
         macs = cost.macs(convention) / total.macs(convention)
         sub = f"{cost.params / total.params:.1%} of the U-Net's parameters, {macs:.1%} of its MACs"
-        student: Drawing = draw(graph, arch, scored, convention, " = ".join(names), sub)
-        drawings.append(replace(student, words=in_words(arch)))
-    yield Drawings(drawings, legend(scored, graph) if scored else None, _source(dossier))
+        name = " = ".join(names)
+        drawings.append(Drawing(name, sub, Markup(page_svg(graph, arch, scored, convention, name)), in_words(arch)))
+    note = f"Colours: what the removal of each block alone costs, from {source}." if source else "No run scored single removals."
+    yield Drawings(drawings, Markup(page_legend(graph, scored)), note)
 
 
-def _scored(dossier: Dossier) -> Sensitivity | None:
-    """The first scan with a quality measure, else what a search scored unit by unit."""
-    for scan in dossier.scans.values():
-        if main := scan.main_measure:
-            losses = {scan.archs[n]: v for n in scan.removals if (v := scan.value(n, main)) is not None}
-            return Sensitivity(losses, main, scan)
-    for search in dossier.searches.values():
-        if losses := search.losses():
-            return Sensitivity(losses, search.measure)
-    return None
+def _scored(data: ReportData) -> tuple[str, Sensitivity | None]:
+    """The run whose single removals give the colours: the first scan with a quality measure, else a search."""
+    scored = [(name, Sensitivity.of_scan(scan)) for name, scan in data.scans.items()]
+    scored += [(name, Sensitivity.of_search(search)) for name, search in data.searches.items()]
+    return next(((name, s) for name, s in scored if s is not None), ("", None))
 
 
-def _source(dossier: Dossier) -> str:
-    """Where the colours come from."""
-    names = [name for name, scan in dossier.scans.items() if scan.main_measure]
-    names += [name for name, search in dossier.searches.items() if search.losses()]
-    return f"Colours: what the removal of each block alone costs, from {names[0]}." if names else "No run scored single removals."
-
-
-def _sensitivity(dossier: Dossier, tabled: Sequence[ResultTable], convention: str) -> Iterator[Part]:
-    for name, view in dossier.scans.items():
-        if len(dossier.scans) > 1:
+def _sensitivity(data: ReportData, convention: str) -> Iterator[Part]:
+    for name, view in data.scans.items():
+        if len(data.scans) > 1:
             yield Subhead(name)
         yield Text(text.summary(view))
         yield from _scan_figures(name, view)
-        table = next(t for t in tabled if t.title == f"Removals of {name}")
-        yield tables.ranking(view, table, convention)
+        yield text.ranking_table(view, convention)
 
 
 def _scan_figures(name: str, view: ScanView) -> Iterator[Picture]:
@@ -133,13 +121,13 @@ def _scan_figures(name: str, view: ScanView) -> Iterator[Picture]:
     alt = f"Scatter: {title} against parameters, MACs and latency saved by each removal; the table below has every number."
     yield picture(figures.tradeoff(view, main), alt, text.CAPTIONS["tradeoff.png"], [name])
     if rank_correlation(view, "eps_mse", "fid"):
-        said = " ".join([text.correlation_text(view), text.agreement(view)]).strip().replace("`", "")
-        yield picture(figures.correlation(view), f"Scatter of eps_mse against FID. {said}", said, [name])
+        caption = " ".join([text.correlation_text(view), text.agreement(view)]).strip().replace("`", "")
+        yield picture(figures.correlation(view), f"Scatter of eps_mse against FID. {caption}", caption, [name])
 
 
-def _search(dossier: Dossier) -> Iterator[Part]:
-    for name, view in dossier.searches.items():
-        if len(dossier.searches) > 1:
+def _search(data: ReportData) -> Iterator[Part]:
+    for name, view in data.searches.items():
+        if len(data.searches) > 1:
             yield Subhead(name)
         if view.ranked:
             yield Text([line for line in (warning(view), search_text.summary(view)) if line])
@@ -148,29 +136,28 @@ def _search(dossier: Dossier) -> Iterator[Part]:
         if any(e.score.finite is not None for e in view.search):
             best = min((e.loss for e in view.search if e.candidate.fits), default=None)
             alt = f"Best {MEASURES[view.measure].title} so far over {len(view.search)} evaluations"
-            said = f"{alt}, down to {number(best)}." if best is not None else f"{alt}."
-            yield picture(search_figures.history_figure(view), said, search_text.CAPTIONS["history.png"], [name])
+            alt += f", down to {number(best)}." if best is not None else "."
+            yield picture(search_figures.history_figure(view), alt, search_text.CAPTIONS["history.png"], [name])
         if view.ranked:
-            quantity = view.protocol["pareto"] or next((q for q, _ in view.limits.values()), "params")
             budget = ", ".join(view.limits) or "none"
-            alt = f"Scatter of quality against {search_figures.NAMES[quantity]}; presets by name; budget line {budget}."
-            yield picture(search_figures.front_figure(view, quantity), alt, search_text.CAPTIONS["front.png"], [name])
-        if table := tables.removal_frequency(view):
+            alt = f"Scatter of quality against {search_figures.NAMES[view.quantity]}; presets by name; budget line {budget}."
+            yield picture(search_figures.front_figure(view), alt, search_text.CAPTIONS["front.png"], [name])
+        if table := search_text.frequency_table(view):
             yield table
 
 
-def _training(dossier: Dossier) -> Iterator[Part]:
-    losses = {name: rows for name, view in dossier.trainings.items() if (rows := trained(view.rows))}
+def _training(data: ReportData) -> Iterator[Part]:
+    losses = {name: rows for name, view in data.trainings.items() if (rows := trained(view.rows))}
     if losses:
         ends = "; ".join(f"{name} ends at {number(rows[-1]['losses'].get('loss'))}" for name, rows in losses.items())
         alt = f"Training losses on a logarithmic axis over updates: {ends}."
         yield picture(loss_figure(losses), alt, "Each term of the loss, unweighted.", list(losses))
-    along = {name: validated(view.rows) for name, view in dossier.trainings.items()}
+    along = {name: validated(view.rows) for name, view in data.trainings.items()}
     along = {name: scores for name, scores in along.items() if any(s.measure in VALIDATED for _, s in scores)}
     if along:
         alt = f"FID, Inception Score and CLIP score at the validations of {', '.join(along)}."
         yield picture(validation_figure(along), alt, "Scores at the validations of each run.", list(along))
-    for group in dossier.groups.values():
+    for group in data.groups.values():
         if evaluated := dict(checkpoints(group)):
             alt = f"FID, Inception Score and CLIP score of checkpoints of {', '.join(evaluated)}, evaluated."
             yield picture(
@@ -179,49 +166,34 @@ def _training(dossier: Dossier) -> Iterator[Part]:
                 "Checkpoints under the protocol of the result table.",
                 list(group),
             )
-    for name, view in dossier.trainings.items():
+    for name, view in data.trainings.items():
         if view.images:
             shown = {f"after {step:,} updates": ("", images) for step, images in view.images.items()}
             yield _grid(f"Validation images of {name}, at the same prompts and seeds.", view.prompts, shown, [name])
 
 
-def _settings(dossier: Dossier) -> Iterator[Part]:
-    for group in dossier.groups.values():
+def _settings(data: ReportData) -> Iterator[Part]:
+    for group in data.groups.values():
         if curves := guidance_curves(group):
-            told = "; ".join(
+            values = "; ".join(
                 f"{name}: " + ", ".join(f"CFG {s.cfg_scale:g} FID {number(f.value)} CLIP {number(c.value)}" for s, f, c in points)
                 for name, points in curves.items()
             )
-            alt = f"FID against CLIP score, one curve a model, by guidance scale. {told}."
+            alt = f"FID against CLIP score, one curve a model, by guidance scale. {values}."
             yield picture(guidance_figure(curves), alt, "FID against CLIP score; labels are guidance scales.", list(group))
-        if table := tables.steps_and_quantisation(group):
+        if table := model_tables.steps_and_quantisation(group):
             yield table
 
 
-def _images(dossier: Dossier) -> Iterator[Part]:
-    for group in dossier.groups.values():
+def _images(data: ReportData) -> Iterator[Part]:
+    for group in data.groups.values():
         yield from _model_grids(group)
-    for name, view in dossier.scans.items():
-        if view.images:
-            rows = {_row_name(label): (_numbers(view, label), view.images[label]) for label in figures.grid_rows(view)}
-            if rows:
-                yield _grid(f"Removals of {name}, at the same prompts and seeds.", view.prompts, rows, [name])
-    for name, search in dossier.searches.items():
-        if search.images:
-            labels = {TEACHER: "", **{e.score.label: number(e.score.value) for e in [*search.ranked, *search.finals]}}
-            title = MEASURES[search.measure].title
-            shown = {n: (f"{title} {v}" if v else "", search.images[n]) for n, v in labels.items() if n in search.images}
-            rows = {("teacher" if n == TEACHER else n): row for n, row in shown.items()}
+    for name, view in data.scans.items():
+        if rows := scan_rows(view):
+            yield _grid(f"Removals of {name}, at the same prompts and seeds.", view.prompts, rows, [name])
+    for name, search in data.searches.items():
+        if rows := search_rows(search):
             yield _grid(f"Finalists of {name}, one-shot, at the same prompts and seeds.", search.prompts, rows, [name])
-
-
-def _row_name(label: str) -> str:
-    return "teacher" if label == TEACHER else f"without {label}" if "_block" in label else label
-
-
-def _numbers(view: ScanView, label: str) -> str:
-    shown = [f"{MEASURES[m].title} {number(v)}" for m in ("fid", "clip_score") if (v := view.value(label, m)) is not None]
-    return ", ".join(shown)
 
 
 def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
@@ -235,15 +207,13 @@ def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
         shown = [s.label for s in view.settings if s.label in view.images]
         if shown:
             setting = common if common in shown else shown[-1]
-            scores = view.scores.get(setting, {})
-            told = [f"{MEASURES[m].title} {number(scores[m].value)}" for m in ("fid", "clip_score") if m in scores]
-            told = [setting, *told] if setting != common else told
-            by_prompts.setdefault(tuple(view.prompts), {})[name] = (", ".join(told), view.images[setting])
+            small = [setting] * (setting != common) + [score_words(view.scores.get(setting, {}))]
+            by_prompts.setdefault(tuple(view.prompts), {})[name] = (", ".join(small), view.images[setting])
     for prompts, rows in by_prompts.items():
         yield _grid(f"Evaluated models at {common}, at the same prompts and seeds.", prompts, rows, list(rows))
 
 
-def _grid(caption: str, prompts: Sequence[str], rows: Mapping[str, tuple[str, NDArray[np.uint8]]], runs: Sequence[str]) -> Grid:
+def _grid(caption: str, prompts: Sequence[str], rows: Rows, runs: Sequence[str]) -> Grid:
     n = min(COLUMNS, *(len(images) for _, images in rows.values()))
     named = list(prompts)[:n] or [f"image {i + 1}" for i in range(n)]
     lines = [GridRow(name, small, [tile(image) for image in images[:n]]) for name, (small, images) in rows.items()]

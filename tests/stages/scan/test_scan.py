@@ -30,8 +30,9 @@ from blockprune.model.model import Model, of_pipeline
 from blockprune.model.sampling import Protocol
 from blockprune.model.trace import trace
 from blockprune.reports import results, text, view
-from blockprune.reports.dossier import Dossier
 from blockprune.reports.html import page
+from blockprune.reports.report_data import ReportData
+from blockprune.reports.table import to_csv
 from blockprune.stages.plan import possible
 from blockprune.stages.scan import scan as stage
 from blockprune.stages.scan.scan import Part, Scan
@@ -226,13 +227,13 @@ def test_a_measure_added_as_the_readme_says_is_computed_ranked_and_shown(
     assert [r for r in resumed if isinstance(r, Score)] == rows[2:]
     shown = view.ScanView({"measures": ["bright"]}, GRAPH, {"full": Architecture(), **ARCHS}, rows, {}, [])
     assert view.ranked(shown) == sorted(ARCHS, key=lambda n: -(shown.value(n, "bright") or 0))
-    assert "| bright ↑ |" in text.to_markdown(shown)
-    assert "brightness" in text.to_markdown(shown)
-    assert "bright" in text.to_csv(shown).splitlines()[0]
+    assert "| bright ↑ |" in text.scan_markdown(shown)
+    assert "brightness" in text.scan_markdown(shown)
+    assert "bright" in to_csv(view.ranking(shown)).splitlines()[0]
     assert json.loads(text.to_json(shown))["measures"]["bright"]["title"] == "brightness"
-    dossier = Dossier(scans={"scan": shown})
-    assert results.flat(results.result_tables(dossier), "thop")[0]["bright"] == shown.value("full", "bright")
-    files = page.report_files(dossier, "thop")
+    data = ReportData(scans={"scan": shown})
+    assert results.flat(results.result_tables(data), "thop")[0]["bright"] == shown.value("full", "bright")
+    files = page.report_files(data, "thop")
     assert all("brightness" in content for name, content in files.items() if not name.endswith(".csv"))
 
 

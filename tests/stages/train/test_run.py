@@ -99,7 +99,7 @@ def test_a_dataset_a_folder_and_a_cache_train_alike(
 def test_a_result_is_drawn_and_saved(pipe: Any, tmp_path: Path) -> None:
     trained = bp.distill(pipe, "mid-removed", data=PAIRS, **QUICK)
     assert trained.figure().axes
-    with pytest.raises(UserError, match="no figure 'nope' of this distillation: choose from losses"):
+    with pytest.raises(UserError, match="no figure 'nope' here: choose from losses"):
         trained.figure("nope")
     said = trained.save(tmp_path / "out")
     assert "any diffusers loads it" in said

@@ -1,118 +1,40 @@
-"""Runs about one teacher as one value: what a page is made of, in which order. Needs no torch."""
+"""Runs of any kind and age about one teacher, as the one value that a report is made of. Needs no torch.
+
+What an older run lacks is left out, and a sentence says so.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from blockprune.cost.table import Component
 from blockprune.errors import UserError
-from blockprune.measures.score import Score
-from blockprune.model.architecture import Architecture, BlockGraph, Cost
+from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.reports.evaluations import evaluation_view
+from blockprune.reports.model_view import ModelView, TrainingView
+from blockprune.reports.scans import scan_view
 from blockprune.reports.search_view import SearchView
+from blockprune.reports.searches import search_view
+from blockprune.reports.trainings import training_view
 from blockprune.reports.view import ScanView
-
-Images = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How images were drawn: one line of a result table. `quantize` is "" for none, `checkpoint` the step it was taken at."""
-
-    label: str
-    steps: int
-    cfg_scale: float
-    scheduler: str
-    quantize: str = ""
-    checkpoint: int | None = None
-
-
-@dataclass(frozen=True)
-class ModelView:
-    """What an evaluate directory says about one model.
-
-    `arch` is empty for a teacher; `graph` is the teacher's, None when it is not known; `scores` maps a setting's label to its rows
-    by measure; `images` maps it to (k, H, W, 3) uint8 images at fixed seeds, captioned by `prompts`. `protocol["hash"]` is equal
-    for runs whose numbers compare. `model` is what was given to be evaluated.
-    """
-
-    label: str
-    protocol: Mapping[str, Any]
-    made_with: Mapping[str, Any]
-    teacher: str
-    teacher_id: str
-    arch: Architecture
-    graph: BlockGraph | None
-    outside_params: int | None
-    settings: Sequence[Setting]
-    scores: Mapping[str, Mapping[str, Score]]
-    components: Sequence[Component]
-    images: Mapping[str, Images]
-    prompts: Sequence[str]
-    model: str = ""
-
-    def value(self, setting: Setting, measure: str) -> float | None:
-        """The number; None when it was not measured, failed, or is not finite."""
-        score = self.scores.get(setting.label, {}).get(measure)
-        return score.finite if score else None
-
-    def step_times(self, setting: Setting) -> tuple[float | None, float | None]:
-        """(seconds, ratio) of a U-Net step: the teacher's in seconds, all else as the ratio to a teacher timed in turn with it."""
-        timed, plain = self.scores.get(setting.label, {}), not setting.quantize and setting.checkpoint is None
-        own, teacher = (
-            self.part("U-Net x 1"),
-            next((c for c in self.components if c.name == "U-Net x 1" and c.who == "teacher"), None),
-        )
-        if not self.arch and plain:
-            return timed["latency"].finite if "latency" in timed else own.latency_s if own else None, None
-        if "latency_ratio" in timed:
-            return None, timed["latency_ratio"].finite
-        return None, own.over(teacher) if own and teacher and plain else None
-
-    def part(self, name: str) -> Component | None:
-        """The row of one component of this model itself; None when it was not recorded."""
-        who = "student" if self.arch else "teacher"
-        return next((c for c in self.components if c.name == name and c.who == who), None)
-
-    @property
-    def cost(self) -> Cost | None:
-        """Of the U-Net, from the graph, else as the components were recorded; None when neither is there."""
-        if self.graph is not None:
-            return self.graph.cost(self.arch)
-        unet = self.part("U-Net x 1")
-        return Cost(params=unet.params, **unet.macs) if unet else None
-
-    @property
-    def whole_params(self) -> int | None:
-        """Parameters of text encoders, U-Net and VAE decoder."""
-        if (whole := self.part("whole")) is not None:
-            return whole.params
-        return self.cost.params + self.outside_params if self.cost and self.outside_params is not None else None
-
-
-@dataclass(frozen=True)
-class TrainingView:
-    """What a distill directory says: its rows, and images at the last validation, captioned by `prompts` where these are known."""
-
-    protocol: Mapping[str, Any]
-    arch: Architecture
-    graph: BlockGraph | None
-    outside_params: int | None
-    rows: Sequence[Mapping[str, Any]]
-    images: Mapping[int, Images]
-    prompts: Sequence[str]
-
+from blockprune.runs import Readable
+from blockprune.runs.directory import Stored
 
 View = ScanView | SearchView | TrainingView | ModelView
+READ: Mapping[str, Callable[[Readable, list[str]], View]] = {
+    "scan": scan_view,
+    "search": search_view,
+    "distill": training_view,
+    "evaluate": evaluation_view,
+}
 
 
 @dataclass(frozen=True)
-class Dossier:
+class ReportData:
     """Runs by name, about one teacher; evaluated models with the teacher first, then from the largest to the smallest.
 
     `unread` says what could not be read, a sentence each. Raises UserError when two runs are about different teachers, or when
@@ -133,18 +55,14 @@ class Dossier:
             self._check_protocols()
 
     def _check_teachers(self) -> None:
-        known = {name: teacher_of(view) for name, view in self.runs.items()}
-        first: tuple[str, tuple[str, str]] | None = None
-        for name, (identity, model) in known.items():
-            if not identity:
-                continue
-            if first is None:
-                first = name, (identity, model)
-            elif identity != first[1][0]:
-                mine, theirs = f"{model or 'a model'} ({identity})", f"{first[1][1] or 'a model'} ({first[1][0]})"
-                raise UserError(
-                    f"the runs are about different teachers: {name!r} has {mine}, {first[0]!r} has {theirs}; make a report for each"
-                )
+        first: dict[str, str] = {}
+        for name, view in self.runs.items():
+            identity, model = teacher_of(view)
+            if identity:
+                first.setdefault(identity, f"{name!r} has {model or 'a model'} ({identity})")
+        if len(first) > 1:
+            one, other = list(first.values())[:2]
+            raise UserError(f"the runs are about different teachers: {other}, {one}; make a report for each")
 
     def _check_protocols(self) -> None:
         groups = list(self.groups.values())
@@ -191,14 +109,14 @@ class Dossier:
     @property
     def students(self) -> dict[Architecture, list[str]]:
         """Every architecture that was chosen, trained or evaluated, with what it is called; the smallest removal first."""
-        found: dict[Architecture, list[str]] = {}
+        students: dict[Architecture, list[str]] = {}
         for arch, label in self._students():
-            names = found.setdefault(arch, [])
+            names = students.setdefault(arch, [])
             if arch and label not in names:
                 names.append(label)
-        found.pop(Architecture(), None)
+        students.pop(Architecture(), None)
         graph = self.graph
-        return dict(sorted(found.items(), key=lambda item: -graph.cost(item[0]).params if graph else len(item[0])))
+        return dict(sorted(students.items(), key=lambda item: -graph.cost(item[0]).params if graph else len(item[0])))
 
     def _students(self) -> Iterator[tuple[Architecture, str]]:
         for name, model in self.models.items():
@@ -230,3 +148,47 @@ def mismatch(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What two protocols say differently, a phrase each; the hashes alone when all that they spell out is equal."""
     names = [n for n in dict.fromkeys([*first, *second]) if n != "hash" and first.get(n) != second.get(n)]
     return [f"{n} {first.get(n)} and {second.get(n)}" for n in names or ["hash"]]
+
+
+def report_data(runs: Sequence[str | Path | Readable], allow_mismatch: bool = False) -> ReportData:
+    """The runs, each under the name of its folder, or its model's label where that is another's name too.
+
+    Raises UserError for what is no run directory, for damaged files, and for runs that do not belong together.
+    """
+    unread: list[str] = []
+    views: dict[str, View] = {}
+    folders: set[Path] = set()
+    for source in runs:
+        run = _opened(source) if isinstance(source, str | Path) else source
+        if isinstance(run, Stored):
+            if run.path.resolve() in folders:
+                raise UserError(f"{str(run.path)!r} is given twice")
+            folders.add(run.path.resolve())
+        command = run.command if isinstance(run, Stored) else str(run.about["command"])
+        view = READ[command](run, unread)
+        views[next(name for name in _names(run, command, view) if name not in views)] = view
+    return ReportData(
+        scans={name: v for name, v in views.items() if isinstance(v, ScanView)},
+        searches={name: v for name, v in views.items() if isinstance(v, SearchView)},
+        trainings={name: v for name, v in views.items() if isinstance(v, TrainingView)},
+        models={name: v for name, v in views.items() if isinstance(v, ModelView)},
+        unread=unread,
+        allow_mismatch=allow_mismatch,
+    )
+
+
+def _names(run: Readable, command: str, view: View) -> Iterator[str]:
+    """An evaluated model by its label, another run by its folder; then with more of the path; a run in memory by its number."""
+    parts = run.path.resolve().parts if isinstance(run, Stored) else (command,)
+    paths = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    yield from (view.label, *(f"{view.label} ({path})" for path in paths)) if isinstance(view, ModelView) else paths
+    yield from (f"{paths[0]} {i}" for i in count(2))
+
+
+def _opened(folder: str | Path) -> Stored:
+    if not Path(folder).is_dir():
+        raise UserError(f"{str(folder)!r} is not a run directory: there is no such folder")
+    run = Stored(Path(folder))
+    if run.command not in READ:
+        raise UserError(f"{str(folder)!r} holds a {run.command!r} run: a report is made of {', '.join(READ)} runs")
+    return run
