@@ -145,7 +145,7 @@ def _scheduler(kind: str) -> DDIMScheduler:
     )
 
 
-class _Nan(torch.nn.Module):
+class _Nan(surgery.StandIn):
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden * torch.nan
 
@@ -153,7 +153,7 @@ class _Nan(torch.nn.Module):
 def break_mid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the removal of the mid stage give NaN."""
     real = surgery.stand_in
-    monkeypatch.setattr(surgery, "stand_in", lambda unet, name: _Nan() if name == "mid_block" else real(unet, name))
+    monkeypatch.setattr(surgery, "stand_in", lambda unet, name, kind="": _Nan() if name == "mid_block" else real(unet, name, kind))
 
 
 def drifting_clock(monkeypatch: pytest.MonkeyPatch, floor: float = 0.0) -> None:
