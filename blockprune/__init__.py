@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blockprune.export.pipeline import load_pipeline
     from blockprune.library import distill, evaluate, graph, prune, removed, report, save, scan, search
-    from blockprune.model.architecture import Architecture, BlockGraph
+    from blockprune.model.architecture import Architecture
+    from blockprune.model.graph import BlockGraph
     from blockprune.progress import Silent
     from blockprune.stages.search.budget import Budget
 
 # name => the module that has it, imported on first use, so that the package itself loads without torch
 _HOMES = {
     "Architecture": "model.architecture",
-    "BlockGraph": "model.architecture",
+    "BlockGraph": "model.graph",
     "Budget": "stages.search.budget",
     "Silent": "progress",
     "distill": "library",

@@ -21,11 +21,12 @@ from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
 from blockprune.measures.measure import Measure, chosen
 from blockprune.measures.runner import MeasureRunner
 from blockprune.model import presets, pretrained, surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
 from blockprune.model.device import device_of
 from blockprune.model.families import family_of
 from blockprune.model.fit import Weights
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.model.trace import trace
 from blockprune.progress import Bars, Listener, Silent

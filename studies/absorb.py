@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from blockprune.measures.denoising import Answer
 from blockprune.measures.runner import FIT_SEED, MeasureRunner
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.fit import HELD_OUT, RIDGES, Fitter, Moments, _rows
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model, load_model
 from blockprune.runs.provenance import made_with
 from blockprune.stages.plan import plan_of

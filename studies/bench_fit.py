@@ -32,9 +32,10 @@ from blockprune.measures.denoising import Denoiser, NoisySamples
 from blockprune.measures.runner import FIT_SEED, MeasureRunner
 from blockprune.model import fit as fitting
 from blockprune.model import pretrained, surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.families import family_of
 from blockprune.model.fit import Batch, Fitter, Moments
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import load_model
 from blockprune.model.trace import trace
 from blockprune.runs.provenance import made_with

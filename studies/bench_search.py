@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 
 from blockprune.measures.score import Score
 from blockprune.model import presets
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.reports.canvas import axis_title, new_figure, png, tidy, title
 from blockprune.runs.records import Candidate
 from blockprune.stages.search.proposals import sampler_of

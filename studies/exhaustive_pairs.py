@@ -20,7 +20,8 @@ from pathlib import Path
 from blockprune.cost.components import pipeline_costs
 from blockprune.measures.denoising import Denoiser, NoisySamples
 from blockprune.model import pretrained
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import load_model
 from blockprune.model.trace import trace
 from blockprune.stages import loading

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from steps import Step, chosen, parser_of
 
 from blockprune.model import presets, pretrained
-from blockprune.model.architecture import BlockGraph
+from blockprune.model.graph import BlockGraph
 from blockprune.model.trace import trace
 
 MODEL = "CompVis/stable-diffusion-v1-4"

@@ -20,7 +20,8 @@ from blockprune.measures.images import Judges, failed, judge
 from blockprune.measures.measure import measure, names
 from blockprune.measures.runner import FULL, error_score, with_ratio
 from blockprune.measures.score import Score
-from blockprune.model.architecture import Architecture, BlockGraph, Cost
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph, Cost
 from blockprune.model.trace import trace
 from blockprune.runs.directory import Run
 from blockprune.runs.parts import keep_picture, strip_png

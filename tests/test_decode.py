@@ -26,9 +26,10 @@ from blockprune.export.stock_config import BlockMap, BlockMapRecord
 from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import Score
 from blockprune.model import config_schema, defaults, pretrained
-from blockprune.model.architecture import Architecture, ArchitectureRecord, BlockGraph, GraphRecord
+from blockprune.model.architecture import Architecture, ArchitectureRecord
 from blockprune.model.config_schema import SCHEMAS
 from blockprune.model.defaults import defaults_of
+from blockprune.model.graph import BlockGraph, GraphRecord
 from blockprune.model.trace import trace
 from blockprune.reports.report_data import report_data
 from blockprune.runs import schema

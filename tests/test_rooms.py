@@ -22,6 +22,7 @@ STAGES = ("train", "evaluate", "scan", "search")
 # What reports and help may import at their top level without waiting for torch.
 NO_TORCH = (
     "blockprune.model.architecture",
+    "blockprune.model.graph",
     "blockprune.reports.figures",
     "blockprune.reports.html.page",
     "blockprune.reports.report_data",

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from blockprune.cost.table import Component
 from blockprune.measures.measure import MEASURES
-from blockprune.model.architecture import Cost
+from blockprune.model.graph import Cost
 from blockprune.progress import make_console as make_console
 from blockprune.reports.captions import warning
 from blockprune.reports.model_view import ModelView

@@ -16,7 +16,8 @@ from blockprune.stages.fields import MEASURES, REMOVE, SAMPLING, SCALE, OnModel
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from blockprune.model.architecture import Architecture, BlockGraph, Cost
+    from blockprune.model.architecture import Architecture
+    from blockprune.model.graph import BlockGraph, Cost
     from blockprune.model.pretrained import Configs
 
 MOST_ROUNDS = 10**5

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blockprune.cli import options
-from blockprune.model.architecture import KINDS, Block, BlockGraph
+from blockprune.model.graph import KINDS, Block, BlockGraph
 
 if TYPE_CHECKING:
     from rich.table import Table

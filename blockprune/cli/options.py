@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import CONVENTIONS
+from blockprune.model.graph import CONVENTIONS
 from blockprune.runs.directory import check_run_folder
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from blockprune.cost import crosscheck, latency
 from blockprune.errors import UserError
 from blockprune.model import pretrained, surgery
-from blockprune.model.architecture import Architecture, Cost
+from blockprune.model.architecture import Architecture
 from blockprune.model.config_schema import Config
 from blockprune.model.count import count
 from blockprune.model.families import family_of
+from blockprune.model.graph import Cost
 from blockprune.model.model import Model
 from blockprune.model.pretrained import Configs
 

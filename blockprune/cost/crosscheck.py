@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import Cost
+from blockprune.model.graph import Cost
 
 # what fvcore has no rule for and holds no multiply-add of a convolution, a linear layer or an attention product
 ELEMENTWISE = frozenset(("add", "sub", "mul", "div", "neg", "exp", "sin", "cos", "sigmoid", "silu", "gelu", "softmax"))

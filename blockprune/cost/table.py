@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from blockprune.decode import AGAIN, Natural, checked
-from blockprune.model.architecture import CONVENTIONS, Cost, sum_costs
+from blockprune.model.graph import CONVENTIONS, Cost, sum_costs
 
 
 class Timed(Protocol):

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.families import Condition, join, take
 from blockprune.model.fit import Fits, no_fits
+from blockprune.model.graph import BlockGraph
 from blockprune.model.replay import Recording
 from blockprune.model.sampling import guide, noise
 

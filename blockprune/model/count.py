@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import Cost
+from blockprune.model.graph import Cost
 
 CONV_AND_LINEAR = frozenset({"aten.convolution", "aten.addmm", "aten.mm"})
 ATTENTION = frozenset({"aten.bmm", "aten.baddbmm"})

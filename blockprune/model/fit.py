@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from blockprune.errors import UserError
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.replay import Recording
 from blockprune.model.surgery import StandIn
 

@@ -13,10 +13,11 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from blockprune.model import pretrained, sampling, surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
 from blockprune.model.families import Condition, Family, family_of
 from blockprune.model.fit import Fits, no_fits
+from blockprune.model.graph import BlockGraph
 from blockprune.model.identity import identity, identity_of
 from blockprune.model.sampling import Protocol
 from blockprune.model.trace import trace

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from blockprune.decode import Object, read_json
 from blockprune.errors import UserError
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 
 MAX_NAMES = 1_000_000
 COMPONENTS = (".attn1", ".attn2", ".ff")

@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 
 
 class Play(nn.Module):

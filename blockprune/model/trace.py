@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from blockprune.errors import UserError
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, Block, BlockGraph, Cost, sum_costs
+from blockprune.model.architecture import Architecture
 from blockprune.model.count import count
 from blockprune.model.families import family_of
+from blockprune.model.graph import Block, BlockGraph, Cost, sum_costs
 
 KIND_OF = {
     ResnetBlock2D: "R",

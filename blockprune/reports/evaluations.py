@@ -12,7 +12,8 @@ from blockprune.cost.table import Component
 from blockprune.decode import AGAIN, checked
 from blockprune.measures.measure import MEASURES, define
 from blockprune.measures.score import Score, flat_score
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.reports.model_view import Images, ModelView, Setting
 from blockprune.reports.table import to_csv
 from blockprune.runs import Readable

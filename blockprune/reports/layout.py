@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from blockprune.model.architecture import UNITS, Architecture, Block, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import UNITS, Block, BlockGraph
 
 WIDTH, HEIGHT, GAP = 1.12, 0.46, 0.07
 PITCH, STAGE_GAP, INDENT, THROAT, PILL = HEIGHT + 0.09, 0.3, 0.52, 1.5, 0.27

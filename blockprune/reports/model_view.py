@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from blockprune.cost.table import Component
 from blockprune.measures.score import Score
-from blockprune.model.architecture import Architecture, BlockGraph, Cost
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph, Cost
 
 Images = NDArray[np.uint8]
 

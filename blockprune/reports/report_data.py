@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.reports.evaluations import evaluation_view
 from blockprune.reports.model_view import ModelView, TrainingView
 from blockprune.reports.scans import scan_view

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import CONVENTIONS
+from blockprune.model.graph import CONVENTIONS
 from blockprune.request import Request, option
 
 OUTPUT = "Output"

@@ -10,7 +10,8 @@ from typing import Any
 from blockprune.export.model_card import in_words
 from blockprune.measures.measure import ARROWS, MEASURES, quality
 from blockprune.measures.score import TEACHER, Score, flat_score
-from blockprune.model.architecture import Architecture, Cost
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import Cost
 from blockprune.reports.curves import validated
 from blockprune.reports.model_view import ModelView, TrainingView
 from blockprune.reports.report_data import ReportData

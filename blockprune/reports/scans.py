@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockprune.measures.score import Score, timed_in_turn
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.reports.evaluations import define_own
 from blockprune.reports.table import to_csv
 from blockprune.reports.text import scan_markdown, to_json

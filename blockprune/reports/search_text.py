@@ -11,7 +11,7 @@ from blockprune.export.model_card import in_words
 from blockprune.measures.intervals import kendall_tau
 from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import CONVENTIONS
+from blockprune.model.graph import CONVENTIONS
 from blockprune.reports.captions import caption_title, warning
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, escaped, facts_table, share_of, to_markdown, with_interval

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from blockprune.errors import UserError
 from blockprune.measures.score import TEACHER, Score
-from blockprune.model.architecture import Architecture, BlockGraph, Cost
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph, Cost
 from blockprune.runs.records import Evaluation
 
 PRESET, SCAN = "preset", "scan"

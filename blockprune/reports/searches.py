@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from blockprune.measures.score import TEACHER, Score, timed_in_turn
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.reports import search_text
 from blockprune.reports.scans import pictures
 from blockprune.reports.search_view import SearchView

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from blockprune.measures.measure import MEASURES, quality
 from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import KINDS, Architecture, Block, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import KINDS, Block, BlockGraph
 from blockprune.reports.canvas import INK, LOSS, axis_title, colour_of, ink_on, is_wide, loss_scale, png
 from blockprune.reports.layout import (
     TIMES,

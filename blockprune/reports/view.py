@@ -13,7 +13,8 @@ from blockprune.errors import UserError
 from blockprune.measures.intervals import kendall_tau
 from blockprune.measures.measure import MEASURES, names, quality
 from blockprune.measures.score import TEACHER, Score, flat_score
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 
 PATHS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 PARTS = {"resnets": "R", "attentions": "A", "transformer_blocks": "T", "downsamplers": "D", "upsamplers": "U"}

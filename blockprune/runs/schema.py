@@ -13,7 +13,7 @@ from blockprune.decode import Natural, Positive, Whole, checked
 from blockprune.errors import UserError
 from blockprune.measures.measure import Kind, Measure
 from blockprune.measures.score import Score
-from blockprune.model.architecture import GraphRecord
+from blockprune.model.graph import GraphRecord
 from blockprune.runs.records import EvaluationRecord, SeenRecord, SettingScore, TrainRecord, ValidationRecord
 
 

@@ -24,7 +24,8 @@ from blockprune.cli import app, checks, main
 from blockprune.cli.options import default_out
 from blockprune.errors import UserError
 from blockprune.model import presets, pretrained
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.sampling import MAX_SEED, SCHEDULERS, Protocol, check_schedule
 from blockprune.model.trace import trace
 from blockprune.request import Bounds, bounds

@@ -18,7 +18,7 @@ import torch
 
 from blockprune import cli
 from blockprune.cost import components, latency
-from blockprune.model.architecture import BlockGraph
+from blockprune.model.graph import BlockGraph
 from blockprune.model.presets import preset
 from blockprune.model.trace import trace
 

@@ -28,7 +28,8 @@ from blockprune.data import image_folder
 from blockprune.data.image_files import file_bytes
 from blockprune.measures import detectors, fid_kid
 from blockprune.measures.fid_kid import Stats
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.presets import preset
 from blockprune.model.trace import trace
 from blockprune.runs import directory

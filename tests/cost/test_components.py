@@ -13,8 +13,9 @@ from blockprune.cost import crosscheck
 from blockprune.cost.components import Part, other_parts, pipeline_costs, unet_inputs, verify
 from blockprune.errors import UserError
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph, Cost, sum_costs
+from blockprune.model.architecture import Architecture
 from blockprune.model.count import count
+from blockprune.model.graph import BlockGraph, Cost, sum_costs
 from blockprune.model.presets import preset
 from blockprune.model.pretrained import ALIASES, configs
 from blockprune.model.trace import trace

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import UNITS, Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import UNITS, BlockGraph
 from blockprune.model.presets import PRESETS, expand, fitting, parse, preset
 from blockprune.model.trace import trace
 

@@ -15,8 +15,9 @@ from diffusers import UNet2DConditionModel
 
 from blockprune.errors import UserError
 from blockprune.model import surgery
-from blockprune.model.architecture import UNITS, Architecture
+from blockprune.model.architecture import Architecture
 from blockprune.model.compare import same_outputs
+from blockprune.model.graph import UNITS
 from blockprune.model.presets import fitting, preset
 from blockprune.model.replay import Recording
 from blockprune.model.trace import trace

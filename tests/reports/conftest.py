@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from blockprune.measures.runner import with_ratio
 from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.trace import trace
 from blockprune.reports.view import ScanView
 

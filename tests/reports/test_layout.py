@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.reports.layout import layout, scored_units
 
 

@@ -11,7 +11,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.reports.canvas import colour_of, loss_scale
 from blockprune.reports.layout import layout, scored_units
 from blockprune.reports.table import brief, number

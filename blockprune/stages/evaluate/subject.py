@@ -17,9 +17,10 @@ from blockprune.errors import UserError
 from blockprune.export import pipeline
 from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.model import presets, pretrained, surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import BUILT_IN, DEFAULTS, OWN, defaults_of
 from blockprune.model.device import device_of
+from blockprune.model.graph import BlockGraph
 from blockprune.model.identity import identity
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.model.pretrained import Configs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockprune.model.architecture import FITS, UNITS
+from blockprune.model.architecture import FITS
+from blockprune.model.graph import UNITS
 from blockprune.request import option
 from blockprune.stages.fields import MEASURES, REMOVE, Measuring, OnModel
 

@@ -12,7 +12,8 @@ from blockprune.measures.measure import measure
 from blockprune.measures.runner import FULL, Plan
 from blockprune.measures.score import Score
 from blockprune.model import presets
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
 from blockprune.progress import Listener
 from blockprune.runs import AnyRun, open_run, parts

@@ -17,7 +17,8 @@ from blockprune.measures.measure import names
 from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Plan, check_kept, error_score
 from blockprune.measures.score import Score
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
 

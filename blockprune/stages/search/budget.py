@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import BlockGraph, Cost
+from blockprune.model.graph import BlockGraph, Cost
 
 QUANTITIES = ("params", "macs", "latency")
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}

@@ -9,7 +9,8 @@ from functools import cached_property
 from blockprune.errors import UserError
 from blockprune.measures.measure import measure
 from blockprune.model import presets
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.stages.search.budget import Budget, bounds_latency, parse_budget
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.search import Strategy

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from blockprune.errors import UserError
 from blockprune.measures.measure import quality
-from blockprune.model.architecture import CONVENTIONS
 from blockprune.model.defaults import MOST_BATCH
+from blockprune.model.graph import CONVENTIONS
 from blockprune.request import LONGEST_NAME, option
 from blockprune.stages.fields import REMOVE, SCALE, Measuring, OnModel
 from blockprune.stages.search.budget import amount

@@ -10,7 +10,7 @@ from typing import Any
 from blockprune.cost.components import pipeline_costs
 from blockprune.errors import UserError
 from blockprune.model import pretrained
-from blockprune.model.architecture import BlockGraph
+from blockprune.model.graph import BlockGraph
 from blockprune.model.identity import identity
 from blockprune.model.trace import trace
 from blockprune.runs.directory import Run, read_run

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import LinearConstraint, milp
 
 from blockprune.errors import UserError
-from blockprune.model.architecture import Architecture, BlockGraph, Cost, sum_costs
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph, Cost, sum_costs
 from blockprune.stages.search.budget import Budget
 
 Floats = NDArray[np.float64]

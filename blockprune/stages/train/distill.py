@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blockprune.errors import UserError
 from blockprune.model import surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.families import Condition, join, take
 from blockprune.model.fit import Fits
+from blockprune.model.graph import BlockGraph
 from blockprune.model.pretrained import silence
 from blockprune.runs.records import TrainState
 from blockprune.stages.train import losses

@@ -8,7 +8,8 @@ from typing import Any
 
 from blockprune.errors import UserError
 from blockprune.model import presets
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.stages.train.recipe import Phase, Recipe
 from blockprune.stages.train.request import TrainRequest
 

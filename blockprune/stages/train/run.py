@@ -20,9 +20,10 @@ from blockprune.data.encoded import Provider
 from blockprune.errors import UserError
 from blockprune.export.pipeline import ARCHITECTURE, export_pipeline, load_student, save_student
 from blockprune.model import pretrained, surgery
-from blockprune.model.architecture import Architecture, BlockGraph
+from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
 from blockprune.model.fit import Fitter
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import NotFinite
 from blockprune.model.trace import trace
