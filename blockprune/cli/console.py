@@ -40,18 +40,18 @@ def print_table(table: Table, console: Console, style_of: Callable[[int], str] =
         grid.add_row(*(Text(table.columns[i].line(row[i])) for i in shown), style=style_of(k))
     console.print(grid)
     if left_out := [table.columns[i].title for i in whole if i not in shown]:
-        console.print(Text(f"no room at {console.width} columns for: {', '.join(left_out)}"), soft_wrap=True)
+        console.print(Text(f"no room at {console.width} columns for: {', '.join(left_out)}"))
     name = next(i for i, column in enumerate(table.columns) if not column.numeric)
     for row in table.rows:
         for column, cell in zip(table.columns, row, strict=True):
             if column.kind == "note" and cell.value is not None:
-                console.print(Text(f"{row[name].value}: {cell.value}", style="red"), soft_wrap=True)
+                console.print(Text(f"{row[name].value}: {cell.value}", style="red"))
 
 
 def _width(table: Table, i: int, rows: Sequence[Sequence[Cell]]) -> int:
-    """The characters that a column takes: titles fold between words, cells do not."""
+    """The characters that a column takes with the gap beside it."""
     column = table.columns[i]
-    return 3 + max([*map(len, column.title.split()), *(len(column.line(row[i])) for row in rows)], default=0)
+    return 3 + max([len(column.title), *(len(column.line(row[i])) for row in rows)])
 
 
 def _that_fit(columns: Sequence[int], widths: Sequence[int], table: Table, room: int) -> list[int]:
