@@ -17,6 +17,7 @@ HOW = {
     "PassAttention": "passes on its input",
     "DropSkip": "passes on its input, drops its skip",
     "Shortcut": "keeps its 1x1 shortcut alone",
+    "Zero": "gives zeros beside the residual",
     "PassDown": "passes on its input",
     "PassUp": "passes on its input, drops its skips",
 }

@@ -43,7 +43,13 @@ from blockprune.runs.records import Evaluation
 PX_X, PX_Y, MARGIN = 62, 50, 1.2  # of a cell unit, and beside the U
 LEAST_WIDTH, LINE, EDGE = 720, 16, 16  # of a file, in pixels
 BAR_WIDTH, LEGEND_WIDTH, LEGEND_HEIGHT = 240, 480, 50
-UNIT_NAMES = {"block": "block", "pair": "ResNet-attention pair", "stage": "stage", "layer": "transformer layer"}
+UNIT_NAMES = {
+    "block": "block",
+    "pair": "ResNet-attention pair",
+    "stage": "stage",
+    "layer": "transformer layer",
+    "component": "component of a transformer layer",
+}
 NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 

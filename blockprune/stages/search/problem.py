@@ -33,7 +33,7 @@ def units_of(graph: BlockGraph, text: str, kept: Architecture) -> dict[str, Arch
     units: dict[str, Architecture] = {}
     for name in text.split(","):
         units |= graph.units(name.strip())
-    if text != "layer" and (inner := graph.units("stage").get("innermost")):
+    if text not in ("layer", "component") and (inner := graph.units("stage").get("innermost")):
         units["innermost"] = inner
     left = {label: unit for label, unit in units.items() if not touches(unit, kept)}
     if not left:
