@@ -19,7 +19,7 @@ from blockprune.measures.measure import measure
 from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.families import Condition
-from blockprune.model.fit import Fitter
+from blockprune.model.fit import Fitter, at_a_time
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite, Protocol
 
@@ -27,7 +27,6 @@ Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.uint8]
 FULL = TEACHER
 FIT_SEED = 10**6  # noise and timesteps of the samples that are fitted on are other ones than those that are scored
-ONE_BATCH = 32 * 32  # latents up to this size are fitted in one batch
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class MeasureRunner:
         """Fits stand-ins to the teacher's blocks, on as many noisy samples as a denoising error takes, of other noise."""
         model, samples = self.model, self.noisy(teacher)
         samples = replace(samples, seed=samples.seed + FIT_SEED)
-        size = samples.n if model.latent[0] * model.latent[1] <= ONE_BATCH else self.plan.batch_size
+        size = at_a_time(samples.n, model.latent, self.plan.batch_size)
         starts = range(0, samples.n, size)
         batches = [samples.batch(start, min(start + size, samples.n), model.network) for start in starts]
         return Fitter(model.network, model.graph, batches)

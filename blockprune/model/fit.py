@@ -20,6 +20,7 @@ from blockprune.model.replay import Recording
 from blockprune.model.surgery import StandIn
 
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SMALL = 32 * 32  # latents up to this size are fitted in one batch
 HELD_OUT = 4  # every fourth sample is held out, to choose the ridge by
 Weights = Mapping[str, Tensor]
 Fits = Callable[[Architecture], Weights]
@@ -42,6 +43,11 @@ class Fit:
     ridge: float
     n: int
     weights: Mapping[str, Tensor]
+
+
+def at_a_time(n: int, latent: tuple[int, int], batch_size: int) -> int:
+    """How many of `n` samples go into one batch of a fit: all where latents are small; then one pass fits a student."""
+    return n if latent[0] * latent[1] <= SMALL else batch_size
 
 
 def no_fits(arch: Architecture) -> Weights:

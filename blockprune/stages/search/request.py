@@ -31,9 +31,7 @@ class SearchRequest(OnModel, Measuring):
     )
     macs: str = option("thop", "which multiply-adds are counted", BUDGET, choices=CONVENTIONS)
     pareto: str | None = option(None, "a front over a sweep of sizes", BUDGET, choices=("params", "macs", "latency"))
-    unit: str = option(
-        "block", "what may go: stage, pair, block, layer, component; several as in block,layer", REMOVE, commas=True
-    )
+    unit: str = option("block", "what may go: stage, pair, block, layer, component; several as in block,layer", REMOVE, commas=True)
     keep: str | None = option(None, "blocks that must stay, comma-separated; * and {a,b} stand for several", REMOVE)
     objective: str = option("guided_mse", "what is made best", SEARCH, choices=tuple(quality()))
     trials: int = option(

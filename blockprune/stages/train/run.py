@@ -22,7 +22,7 @@ from blockprune.export.pipeline import ARCHITECTURE, export_pipeline, load_stude
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
-from blockprune.model.fit import Fitter
+from blockprune.model.fit import Fitter, at_a_time
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import NotFinite
@@ -274,7 +274,7 @@ class Training:
 
     def _fitter(self, teacher: Model, samples: Sampler) -> Fitter:
         """Fits what stands in for removed blocks, on training samples that no update sees with the same noise."""
-        size = self.request.train_batch_size
+        size = at_a_time(N_FIT, teacher.latent, self.request.train_batch_size)
         drawn = (samples.batch(range(g, g + size), self.accelerator.device) for g in range(FIT_FROM, FIT_FROM + N_FIT, size))
         return Fitter(teacher.network, teacher.graph, [(b.noisy, b.timesteps, b.condition) for b in drawn])
 
