@@ -123,4 +123,4 @@ if __name__ == "__main__":
         print(f"better than nothing in {better} of {len(rows)}; median fall {falls}")
         if args.out:
             found = {"rows": rows, "better": better, "median_fall": falls, "made_with": made_with(torch.device("cpu"))}
-            (args.out / "absorb.json").write_text(json.dumps(found, indent=2) + "\n")
+            (args.out / "absorb.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

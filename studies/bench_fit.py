@@ -193,4 +193,4 @@ if __name__ == "__main__":
     else:
         result = tiny(args)
         if args.out:
-            (args.out / "bench-fit.json").write_text(json.dumps(result, indent=2) + "\n")
+            (args.out / "bench-fit.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
