@@ -49,6 +49,7 @@ class Tile:
     """What one drawn rectangle shows: the block `name`, its finest scored unit, and whether it is removed.
 
     `label` is "" for the strips of an attention whose transformer layers differ; `value` is what is written in it, once a unit.
+    `fit` is the kind of map that is fitted in place of a removed block, "" for none.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Tile:
     value: float | None = None
     gone: bool = False
     fixed: bool = False
+    fit: str = ""
 
 
 class StageName(NamedTuple):
@@ -150,6 +152,7 @@ def _mid(graph: BlockGraph, centre: float, y: float) -> Iterator[Cell]:
 def tiles(graph: BlockGraph, cells: Mapping[str, Cell], units: Mapping[str, Unit], removed: Architecture) -> Iterator[Tile]:
     """What is drawn in each cell; an attention whose transformer layers differ becomes strips, its own label without a tile."""
     first: dict[Architecture, str] = {}
+    kinds = dict(removed.fits)
     for block in graph:
         if block.name in units and block.kind in "RAM":
             first.setdefault(units[block.name].arch, block.name)
@@ -160,12 +163,14 @@ def tiles(graph: BlockGraph, cells: Mapping[str, Cell], units: Mapping[str, Unit
             width = (cell.w - NAME_WIDTH) / len(layers)
             for i, layer in enumerate(layers):
                 x = cell.x + NAME_WIDTH + i * width
-                yield Tile(layer, x, cell.y, width, cell.h, unit=units.get(layer), gone=layer in removed)
+                fit = kinds.get(layer, "")
+                yield Tile(layer, x, cell.y, width, cell.h, unit=units.get(layer), gone=layer in removed, fit=fit)
             continue
         gone, unit = graph.innermost <= removed.removed if whole else name in removed, units.get(name)
         shows = unit is not None and not cell.fixed and (whole or name in first.values())
         value = unit.value if unit and shows else None
-        yield Tile(name, cell.x, cell.y, cell.w, cell.h, cell.label, unit, value, gone, cell.fixed)
+        fit = next((kinds[n] for n in (graph.innermost if whole else (name,)) if n in kinds), "")
+        yield Tile(name, cell.x, cell.y, cell.w, cell.h, cell.label, unit, value, gone, cell.fixed, fit)
 
 
 def strip_cells(graph: BlockGraph, cells: Mapping[str, Cell], units: Mapping[str, Unit], removed: Architecture) -> list[Cell]:

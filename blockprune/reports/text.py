@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import median
 
 from blockprune.measures.measure import MEASURES, names, quality
 from blockprune.measures.score import TEACHER
+from blockprune.model.architecture import FITS
 from blockprune.reports.table import (
     STEP_LATENCY,
     Cell,
@@ -119,6 +121,7 @@ def summary(view: ScanView) -> list[str]:
             gaps(view),
             *_against_teacher(view),
             extremes(view),
+            *won_back(view),
             correlation_text(view),
             agreement(view),
         )
@@ -233,6 +236,24 @@ def correlation_text(view: ScanView) -> str:
         return f"Rank correlation between `eps_mse` and FID: not available, {why}."
     sure = "ranks like FID" if tau.tau >= 0.7 else "agrees with FID only in part" if tau.tau >= 0.4 else "does not rank like FID"
     return f"Rank correlation between `eps_mse` and FID: Kendall τ = {tau.tau:.2f} over {tau.n} removals; here `eps_mse` {sure}."
+
+
+def won_back(view: ScanView) -> Iterator[str]:
+    """What fits in place of removed blocks make of the main measure, a sentence for each kind."""
+    if (main := view.main_measure) is None:
+        return
+    plain = {arch: label for label, arch in view.archs.items() if not arch.fits}
+    for kind in FITS:
+        fitted = {label: plain[a.plain] for label, a in view.archs.items() if {k for _, k in a.fits} == {kind} and a.plain in plain}
+        values = [(view.value(label, main), view.value(without, main)) for label, without in fitted.items()]
+        both = [(fit, nothing) for fit, nothing in values if fit is not None and nothing is not None]
+        if both:
+            better = sum(MEASURES[main].loss(fit) < MEASURES[main].loss(nothing) for fit, nothing in both)
+            before, after = (number(median(pair[i] for pair in both)) for i in (1, 0))
+            yield (
+                f"With a `{kind}` fit in its place `{main}` is better in {better} of {len(both)} removals; "
+                f"the median goes from {before} to {after}."
+            )
 
 
 def agreement(view: ScanView) -> str:

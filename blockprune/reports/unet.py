@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from blockprune.measures.measure import MEASURES, quality
 from blockprune.measures.score import TEACHER
-from blockprune.model.architecture import Architecture
+from blockprune.model.architecture import FITS, Architecture
 from blockprune.model.graph import KINDS, Block, BlockGraph
 from blockprune.reports.canvas import INK, LOSS, axis_title, colour_of, ink_on, is_wide, loss_scale, png
 from blockprune.reports.layout import (
@@ -43,6 +43,7 @@ from blockprune.runs.records import Evaluation
 PX_X, PX_Y, MARGIN = 62, 50, 1.2  # of a cell unit, and beside the U
 LEAST_WIDTH, LINE, EDGE = 720, 16, 16  # of a file, in pixels
 BAR_WIDTH, LEGEND_WIDTH, LEGEND_HEIGHT = 240, 480, 50
+EVERY_HATCHING = Architecture(frozenset({"removed", "fitted~linear"}))
 UNIT_NAMES = {
     "block": "block",
     "pair": "ResNet-attention pair",
@@ -125,7 +126,7 @@ def unet_svg(graph: BlockGraph, heading: str, removed: Architecture | None = Non
     for i, (line, kind) in enumerate(lines):
         _text(root, EDGE, LINE * (1.2 + i), line, kind)
     drawn.set("transform", f"translate(0 {top})")
-    legend = _legend(graph, scored, bool(gone), any(b.kind in "RAM" and b.name not in units for b in graph))
+    legend = _legend(graph, scored, gone, any(b.kind in "RAM" and b.name not in units for b in graph))
     legend.set("transform", f"translate({EDGE} {top + height:g})")
     root.extend([drawn, legend])
     return Svg(tostring(root, encoding="unicode"))
@@ -145,7 +146,7 @@ def page_legend(graph: BlockGraph, scored: Sensitivity | None) -> str:
     """What colours and hatching mean, for several drawings in a page."""
     size = {"width": f"{LEGEND_WIDTH}", "height": f"{LEGEND_HEIGHT}"}
     root = Element("svg", {"class": "u", "viewBox": f"0 0 {' '.join(size.values())}", **size})
-    root.append(_legend(graph, scored, True, True))
+    root.append(_legend(graph, scored, EVERY_HATCHING, True))
     return tostring(root, encoding="unicode")
 
 
@@ -163,12 +164,14 @@ def style() -> str:
 
 
 def _defs() -> Element:
-    """Hatching for each ink, the head of an arrow, and the colour bar of measures where less is better, and where more is."""
+    """Hatching and dots for each ink, the head of an arrow, and the colour bars of measures where less, or more, is better."""
     defs = Element("defs", {"class": "u-defs"})
     for ink in ("dark", "light", "plain"):
         turned = {"patternUnits": "userSpaceOnUse", "patternTransform": "rotate(45)"}
         pattern = _add(defs, "pattern", id=f"hatch-{ink}", width=7, height=7, **turned)
         _add(pattern, "line", class_=ink, x1=1.5, y1=0, x2=1.5, y2=7)
+        dots = _add(defs, "pattern", id=f"fit-{ink}", width=7, height=7, **turned)
+        _add(dots, "circle", class_=ink, cx=3.5, cy=3.5, r=0.8)
     head = {"viewBox": "0 0 8 8", "refX": 7, "refY": 4, "markerWidth": 7, "markerHeight": 7}
     _add(_add(defs, "marker", id="arrow", orient="auto", **head), "path", d="M0 0 L8 4 L0 8 z")
     for direction, colours in (("down", LOSS), ("up", LOSS[::-1])):
@@ -224,7 +227,7 @@ def _block(tile: Tile, corner: tuple[float, float], scale: ScalarMappable | None
     box = {"x": x, "y": y, "width": w, "height": h, "rx": 4 if tile.label else 0}
     _add(group, "rect", class_="cell" if tile.label else "cell strip", **box, **({"fill": to_hex(colour)} if colour else {}))
     if tile.gone:
-        _add(group, "rect", class_="hatch", **box, fill=f"url(#hatch-{ink or 'plain'})")
+        _add(group, "rect", class_="hatch", **box, fill=f"url(#{'fit' if tile.fit else 'hatch'}-{ink or 'plain'})")
     if tile.label:
         _text(group, x + (w / 2 if tile.fixed else 5), y + h / 2, tile.label, "label")
     if tile.value is not None and numbers:
@@ -232,7 +235,7 @@ def _block(tile: Tile, corner: tuple[float, float], scale: ScalarMappable | None
     return group
 
 
-def _legend(graph: BlockGraph, scored: Sensitivity | None, hatched: bool, unscored: bool) -> Element:
+def _legend(graph: BlockGraph, scored: Sensitivity | None, removed: Architecture, unscored: bool) -> Element:
     """The colour bar with its ends, the teacher's own value, and what hatching and grey mean."""
     group = Element("g")
     values = [u.value for u in scored_units(graph, scored.losses).values()] if scored else []
@@ -245,10 +248,12 @@ def _legend(graph: BlockGraph, scored: Sensitivity | None, hatched: bool, unscor
         for text, x, anchor in zip(map(number, scale.get_clim()), (0, BAR_WIDTH), ("start", "end"), strict=True):
             _text(group, x, 41, text, "small", anchor)
     x = BAR_WIDTH + 24 if values else 0
-    for name in ["removed"] * hatched + ["not scored"] * unscored:
+    plain, fitted = len(removed) > len(removed.fits), bool(removed.fits)
+    for name, pattern in [("removed", "hatch")] * plain + [("fitted map", "fit")] * fitted + [("not scored", "")] * unscored:
         key = _add(group, "g", class_="unscored")
-        for class_, fill in (("cell", ""), *([("hatch", "url(#hatch-plain)")] if name == "removed" else [])):
-            _add(key, "rect", class_=class_, x=x, y=18, width=26, height=14, rx=3, **({"fill": fill} if fill else {}))
+        _add(key, "rect", class_="cell", x=x, y=18, width=26, height=14, rx=3)
+        if pattern:
+            _add(key, "rect", class_="hatch", x=x, y=18, width=26, height=14, rx=3, fill=f"url(#{pattern}-plain)")
         _text(group, x + 32, 25, name)
         x += 100
     return group
@@ -260,7 +265,8 @@ def _explanation(removed: Architecture, units: Mapping[str, Unit]) -> str:
         text += " Blocks removed together share a colour."
     elif any("transformer_blocks" in name for u in units.values() for name in u.arch):
         text += " Strips: the transformer layers of an attention."
-    return f"{text} Hatched: {len(removed)} removed." if removed else text
+    fitted = f" Dotted: {len(removed.fits)} of them with a map fitted in their place." if removed.fits else ""
+    return f"{text} Hatched: {len(removed)} removed.{fitted}" if removed else text
 
 
 def _tooltip(graph: BlockGraph, scored: Sensitivity | None, convention: str, tile: Tile) -> str:
@@ -273,7 +279,8 @@ def _tooltip(graph: BlockGraph, scored: Sensitivity | None, convention: str, til
         arch = tile.unit.arch
         lines.append("without it:" if set(arch) == {tile.name} else f"without its unit ({', '.join(arch)}):")
         lines += _scores(scored, arch)
-    return "\n".join([*lines, "removed in this student"] if tile.gone else lines)
+    gone = f"a {'linear map' if tile.fit == 'linear' else 'scale and shift'} stands in" if tile.fit else "removed"
+    return "\n".join([*lines, f"{gone} in this student"] if tile.gone else lines)
 
 
 def _facts(block: Block, graph: BlockGraph, convention: str) -> Sequence[str]:
@@ -294,10 +301,14 @@ def _scores(scored: Sensitivity, arch: Architecture) -> Sequence[str]:
         return [f"{MEASURES[scored.measure].title}: {number(scored.losses[arch])}"]
     values = {m: scan.value(label, m) for m in quality()}
     scores = {m: with_interval(v, *(scan.interval(label, m) or (None, None))) for m, v in values.items() if v is not None}
+    fits = {
+        kind: next((n for n, a in scan.archs.items() if a.plain == arch and {k for _, k in a.fits} == {kind}), "") for kind in FITS
+    }
     ratio = scan.value(label, "latency_ratio")
     return [
         *(f"{MEASURES[m].title}: {s}" for m, s in scores.items()),
         *([f"step latency: {ratio:.3g} of the teacher's"] if ratio else []),
+        *(f"{scored.measure} with a {kind} fit: {number(v)}" for kind, n in fits.items() if (v := scan.value(n, scored.measure))),
     ]
 
 

@@ -26,8 +26,8 @@ from blockprune.progress import Bars, make_console
 from blockprune.reports.canvas import loss_scale, png
 from blockprune.reports.figures import figures
 from blockprune.reports.image_grid import scan_labels
-from blockprune.reports.table import escaped, to_csv
-from blockprune.reports.text import agreement, scan_markdown, to_json
+from blockprune.reports.table import escaped, number, to_csv
+from blockprune.reports.text import agreement, scan_markdown, to_json, won_back
 from blockprune.reports.unet import Svg
 from blockprune.reports.view import ScanView, rank_correlation, ranked, ranking, short
 
@@ -172,7 +172,7 @@ def test_what_loses_captions_is_not_nearly_free(make: Callable[..., ScanView]) -
     """A removal may leave FID as it was and lose the caption: every measure has a say, and each is named."""
     view = make(measures=("eps_mse", "fid", "kid", "is", "clip_score"))
     free = re.findall(
-        r"Nearly free, worse beyond noise in none of FID, KID, Inception Score and CLIP score: (.*?)\. Left", scan_markdown(view)
+        r"Nearly free, worse beyond noise in none of FID, KID, CLIP score and Inception Score: (.*?)\. Left", scan_markdown(view)
     )
     first, *_ = free[0].replace("`", "").split(", ")
     bad = [
@@ -220,10 +220,10 @@ def test_short_names() -> None:
     ] == [
         "down 1 R0",
         "up 0 pair 2",
-        "bk-sdm-base",
-        "teacher",
+        "mid",
         "up 3",
         "bk-sdm-base",
+        "teacher",
     ]
     assert short("mid_block.attentions.0.transformer_blocks.4") == "mid A0 T4"
 
@@ -274,6 +274,21 @@ def test_the_printed_ranking_takes_labels_literally(make: Callable[..., ScanView
     assert "Kendall τ" in text
     narrow = printed(Console(width=80), lambda c: print_ranking(view, c))
     assert max(map(len, narrow.splitlines())) <= 80 or "Kendall" in max(narrow.splitlines(), key=len)
+
+
+def test_a_scan_says_what_fits_win_back(make: Callable[..., ScanView]) -> None:
+    view = make(measures=("eps_mse",))
+    assert not list(won_back(view))
+    labels = view.removals[5:8]
+    archs, scores = dict(view.archs), list(view.scores)
+    for label, factor in zip(labels, (0.5, 0.25, 3.0), strict=True):
+        fitted = view.graph.fitted(view.archs[label], "linear")
+        archs[f"{label}~linear"] = fitted
+        scores.append(Score(fitted.key, f"{label}~linear", "eps_mse", factor * (view.value(label, "eps_mse") or 0), 8, 0))
+    (sentence,) = won_back(replace(view, archs=archs, scores=scores))
+    middle = number(view.value(labels[1], "eps_mse"))
+    begins = "With a `linear` fit in its place `eps_mse` is better in 2 of 3 removals"
+    assert sentence.startswith(f"{begins}; the median goes from {middle} to ")
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])

@@ -54,6 +54,21 @@ def test_removed_blocks_are_hatched(graph: BlockGraph) -> None:
     assert ">removed<" in hatched and ">removed<" not in plain
 
 
+def test_fitted_blocks_are_dotted(graph: BlockGraph) -> None:
+    arch = Architecture(frozenset({"mid_block~linear", "down_blocks.0.resnets.1", "up_blocks.2.attentions.1~channel"}))
+    drawn = blocks(unet_svg(graph, "U-Net", arch))
+    fills = {
+        name: hatch.get("fill", "") for name, block in drawn.items() if (hatch := block.find("rect[@class='hatch']")) is not None
+    }
+    assert {name for name, fill in fills.items() if "#fit-" in fill} == {"mid_block", "up_blocks.2.attentions.1"}
+    assert {name for name, fill in fills.items() if "#hatch-" in fill} == {"down_blocks.0.resnets.1"} | {
+        name for name in layout(graph) if name.startswith("mid_block.")
+    }
+    svg = unet_svg(graph, "U-Net", arch)
+    assert ">fitted map<" in svg and ">removed<" in svg and "Dotted:" in svg
+    assert "a linear map stands in in this student" in svg and ">fitted map<" not in unet_svg(graph, "U-Net", MID)
+
+
 def test_a_block_has_its_colour_its_value_and_what_is_known_of_it(make: Callable[..., ScanView]) -> None:
     view, label = make(), "up_blocks.1.resnets.0"
     scored = Sensitivity.of_scan(view)
