@@ -63,6 +63,17 @@ def test_every_removal_runs_alike_masked_pruned_and_replayed(
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_layer_without_its_components_passes_on_its_input(kind: str) -> None:
+    unet, inputs = tiny.unet(kind), tiny.inputs(kind)
+    for layer in list(GRAPHS[kind].units("layer").values())[:4]:
+        (name,) = layer
+        with surgery.removed(unet, layer):
+            whole = run(unet, inputs)
+        with surgery.removed(unet, Architecture(frozenset(f"{name}.{part}" for part in surgery.COMPONENTS))):
+            assert same_outputs(run(unet, inputs), whole, unet), name
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_teacher_comes_back_bit_for_bit(kind: str) -> None:
     unet, inputs = tiny.unet(kind), tiny.inputs(kind)
     before, state = run(unet, inputs), {k: v.clone() for k, v in unet.state_dict().items()}
