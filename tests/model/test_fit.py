@@ -156,7 +156,7 @@ def test_one_batch_in_one_pass_fits_as_many_batches_do(kind: str) -> None:
     arch = graph.fitted(many(graph), "linear")
     whole, cut = (Fitter(unet, graph, batches(kind, 32, at_a_time=n)) for n in (32, 8))
     for one, other in zip(whole.fits(arch), cut.fits(arch), strict=True):
-        assert (one.name, one.n, one.ridge) == (other.name, other.n, other.ridge)
+        assert (one.name, one.n) == (other.name, other.n)  # two ridges may be equally good within rounding
         assert one.error == pytest.approx(other.error, rel=1e-3)
     weights = whole(arch), cut(arch)
     assert weights[0].keys() == weights[1].keys()
