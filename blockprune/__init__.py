@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blockprune.api import distill, evaluate, graph, prune, removed, report, save, scan, search
     from blockprune.export.pipeline import load_pipeline
-    from blockprune.library import distill, evaluate, graph, prune, removed, report, save, scan, search
     from blockprune.model.architecture import Architecture
     from blockprune.model.graph import BlockGraph
     from blockprune.progress import Silent
@@ -19,16 +19,16 @@ _HOMES = {
     "BlockGraph": "model.graph",
     "Budget": "stages.search.budget",
     "Silent": "progress",
-    "distill": "library",
-    "evaluate": "library",
-    "graph": "library",
+    "distill": "api",
+    "evaluate": "api",
+    "graph": "api",
     "load_pipeline": "export.pipeline",
-    "prune": "library",
-    "removed": "library",
-    "report": "library",
-    "save": "library",
-    "scan": "library",
-    "search": "library",
+    "prune": "api",
+    "removed": "api",
+    "report": "api",
+    "save": "api",
+    "scan": "api",
+    "search": "api",
 }
 __all__ = [
     "Architecture",

@@ -38,7 +38,7 @@ LIMIT_S = 240.0  # of one run, so that one that hangs is told from one that is s
 LAUNCHER = """
 import importlib, json, os, signal, sys
 from blockprune.cli import main
-for name in ("cli.console", "data.cache", "library", "reports.canvas", "stages.train.cache"):
+for name in ("cli.console", "data.cache", "api", "reports.canvas", "stages.train.cache"):
     importlib.import_module(f"blockprune.{name}")
 for name in ("matplotlib.pyplot", "diffusers", "transformers"):
     importlib.import_module(name)

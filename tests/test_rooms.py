@@ -16,7 +16,7 @@ ROOT = Path(blockprune.__file__).parent
 # A room may import those before it. A tuple is in import order inside one room; a stage knows no other but those before it.
 ROOMS = (
     *("errors", "decode", "request", "progress", "assets", "model", "cost", "measures", "runs", "data"),
-    *("export", "stages", "reports", "results", "library", "cli", "__main__"),
+    *("export", "stages", "reports", "results", "api", "cli", "__main__"),
 )
 STAGES = ("train", "evaluate", "scan", "search")
 # What reports and help may import at their top level without waiting for torch.

@@ -15,11 +15,11 @@ Out = Annotated[Path | None, typer.Option(help="run directory; the same command 
 
 
 def run(request: TrainRequest, out: Out = None) -> None:
-    from blockprune import library
+    from blockprune import api
 
     arch = request.arch or ""
     folder = out or options.default_out("distill", Path(arch).stem if arch.endswith(".json") else arch)
-    trained = library.distill(request=request, out=folder)
+    trained = api.distill(request=request, out=folder)
     if trained.leads:
         print(trained.save(folder))
 

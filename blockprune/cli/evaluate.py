@@ -18,11 +18,11 @@ Out = Annotated[
 
 
 def run(request: EvaluateRequest, out: Out = None) -> None:
-    from blockprune import library
+    from blockprune import api
     from blockprune.cli import console
 
     folder = out or options.default_out("evaluate", request.title)
-    result = library.evaluate(request=request, out=folder)
+    result = api.evaluate(request=request, out=folder)
     result.save(folder)
     console.print_evaluation(result.view, console.make_console())
     print(f"evaluate.csv, evaluate.json, rows and images are in {folder}")

@@ -41,10 +41,10 @@ def graph(
 
     $ blockprune graph --unit pair --json
     """
-    from blockprune import library
+    from blockprune import api
 
     convention = options.convention(macs)
-    found = library.graph(model, resolution=resolution)
+    found = api.graph(model, resolution=resolution)
     if as_json:
         extra = {"model": model, "skip_edges": [list(edge) for edge in found.skip_edges]}
         options.print_json(found.to_json() | extra | ({"units": _units(found, unit)} if unit else {}))

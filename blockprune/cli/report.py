@@ -7,9 +7,9 @@ from blockprune.reports.request import ReportRequest
 
 
 def run(request: ReportRequest) -> None:
-    from blockprune import library
+    from blockprune import api
 
-    result = library.report(request=request)
+    result = api.report(request=request)
     size = result.page.stat().st_size / 1e6
     print(f"{result.page}: {size:.2f} MB; results also in {', '.join(map(str, result.files))}")
     if n := len(result.missing):

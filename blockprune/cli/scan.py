@@ -15,11 +15,11 @@ Out = Annotated[Path | None, typer.Option(help="run directory; the same command 
 
 
 def run(request: ScanRequest, out: Out = None) -> None:
-    from blockprune import library
+    from blockprune import api
     from blockprune.cli import console
 
     folder = out or options.default_out("scan", Path(request.model).name)
-    result = library.scan(request=request, out=folder)
+    result = api.scan(request=request, out=folder)
     result.save(folder)
     console.print_ranking(result.view, console.make_console())
     print(f"rows, tables, figures and report.md are in {folder}")

@@ -26,11 +26,11 @@ def run(request: SearchRequest, solve_only: SolveOnly = False, out: Out = None) 
     if solve_only:
         _solve(request, out)
         return
-    from blockprune import library
+    from blockprune import api
     from blockprune.cli import console
 
     folder = out or options.default_out("search", Path(request.model).name)
-    result = library.search(request=request, out=folder)
+    result = api.search(request=request, out=folder)
     result.save(folder)
     console.print_finalists(result.view, console.make_console())
     answer = "pareto.json" if result.view.is_front else "best.json"

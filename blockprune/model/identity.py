@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from blockprune.model import pretrained
 from blockprune.model.config_schema import Config
 
 WHOLE = 2**20  # numbers of a tensor that all count
-SAMPLE = 1024  # that count of a larger one, its first
-Sized = tuple[int, Tensor]  # how many numbers a tensor has, and the first of them
+ROWS, WIDTH = 64, 4096  # of a larger one so many rows count, spread evenly over it, and of each the first numbers
+Sized = tuple[int, Tensor]  # how many numbers a tensor has, and those that count
 
 
 def identity(model: str, unet: list[Path] | None = None) -> str:
@@ -47,7 +47,15 @@ def identity_of(pipe: DiffusionPipeline) -> str:
     modules = (getattr(pipe, part, None) for part in pretrained.WEIGHTS)
     tensors = (t for module in modules if module is not None for t in module.state_dict().values())
     settings = [_settings(type(part).__name__, part.config) for part in configured]
-    return _digest(settings, ((t.numel(), t) for t in tensors if t.is_floating_point()))
+    return _digest(settings, ((t.numel(), _counted(t.shape, t.__getitem__)) for t in tensors if t.is_floating_point()))
+
+
+def _counted(shape: Sequence[int], read: Callable[[Any], Tensor]) -> Tensor:
+    """The numbers of a tensor that count; `read` takes a slice of its rows."""
+    if math.prod(shape) <= WHOLE or not shape:
+        return read(...)
+    places = sorted({i * (shape[0] - 1) // (ROWS - 1) for i in range(ROWS)})
+    return torch.cat([read(slice(i, i + 1)).reshape(-1)[:WIDTH] for i in places])
 
 
 def _settings(name: str, config: Config) -> dict[str, Any]:
@@ -62,10 +70,9 @@ def _of_files(files: Iterable[Path]) -> Iterator[Sized]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 piece = file.get_slice(name)
-                shape, n = piece.get_shape(), math.prod(piece.get_shape())
-                if "F" not in piece.get_dtype():
-                    continue
-                yield n, piece[: -(-SAMPLE * shape[0] // n)] if n > WHOLE else file.get_tensor(name)
+                shape = piece.get_shape()
+                if "F" in piece.get_dtype():
+                    yield math.prod(shape), _counted(shape, piece.__getitem__)
 
 
 def _digest(settings: Sequence[Mapping[str, Any]], tensors: Iterable[Sized]) -> str:
@@ -75,5 +82,5 @@ def _digest(settings: Sequence[Mapping[str, Any]], tensors: Iterable[Sized]) -> 
 
 
 def _digest_of(n: int, tensor: Tensor) -> str:
-    numbers = tensor.detach().reshape(-1)[: SAMPLE if n > WHOLE else n].cpu().to(torch.float16).numpy()
+    numbers = tensor.detach().reshape(-1).cpu().to(torch.float16).numpy()
     return hashlib.sha256(b"%d " % n + numbers.tobytes()).hexdigest()

@@ -28,6 +28,7 @@ from blockprune.reports.figures import tradeoff
 from blockprune.reports.scans import scan_view
 from blockprune.runs import directory
 from blockprune.stages.search.proposals import SAMPLERS, sampler_of
+from blockprune.stages.search.run import scores_in
 
 QUICK = ["--unit", "stage", "--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4"]
 IMAGES = "eps_mse,fid,clip_score,params"
@@ -188,6 +189,8 @@ def test_fits_stand_beside_what_they_are_fitted_for(cli: Cli, tmp_path: Path) ->
     assert ranking["mid_block~linear"]["params"] == ranking["mid_block"]["params"] + 64 * 64 + 64
     before = (tmp_path / "run" / "rows.jsonl").read_bytes()
     assert cli(*command)[0] == 0 and (tmp_path / "run" / "rows.jsonl").read_bytes() == before
+    taken_over = {label for label, _, _ in scores_in(tmp_path / "run", "eps_mse")}  # by a search, which fits nothing
+    assert taken_over == {"mid_block", "up_blocks.3.resnets.2"}
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd1-v", "sd2"])

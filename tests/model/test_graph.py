@@ -5,23 +5,9 @@ from __future__ import annotations
 import json
 import random
 
-import pytest
-import tiny
-
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import UNITS, BlockGraph
 from blockprune.model.presets import parse
-from blockprune.model.trace import trace
-
-
-@pytest.fixture(scope="module")
-def graph() -> BlockGraph:
-    return trace(tiny.config("sd1"))
-
-
-@pytest.fixture(scope="module")
-def graph_xl() -> BlockGraph:
-    return trace(tiny.config("sdxl"))
 
 
 def arch(*names: str) -> Architecture:

@@ -47,6 +47,13 @@ def test_it_follows_weights_and_configuration(
     with torch.no_grad():
         pipe.unet.conv_in.bias += 1
     assert identity_of(pipe) == ids[-1]
+    last = "conv_out.weight"  # a change of the last row alone
+    tensors[last][-1] += 1
+    save_file(tensors, folder / UNET, metadata={"format": "pt"})
+    ids.append(identity(str(folder)))
+    with torch.no_grad():
+        pipe.unet.conv_out.weight[-1] += 1
+    assert identity_of(pipe) == ids[-1]
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     ids.append(identity_of(pipe))
     assert len(set(ids)) == len(ids)

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 
 from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.presets import PRESETS, expand, fitting, parse, preset
-from blockprune.model.trace import trace
-
-
-@pytest.fixture(scope="module")
-def graph() -> BlockGraph:
-    return trace(tiny.config("sd1"))
-
-
-@pytest.fixture(scope="module")
-def graph_xl() -> BlockGraph:
-    return trace(tiny.config("sdxl"))
 
 
 def arch(*names: str) -> Architecture:

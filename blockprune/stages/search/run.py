@@ -103,7 +103,10 @@ def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
 
 
 def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture, Score]]:
-    """(label, architecture, score) of everything that a scan or search directory has scored in full by one measure."""
+    """(label, architecture, score) of everything that a scan or search directory has scored in full by one measure.
+
+    What a scan has scored with fits is left out: a search fits nothing.
+    """
     command = read_run(folder)["command"]
     if command not in ("scan", "search"):
         raise UserError(f"{str(folder)!r} holds a {command} run: scores of architectures are in those of scan and search")
@@ -113,7 +116,7 @@ def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture,
             e = Evaluation.from_json(row)
             if e.score.measure == objective:
                 yield e.score.label, e.candidate.arch, e.score
-        elif row.get("measure") == objective and row["label"] in archs:
+        elif row.get("measure") == objective and row["label"] in archs and not archs[row["label"]].fits:
             yield row["label"], archs[row["label"]], Score.from_json(row)
 
 
