@@ -51,6 +51,7 @@ def _row(view: SearchView, rank: int, e: Evaluation) -> dict[str, Any]:
     row |= {"on_front": e in view.front(view.protocol["pareto"])} if view.protocol["pareto"] else {}
     row |= {view.measure: e.score.value, "low": e.score.low, "high": e.score.high, "n": e.score.n, "seed": e.score.seed}
     if (after := view.after(e)) is not None:
+        row |= {"recovered_updates": after.updates}
         row |= {"recovered": after.score.value, "recovered_low": after.score.low, "recovered_high": after.score.high}
     if (caption := view.caption(e)) is not None:
         names = ("n", "low", "high", "delta", "delta_low", "delta_high")
@@ -205,12 +206,23 @@ def finalists_table(view: SearchView, measures: Sequence[str]) -> Table:
 def _recovery(view: SearchView) -> str:
     """What a short distillation changes, and whether the order survives it."""
     pairs = [(e, after) for e in view.ranked if (after := view.after(e)) is not None]
-    columns = [Column("architecture", "code"), *(Column(f"{view.measure}, {when}") for when in ("one-shot", "recovered"))]
-    table = Table("", columns, [[Cell(e.score.label), Cell.of(e.score), Cell.of(after.score)] for e, after in pairs])
-    tau = kendall_tau([e.loss for e, _ in pairs], [after.loss for _, after in pairs])
-    order = f"Kendall τ between the two orders is {tau:.2f} over {len(pairs)} architectures." if tau is not None else ""
-    intro = "Every finalist was distilled briefly (`--recover`) on the same samples; these scores decide."
-    return f"{intro}\n\n{to_markdown(table)}\n\n{order}".strip()
+    updates = view.stops
+    columns = [Column("architecture", "code"), *(Column(text) for text in ("one-shot", *(f"{n} updates" for n in updates)))]
+    blank = [Cell()] * len(updates)
+    rows = [[Cell(e.score.label), *[Cell.of(s) for s in (e.score, *after.tiers)], *blank[len(after.tiers) :]] for e, after in pairs]
+    taus = [_tau([(e.loss, after.tiers[i].loss) for e, after in pairs if len(after.tiers) > i]) for i in range(len(updates))]
+    order = "; ".join(f"{tau} with that after {n} updates" for tau, n in zip(taus, updates, strict=True) if tau)
+    intro = (
+        f"Every finalist was distilled for {updates[0]} updates (`--recover`) on the same samples, the best third went on at each "
+        "further number; the last score of each decides."
+    )
+    told = f"Kendall τ of the one-shot order: {order}." if order else ""
+    return f"{intro}\n\n{to_markdown(Table(view.measure, columns, rows))}\n\n{told}".strip()
+
+
+def _tau(pairs: Sequence[tuple[float, float]]) -> str:
+    tau = kendall_tau([a for a, _ in pairs], [b for _, b in pairs])
+    return "" if tau is None else f"{tau:.2f} (n = {len(pairs)})"
 
 
 def frequency_table(view: SearchView) -> Table | None:

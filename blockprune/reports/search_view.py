@@ -86,17 +86,28 @@ class SearchView:
 
     @cached_property
     def ranked(self) -> list[Evaluation]:
-        """The finalists that hold the budgets, best first on fresh seeds; after recovery where there was one."""
+        """The finalists that hold the budgets, best first on fresh seeds; after recovery where there was one, what got most
+        updates first."""
         sound = [e for e in self.finals if self.holds(e) and e.score.value is not None]
-        return sorted(sound, key=lambda e: self.judged(e).loss)
+        return sorted(sound, key=self._rank)
+
+    def _rank(self, e: Evaluation) -> tuple[bool, int, float]:
+        last = self.judged(e)
+        return last.score.value is None, -last.updates, last.loss
 
     def judged(self, e: Evaluation) -> Evaluation:
         """What decides about a finalist: its score after recovery, else the one on fresh seeds."""
         return self.after(e) or e
 
     def after(self, e: Evaluation) -> Evaluation | None:
-        """What a finalist scored after recovery; None when it was not recovered."""
-        return next((r for r in self.recovered if r.candidate.arch == e.candidate.arch), None)
+        """What a finalist scored after recovery, with as many updates as it got; None when it was not recovered."""
+        recovered = (r for r in self.recovered if r.candidate.arch == e.candidate.arch)
+        return max(recovered, key=lambda r: r.updates, default=None)
+
+    @property
+    def stops(self) -> list[int]:
+        """The numbers of updates after which finalists were compared."""
+        return sorted({e.updates for e in self.recovered})
 
     @property
     def is_front(self) -> bool:

@@ -38,7 +38,8 @@ class Candidate:
 class Evaluation:
     """A candidate with its scores, one for each number of samples that it was tried on, the last of which counts.
 
-    `ended` is a time in seconds since the epoch, `seconds` what the evaluation took.
+    `ended` is a time in seconds since the epoch, `seconds` what the evaluation took. After a short distillation there is one for
+    each number of `updates` that it stopped at.
     """
 
     trial: int
@@ -46,6 +47,7 @@ class Evaluation:
     tiers: tuple[Score, ...]
     ended: float
     seconds: float
+    updates: int = 0
 
     @property
     def score(self) -> Score:
@@ -67,7 +69,7 @@ class Evaluation:
             "ended": self.ended,
             "seconds": self.seconds,
             "tiers": [s.to_json() for s in self.tiers],
-        }
+        } | ({"updates": self.updates} if self.updates else {})
 
     @classmethod
     def from_json(cls, data: object) -> Evaluation:
@@ -75,7 +77,7 @@ class Evaluation:
         record = checked(data, EvaluationRecord, "an evaluation", AGAIN)
         costs = record.params, record.over, record.costs
         candidate = Candidate(Architecture(frozenset(record.removed)), record.tiers[-1].label, record.source, *costs)
-        return cls(record.trial, candidate, record.tiers, record.ended, record.seconds)
+        return cls(record.trial, candidate, record.tiers, record.ended, record.seconds, record.updates)
 
 
 class EvaluationRecord(msgspec.Struct):
@@ -90,6 +92,7 @@ class EvaluationRecord(msgspec.Struct):
     ended: float
     seconds: float
     tiers: Annotated[tuple[Score, ...], Meta(min_length=1)]
+    updates: Natural = 0
 
 
 @dataclass(frozen=True)

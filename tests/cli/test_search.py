@@ -290,15 +290,25 @@ def test_a_latency_budget_out_of_reach_is_said(tmp_path: Path, cli: Cli, monkeyp
 
 @pytest.mark.parametrize("objective", ["eps_mse", "guided_mse", "clip_score"])
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
-    args = [*QUICK[:4], "--trials", "16", *SMALL, "--objective", objective, "--recover", "2", "--recover-batch-size", "2"]
+    args = [*QUICK[:4], "--trials", "16", *SMALL, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]
     code, _, err = cli("search", *args, "--out", tmp_path / "run")
     assert code == 0, err
-    final, recovered = (scored(tmp_path / "run", kind) for kind in ("final", "recovered"))
-    assert final.keys() == recovered.keys()
-    assert all(recovered[key] != final[key] for key in final)
+    assert "updates, at most" in err
+    rows = [row for row in directory.read_rows(tmp_path / "run") if row["kind"] == "recovered"]
+    first, second = ({row["tiers"][-1]["arch"]: row["tiers"] for row in rows if row["updates"] == n} for n in (1, 2))
+    final = scored(tmp_path / "run", "final")
+    better = max if objective == "clip_score" else min
+    values = {key: tiers[0]["value"] for key, tiers in first.items()}
+    assert final.keys() == first.keys() and all(values[key] != final[key] for key in final)
+    assert better(values, key=values.__getitem__) in second  # the best third goes on
+    assert 0 < len(second) <= -(-len(first) // 3)
+    assert all(tiers[0] == first[key][0] and tiers[1] != tiers[0] for key, tiers in second.items())
     best = json.loads((tmp_path / "run" / "best.json").read_text())
-    assert best["score_recovered"]["value"] == (max if objective == "clip_score" else min)(recovered.values())
-    assert "Kendall τ between the two orders" in (tmp_path / "run" / "report.md").read_text()
+    assert best["score_recovered"]["value"] == better(tiers[1]["value"] for tiers in second.values())
+    assert "Kendall τ of the one-shot order" in (tmp_path / "run" / "report.md").read_text()
+    n = len(directory.read_rows(tmp_path / "run"))
+    assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
+    assert len(directory.read_rows(tmp_path / "run")) == n
 
 
 def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
@@ -323,7 +333,9 @@ def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
         (["--budget", "65%params", "--workers", "0"], "--workers must be at least 1"),
         (["--budget", "65%params", "--finalists", "0"], "--finalists must be at least 1"),
         (["--budget", "65%params", "--random", "-1"], "--random must be at least 0"),
-        (["--budget", "65%params", "--recover", "-1"], "--recover must be at least 0"),
+        (["--budget", "65%params", "--recover", "0"], "--recover must be at least 1"),
+        (["--budget", "65%params", "--recover", "50,20"], "--recover must rise from each number of updates to the next: got 50,20"),
+        (["--budget", "65%params", "--recover", "50,fast"], "--recover"),
         (["--budget", "65%params", "--scope", "all"], "unknown --scope 'all'"),
         (["--budget", "65%params", "--macs", "flops"], "unknown --macs"),
         (["--budget", "65%params", "--unit", "brick"], "unknown unit 'brick'"),

@@ -46,8 +46,13 @@ class SearchRequest(OnModel, Measuring):
         0, "random sets to score as well, for comparison in the report", SEARCH, least=0, most=MOST_TRIALS, compared=False
     )
     from_scan: str | None = option(None, "run directory of a scan or search whose scores are taken over", SEARCH, compared=False)
-    recover: int = option(
-        0, "updates of distillation for every finalist before the choice; 0 for none", RECOVERY, least=0, most=10**6
+    recover: tuple[int, ...] = option(
+        (),
+        "updates of distillation before the choice: 50,200,800 gives all finalists 50, the best third 200 in all, and so on",
+        RECOVERY,
+        least=1,
+        most=10**6,
+        commas=True,
     )
     recover_batch_size: int = option(8, "images of each such update", RECOVERY, least=1, most=MOST_BATCH)
     train_data: str | None = option(None, "training pairs for --recover: see `blockprune distill --data`", RECOVERY)
@@ -64,6 +69,9 @@ class SearchRequest(OnModel, Measuring):
             amount(text)
         if not self.budget and not self.pareto:
             raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")
+        if list(self.recover) != sorted(set(self.recover)):
+            given = ",".join(map(str, self.recover))
+            raise UserError(f"--recover must rise from each number of updates to the next: got {given}; write it as 50,200,800")
         if self.workers > 1 and (self.storage or "").startswith("sqlite"):
             raise UserError(
                 "SQLite lets two workers take one trial: with --workers leave --storage out or give a PostgreSQL URL, "

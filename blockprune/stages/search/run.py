@@ -25,7 +25,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.device import device_of
 from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import NotFinite
-from blockprune.progress import Listener
+from blockprune.progress import Listener, duration
 from blockprune.runs import AnyRun, open_run, parts
 from blockprune.runs.directory import Stored, differences, read_rows, read_run
 from blockprune.runs.provenance import made_with
@@ -33,6 +33,7 @@ from blockprune.runs.records import Evaluation
 from blockprune.runs.schema import RUNS
 from blockprune.stages.plan import pictured, possible
 from blockprune.stages.scan.scan import Scan
+from blockprune.stages.search.halving import updates_of
 from blockprune.stages.search.problem import Latencies, Problem
 from blockprune.stages.search.progress import SearchProgress
 from blockprune.stages.search.request import SearchRequest
@@ -40,7 +41,6 @@ from blockprune.stages.search.trials import Trials
 from blockprune.stages.search.worker import Worker, relevant
 from blockprune.stages.train.samples import data_of
 
-KINDS = ("search", "random", "final", "recovered")
 POLL_S = 0.5
 N_CALIBRATIONS = 12
 
@@ -67,11 +67,13 @@ def search(model: Model, request: SearchRequest, out: Path | None, progress: Lis
 
 
 def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, Score]], progress: Listener) -> None:
-    trials = {kind: worker.trials(kind) for kind in KINDS if kind != "recovered" or worker.request.recover}
+    trials = worker.studies()
     for e in evaluated(worker.problem, known):
         trials["search"].add_scored(e.candidate, e.score)
     list(_new_rows(run, trials))
     shown = SearchProgress(progress, worker.request.trials, trials["search"].evaluations(), lambda: trials["search"].cached)
+    if worker.request.recover:
+        progress.say(_recovery_time(worker))
     if worker.request.from_scan and not known:
         progress.say(f"{worker.request.from_scan} has no {worker.request.objective}: nothing is taken over")
     for _ in itertools.chain(_steps(worker, progress), [None]):
@@ -80,6 +82,15 @@ def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, 
     if (n := len(trials["search"].known())) < worker.request.trials:
         progress.say(f"the search ended with {n} architectures: nothing new was proposed any more")
     _look_at_finalists(worker, run, trials["final"].evaluations())
+
+
+def _recovery_time(worker: Worker) -> str:
+    """How long --recover will take at most, from a few updates of the teacher's own architecture."""
+    request, problem = worker.request, worker.problem
+    n = request.finalists * len(problem.spaces) + len(problem.presets)
+    updates = updates_of(n, request.recover)
+    seconds = worker.recovery.seconds()
+    return f"recovering at most {n} finalists takes {updates} updates, at most {duration(updates * seconds / request.workers)}"
 
 
 def _about(worker: Worker) -> dict[str, object]:
@@ -190,11 +201,12 @@ def _share(request: SearchRequest, folder: Path, latencies: Latencies | None, nu
 
 def _new_rows(run: AnyRun, trials: Mapping[str, Trials]) -> Iterator[tuple[str, Evaluation]]:
     """Writes a row for every evaluation that has none yet, whoever made it; yields the evaluation with its kind."""
-    written = {(row["kind"], row["trial"]) for row in run.rows() if row["kind"] in KINDS}
-    for kind, study in trials.items():
+    written = {(row["kind"], row["trial"], row.get("updates", 0)) for row in run.rows() if "tiers" in row}
+    for name, study in trials.items():
+        kind, _, updates = name.partition(" ")
         for e in study.evaluations():
-            if (kind, e.trial) not in written:
-                run.append({"kind": kind, **e.to_json()})
+            if (kind, e.trial, int(updates or 0)) not in written:
+                run.append({"kind": kind, **replace(e, updates=int(updates or 0)).to_json()})
                 yield kind, e
 
 

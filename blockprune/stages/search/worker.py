@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from blockprune.runs.parts import strip_png
 from blockprune.runs.records import Candidate, Evaluation
 from blockprune.stages import loading
 from blockprune.stages.plan import plan_of, terms
+from blockprune.stages.search.halving import survivors
 from blockprune.stages.search.problem import Latencies, Problem
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.search import Chance, Listed, Tiers, finalists, search
@@ -35,7 +36,8 @@ PICTURE_TERMS = ("prompts", "n_images", "steps", "cfg_scale", "scheduler")
 JUDGE_TERMS = ("detector", "clip", "reference", "n_reference")
 COMMON_TERMS = ("teacher", "latent", "dtype", "device", "seed")
 PROBLEM_TERMS = ("objective", "unit", "keep", "budget", "scope", "macs", "pareto")
-RECOVERY_TERMS = ("recover", "recover_batch_size", "train_data")
+RECOVERY_TERMS = ("recover_batch_size", "train_data")
+KINDS = ("search", "random", "final")
 OWN_SAMPLES = "the teacher's own samples"
 
 
@@ -82,14 +84,22 @@ class Worker:
     def problem(self) -> Problem:
         return Problem(self.model.graph, self.request, outside_params(self.model), self.latencies)
 
-    def trials(self, kind: str = "search") -> Trials:
-        """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"."""
+    def trials(self, kind: str = "search", updates: int = 0) -> Trials:
+        """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"
+        in so many updates."""
         asked = self.asked | ({"final_factor": self.request.final_factor} if kind in ("final", "recovered") else {})
         if kind == "recovered":
-            asked |= {name: getattr(self.request, name) for name in RECOVERY_TERMS}
-        name = (self.request.study_name or "search") + ("" if kind == "search" else f"-{kind}")
+            asked |= {name: getattr(self.request, name) for name in RECOVERY_TERMS} | {"updates": updates}
+        parts = (self.request.study_name or "search", kind if kind != "search" else "", str(updates or ""))
+        name = "-".join(filter(None, parts))
         artifacts = self.folder / "artifacts" if self.folder else None
         return Trials(self.storage, name, self.request.objective, asked, artifacts=artifacts)
+
+    def studies(self) -> dict[str, Trials]:
+        """Every study of this search by its kind; those of the recovery as "recovered 50"."""
+        return {kind: self.trials(kind) for kind in KINDS} | {
+            f"recovered {n}": self.trials("recovered", n) for n in self.request.recover
+        }
 
     @cached_property
     def storage(self) -> BaseStorage:
@@ -144,11 +154,23 @@ class Worker:
         listed = [] if chosen else finalists(main.evaluations(), self.problem.spaces, request.finalists, self.fast_enough)
         for e in search(finals, Listed(listed), lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
             yield "final", e
-        if request.recover:
-            again = Listed([e.candidate for e in finals.evaluations()])
-            recovery = Recovery(self.model, request.train_data, request.recover, request.recover_batch_size, request.seed)
-            for e in search(self.trials("recovered"), again, lambda c, _: (self.recovered(recovery, objective, c),)):
-                yield "recovered", e
+        yield from (("recovered", e) for e in self._recover(finals.evaluations(), objective))
+
+    def _recover(self, finals: Sequence[Evaluation], objective: Objective) -> Iterator[Evaluation]:
+        """Distils every finalist for a few updates, the best third of them for more, and so on; yields each with all its scores."""
+        recovery, going = self.recovery, [e.candidate for e in finals]
+        before: dict[str, tuple[Score, ...]] = {}
+        for updates in self.request.recover:
+            trials, score = self.trials("recovered", updates), partial(self._recovered, recovery, objective, updates, before)
+            yield from search(trials, Listed(going), score)
+            going = survivors(trials.evaluations())
+            recovery.keep([c.arch for c in going])
+            before |= {e.candidate.arch.key: e.tiers for e in trials.evaluations()}
+
+    @property
+    def recovery(self) -> Recovery:
+        request, folder = self.request, self.folder / "recovery" if self.folder else None
+        return Recovery(self.model, request.train_data, request.recover_batch_size, request.seed, folder)
 
     def fast_enough(self, candidate: Candidate) -> bool:
         """True when a candidate's step, measured in turn with the teacher's, keeps a latency budget with 1 % to spare."""
@@ -162,14 +184,22 @@ class Worker:
         timings = latency.measure(networks, inputs, self.plan.n_timings, 2, model.device)
         return self.latencies.full_s * latency.ratio(timings[FULL], timings["student"])[0] <= 0.99 * min(limits)
 
-    def recovered(self, recovery: Recovery, objective: Objective, candidate: Candidate) -> Score:
-        """The score of a finalist after a short distillation, on data, order and noise that are the same for all finalists."""
+    @staticmethod
+    def _recovered(
+        recovery: Recovery,
+        objective: Objective,
+        updates: int,
+        before: Mapping[str, tuple[Score, ...]],
+        candidate: Candidate,
+        evaluations: Sequence[Evaluation],
+    ) -> tuple[Score, ...]:
+        """The scores of a finalist so far, and that after `updates` updates, on data, order and noise that all finalists share."""
+        arch, label = candidate.arch, candidate.label
         try:
-            student = recovery.student(candidate.arch)
+            now = objective.of(recovery.student(arch, updates), arch, label)
         except FloatingPointError as err:
-            failed = objective(candidate.arch, candidate.label, 1)
-            return replace(failed, value=None, low=None, high=None, error=str(err))
-        return objective.of(student, candidate.arch, candidate.label)
+            now = replace(objective(arch, label, 1), value=None, low=None, high=None, error=str(err))
+        return (*before.get(arch.key, ()), now)
 
     def picture(self, candidate: Candidate) -> bytes | None:
         """The first images of a finalist, side by side; None when it draws none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from blockprune.data.encoded import flat
 from blockprune.errors import UserError
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
@@ -121,6 +122,43 @@ def student_of(
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """A batch, and the teacher's answer to it: its output, and what its tapped modules gave."""
+
+    batch: Batch
+    output: Tensor
+    taps: Mapping[str, Tensor]
+
+    @property
+    def mem_bytes(self) -> int:
+        b, condition = self.batch, (tensor for _, tensor in flat(self.batch.condition))
+        return sum(t.nbytes for t in (b.noisy, b.timesteps, b.target, *condition, self.output, *self.taps.values()))
+
+
+class Lessons:
+    """Lessons by the samples they are of, kept for the next student while they take less than `keep_bytes`.
+
+    All students must have one teacher and one sampler.
+    """
+
+    def __init__(self, keep_bytes: int = 2**32) -> None:
+        self.room = keep_bytes
+        self._kept: dict[range, Lesson] = {}
+
+    def get(self, samples: range, taps: Sequence[str]) -> Lesson | None:
+        """The lesson of those samples, if it is kept and has those taps."""
+        lesson = self._kept.get(samples)
+        return lesson if lesson and lesson.taps.keys() >= set(taps) else None
+
+    def keep(self, samples: range, lesson: Lesson) -> None:
+        if (known := self._kept.get(samples)) is not None:
+            self._kept[samples] = replace(lesson, taps={**known.taps, **lesson.taps})
+        elif (size := lesson.mem_bytes) <= self.room:
+            self._kept[samples] = lesson
+            self.room -= size
+
+
+@dataclass(frozen=True)
 class Settings:
     """How a run is cut into steps: `batch_size` is of one process and one forward pass, `compiler` a backend of torch.compile."""
 
@@ -136,7 +174,8 @@ class Settings:
 class Distiller:
     """One phase of training: teacher and student on the same noisy latents, task loss, output KD and feature KD.
 
-    `start` continues a phase from a checkpoint; `offset` is how many optimiser steps earlier phases took.
+    `start` continues a phase from a checkpoint; `offset` is how many optimiser steps earlier phases took. `lessons` are what
+    students before this one were taught with the same teacher and sampler.
     """
 
     def __init__(
@@ -151,7 +190,9 @@ class Distiller:
         settings: Settings,
         offset: int = 0,
         start: Snapshot | None = None,
+        lessons: Lessons | None = None,
     ) -> None:
+        self.lessons = lessons or Lessons(keep_bytes=0)
         self.accelerator, self.recipe, self.settings, self.sampler = accelerator, recipe, settings, sampler
         self.offset, self.step = offset, offset
         self.bare_teacher, self.bare = teacher.requires_grad_(False).eval(), student
@@ -162,11 +203,11 @@ class Distiller:
         if settings.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self._place(teacher, student)
-        fused = accelerator.device.type == "cuda"
+        fused = accelerator.device.type in ("cuda", "cpu")
         rate, decay = recipe.learning_rate, recipe.weight_decay
         optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=decay, betas=(0.9, 0.999), fused=fused)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
-        self.ema = EMAModel(student.parameters(), decay=settings.ema_decay) if settings.ema else None
+        self.ema = EMAModel(student.parameters(), decay=settings.ema_decay, foreach=True) if settings.ema else None
         if start is not None:
             self._restore(start)
         self._check_taps()
@@ -195,7 +236,7 @@ class Distiller:
             return
         batch = self.sampler.batch([0], self.accelerator.device)
         with torch.no_grad():
-            _, theirs, _, mine = self._both(batch)
+            theirs, (_, mine) = self._lesson(batch).taps, self._answer(batch)
         for tap in self.taps:
             if tap.student not in mine or tap.teacher not in theirs:
                 raise UserError(f"the tap {tap.student!r} gives no output in this U-Net: leave it out of the recipe's taps")
@@ -206,19 +247,31 @@ class Distiller:
                     f"{shapes[1][1:]}: they must match; change the recipe's taps"
                 )
 
-    def _both(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor], Tensor, Mapping[str, Tensor]]:
-        """Outputs and taps of the teacher, then of the student."""
-        kwargs = {"timestep": batch.timesteps, **batch.condition, "return_dict": False}
-        dtype = self.bare_teacher.dtype
-        with torch.no_grad(), self.theirs.watching() as theirs, self.accelerator.autocast():
-            expected = self.teacher(batch.noisy.to(dtype), **kwargs)[0]
-        with self.mine.watching() as mine, self.accelerator.autocast():
-            predicted = self.student(batch.noisy, **kwargs)[0]
-        return expected, theirs, predicted, mine
+    def _lesson(self, batch: Batch) -> Lesson:
+        """The teacher's answer."""
+        with torch.no_grad(), self.theirs.watching() as taps, self.accelerator.autocast():
+            inputs = {"timestep": batch.timesteps, **batch.condition, "return_dict": False}
+            output = self.teacher(batch.noisy.to(self.bare_teacher.dtype), **inputs)[0]
+        return Lesson(batch, output, dict(taps))
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def _answer(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The student's output and taps."""
+        with self.mine.watching() as taps, self.accelerator.autocast():
+            output = self.student(batch.noisy, timestep=batch.timesteps, **batch.condition, return_dict=False)[0]
+        return output, taps
+
+    def lesson(self, samples: range) -> Lesson:
+        """A batch of those samples with the teacher's answer, as an earlier student had it where that is kept."""
+        known = self.lessons.get(samples, [tap.teacher for tap in self.taps])
+        if known is None:
+            known = self._lesson(self.sampler.batch(samples, self.accelerator.device))
+            self.lessons.keep(samples, known)
+        return known
+
+    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
         """Every term of the loss, unweighted; features by tap as "feature/NAME", and their sum."""
-        expected, theirs, predicted, mine = self._both(batch)
+        batch, expected, theirs = lesson.batch, lesson.output, lesson.taps
+        predicted, mine = self._answer(batch)
         weights = None
         if gamma := self.recipe.min_snr_gamma:
             schedule = self.sampler.schedule
@@ -251,9 +304,9 @@ class Distiller:
         sums: dict[str, Tensor] = {}
         for m in range(s.accumulation):
             first = ((self.step * s.accumulation + m) * world + rank) * s.batch_size
-            batch = self.sampler.batch(range(first, first + s.batch_size), self.accelerator.device)
+            lesson = self.lesson(range(first, first + s.batch_size))
             with self.accelerator.accumulate(self.student):
-                terms = self.losses(batch)
+                terms = self.losses(lesson)
                 terms["loss"] = self.total(terms)
                 self.accelerator.backward(terms["loss"])
                 if self.accelerator.sync_gradients:

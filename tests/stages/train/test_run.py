@@ -154,18 +154,32 @@ def test_what_contradicts_itself(pipe: Any, tmp_path: Path) -> None:
 def test_a_recovery_trains_each_finalist_alike_and_leaves_the_model(tiny_folder: Callable[[str], Path]) -> None:
     model: Model = load_model(str(tiny_folder("sd1")))
     before = state(model.pipe)
-    recovery = Recovery(model, "digits", 2, 2, seed=0)
-    one, two = (recovery.student(preset("bk-sdm-small")) for _ in range(2))
+    recovery = Recovery(model, "digits", 2, seed=0)
+    one, two = (recovery.student(preset("bk-sdm-small"), 2) for _ in range(2))
     assert all(torch.equal(t, two.state_dict()[name]) for name, t in one.state_dict().items())
     assert not one.training and not any(p.requires_grad for p in one.parameters())
     start = model.network.state_dict()
     assert any(not torch.equal(t, start[name]) for name, t in one.state_dict().items())
     assert state(model.pipe) == before
-    assert recovery.student(Architecture()).state_dict().keys() == start.keys()
+    assert recovery.student(Architecture(), 1).state_dict().keys() == start.keys()
+
+
+def test_a_recovery_goes_on_exactly_from_its_checkpoint(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model: Model = load_model(str(tiny_folder("sd1")))
+    arch, other = preset("bk-sdm-small"), preset("bk-sdm-base")
+    whole = Recovery(model, "digits", 2, seed=0).student(arch, 5).state_dict()
+    Recovery(model, "digits", 2, 0, tmp_path).student(arch, 2)
+    again = Recovery(model, "digits", 2, 0, tmp_path)
+    assert all(torch.equal(t, whole[name]) for name, t in again.student(arch, 5).state_dict().items())
+    assert [path.name for path in (tmp_path / arch.key).iterdir()] == ["step-0000005"]
+    again.student(other, 1)
+    again.keep([other])
+    assert [path.name for path in tmp_path.iterdir()] == [other.key]
+    assert again.seconds() > 0
 
 
 def test_a_model_without_data_of_its_own_needs_some(tiny_folder: Callable[[str], Path]) -> None:
     model = load_model(str(tiny_folder("sd1")))
     with pytest.raises(UserError, match="give --train-data"):
-        Recovery(model, None, 1, 1, 0).student(preset("bk-sdm-small"))
+        Recovery(model, None, 1, 0).student(preset("bk-sdm-small"), 1)
     assert len(provider_of(model, PAIRS)) == len(PAIRS)
