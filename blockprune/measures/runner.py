@@ -173,7 +173,8 @@ class Objective:
         plan = runner.plan
         if self.denoises:
             self.n = plan.n_noisy
-            self._denoiser = Denoiser(runner.model.network, runner.model.graph, runner.noisy(teacher, name), plan.batch_size)
+            model, samples = runner.model, runner.noisy(teacher, name)
+            self._denoiser = Denoiser(model.network, model.graph, samples, plan.batch_size, fits=model.fits)
         else:
             self.n = plan.protocol.n_images
 

@@ -311,6 +311,28 @@ def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective
     assert len(directory.read_rows(tmp_path / "run")) == n
 
 
+def test_a_fit_may_stand_in_for_what_goes(tmp_path: Path, cli: Cli) -> None:
+    args = [*QUICK[:4], "--trials", "30", *SMALL, "--fit", "linear", "--objective", "eps_mse", "--recover", "1"]
+    code, _, err = cli("search", *args, "--out", tmp_path / "run")
+    assert code == 0, err
+    graph = trace(pretrained.configs("tiny-digits").unet, (16, 16), pretrained.configs("tiny-digits").n_tokens)
+    rows = [row for row in directory.read_rows(tmp_path / "run") if row["kind"] == "search"]
+    fitted = [row for row in rows if any(term.endswith("~linear") for term in row["removed"])]
+    assert 0 < len(fitted) < len(rows)
+    for row in rows:
+        arch = graph.check(Architecture(frozenset(row["removed"])))
+        assert row["costs"]["params"] == graph.cost(arch).params
+        assert row["costs"]["macs_thop"] == graph.cost(arch).thop
+    values = {row["removed"][0]: row["tiers"][-1]["value"] for row in rows if len(row["removed"]) == 1}
+    assert values["mid_block~linear"] < values["mid_block"]
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert Architecture.from_json(best).fits
+    assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]
+    before = (tmp_path / "run" / "rows.jsonl").read_bytes()
+    assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
+    assert (tmp_path / "run" / "rows.jsonl").read_bytes() == before
+
+
 def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
     assert cli("search", *QUICK, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
     for row in directory.read_rows(tmp_path / "run"):

@@ -28,8 +28,9 @@ class Latencies:
     saved_s: Mapping[str, float] = field(default_factory=dict)
 
 
-def units_of(graph: BlockGraph, text: str, kept: Architecture) -> dict[str, Architecture]:
-    """The units that may go, of one granularity or of several with commas between; the innermost stage is one of them."""
+def units_of(graph: BlockGraph, text: str, kept: Architecture, fits: Sequence[str] = ()) -> dict[str, Architecture]:
+    """The units that may go, of one granularity or of several with commas between, the innermost stage among them; and each
+    with a fit of those kinds in its place, where there can be one."""
     units: dict[str, Architecture] = {}
     for name in text.split(","):
         units |= graph.units(name.strip())
@@ -38,6 +39,9 @@ def units_of(graph: BlockGraph, text: str, kept: Architecture) -> dict[str, Arch
     left = {label: unit for label, unit in units.items() if not touches(unit, kept)}
     if not left:
         raise UserError(f"nothing is left to remove: of the unit {text!r} this U-Net has {len(units)}, all of them kept by --keep")
+    for kind in fits:
+        fitted = {label: graph.fitted(unit.plain, kind) for label, unit in left.items() if not unit.fits}
+        left |= {f"{label}~{kind}": unit for label, unit in fitted.items() if unit.fits}
     return left
 
 
@@ -55,7 +59,7 @@ class Problem:
     def __init__(self, graph: BlockGraph, request: SearchRequest, outside_params: int, latencies: Latencies | None = None) -> None:
         self.graph, self.request, self.outside_params, self.latencies = graph, request, outside_params, latencies
         self.kept = presets.parse(request.keep, graph) if request.keep else Architecture()
-        self.units = units_of(graph, request.unit, self.kept)
+        self.units = units_of(graph, request.unit, self.kept, request.fit)
         self.presets = {name: arch for name, arch in presets.fitting(graph).items() if not touches(arch, self.kept)}
 
     @property

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property
 from operator import itemgetter
 
 import numpy as np
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from blockprune.errors import UserError
 from blockprune.runs.records import Evaluation
 from blockprune.stages.search.space import Choice, Space
-from blockprune.stages.search.trials import UNIT
 
+KEPT = "kept"
 PATIENCE = 16
 JITTER = 0.5
 N_BEST = 5
@@ -93,7 +95,8 @@ class Proposer:
         """What the sampler asks for, repaired."""
         for attempt in range(PATIENCE):
             trial = self.study.ask()
-            asked = [label for label in self.space.labels if trial.suggest_categorical(label, [False, True])]
+            wanted = (trial.suggest_categorical(name, [KEPT, *labels]) for name, labels in self.space.choices.items())
+            asked = [label for label in wanted if label != KEPT]
             scores, minimal = self._jittered(JITTER * (1 + attempt / 5)), attempt < PATIENCE // 2
             choice = self.space.repair(asked, scores, minimal)
             if choice is not None and self.space.arch(choice).key not in known:
@@ -116,13 +119,22 @@ class Proposer:
 
     def _corrected(self, trial: Trial, choice: Choice) -> Trial:
         """The trial as if the sampler had proposed what repair made of it."""
-        for label in self.space.labels:
-            trial.storage.set_trial_param(trial._trial_id, label, UNIT.to_internal_repr(label in choice), UNIT)
+        values, kinds = self._values(choice), self._distributions
+        for name, value in values.items():
+            trial.storage.set_trial_param(trial._trial_id, name, kinds[name].to_internal_repr(value), kinds[name])
         for text, excess in self.space.over(self.space.arch(choice)).items():
             trial.set_constraint(text, excess)
         return trial
 
     def _trial(self, e: Evaluation) -> FrozenTrial:
-        params = dict(e.candidate.params)
+        values = self._values([label for label, on in e.candidate.params.items() if on])
         over = self.space.over(e.candidate.arch)
-        return create_trial(value=e.loss, params=params, distributions=dict.fromkeys(params, UNIT), constraints=over)
+        return create_trial(value=e.loss, params=values, distributions=dict(self._distributions), constraints=over)
+
+    @cached_property
+    def _distributions(self) -> dict[str, CategoricalDistribution]:
+        """What the sampler chooses for each block: that it stays, goes, or goes with a fit in its place."""
+        return {name: CategoricalDistribution([KEPT, *labels]) for name, labels in self.space.choices.items()}
+
+    def _values(self, choice: Collection[str]) -> dict[str, str]:
+        return {name: next((c for c in labels if c in choice), KEPT) for name, labels in self.space.choices.items()}

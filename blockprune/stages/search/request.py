@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from blockprune.errors import UserError
 from blockprune.measures.measure import quality
+from blockprune.model.architecture import FITS
 from blockprune.model.defaults import MOST_BATCH
 from blockprune.model.graph import CONVENTIONS
 from blockprune.request import LONGEST_NAME, option
@@ -33,6 +34,13 @@ class SearchRequest(OnModel, Measuring):
     pareto: str | None = option(None, "a front over a sweep of sizes", BUDGET, choices=("params", "macs", "latency"))
     unit: str = option("block", "what may go: stage, pair, block, layer, component; several as in block,layer", REMOVE, commas=True)
     keep: str | None = option(None, "blocks that must stay, comma-separated; * and {a,b} stand for several", REMOVE)
+    fit: tuple[str, ...] = option(
+        (),
+        f"what may stand in for a removed block besides nothing: {', '.join(FITS)} (fitted in closed form); comma-separated",
+        REMOVE,
+        choices=FITS,
+        commas=True,
+    )
     objective: str = option("guided_mse", "what is made best", SEARCH, choices=tuple(quality()))
     trials: int = option(
         200, "architectures to score, the removals of single units among them", SEARCH, least=1, most=MOST_TRIALS, compared=False

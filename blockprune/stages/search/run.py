@@ -110,14 +110,12 @@ def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
     theirs = relevant(read_run(source)["asked"], objective)
     if changes := list(differences(theirs, relevant(worker.asked, objective))):
         raise UserError(f"the scores in {str(source)!r} are of another protocol ({'; '.join(changes)}): ask the same here")
-    return list(scores_in(source, objective))
+    fits = set(worker.request.fit)
+    return [known for known in scores_in(source, objective) if {kind for _, kind in known[1].fits} <= fits]
 
 
 def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture, Score]]:
-    """(label, architecture, score) of everything that a scan or search directory has scored in full by one measure.
-
-    What a scan has scored with fits is left out: a search fits nothing.
-    """
+    """(label, architecture, score) of everything that a scan or search directory has scored in full by one measure."""
     command = read_run(folder)["command"]
     if command not in ("scan", "search"):
         raise UserError(f"{str(folder)!r} holds a {command} run: scores of architectures are in those of scan and search")
@@ -127,7 +125,7 @@ def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture,
             e = Evaluation.from_json(row)
             if e.score.measure == objective:
                 yield e.score.label, e.candidate.arch, e.score
-        elif row.get("measure") == objective and row["label"] in archs and not archs[row["label"]].fits:
+        elif row.get("measure") == objective and row["label"] in archs:
             yield row["label"], archs[row["label"]], Score.from_json(row)
 
 
@@ -253,7 +251,7 @@ def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation]) ->
     protocol = replace(plan.protocol, seed=worker.fresh.protocol.seed)
     if not measures:
         protocol = replace(protocol, n_images=plan.n_pictures)
-    runner = MeasureRunner(worker.model, replace(plan, protocol=protocol))
+    runner = MeasureRunner(worker.fitted, replace(plan, protocol=protocol))
     done = {row["label"] for row in run.rows() if row["kind"] == "seen"}
     if done >= {FULL, *archs}:
         return

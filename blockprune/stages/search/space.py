@@ -24,8 +24,9 @@ Choice = frozenset[str]
 class Space:
     """Which units may go, and what all of them are bounded by.
 
-    `units` maps a label to what its removal takes; `saved_s` is what each is predicted to save of a step's latency, in seconds;
-    latencies do not add up exactly, so a latency budget met here is a prediction. Every budget must hold.
+    `units` maps a label to what its removal takes, and what is fitted in its place; `saved_s` is what each is predicted to save of
+    a step's latency, in seconds; latencies do not add up exactly, so a latency budget met here is a prediction. Every budget must
+    hold.
     """
 
     graph: BlockGraph
@@ -41,23 +42,34 @@ class Space:
 
     def arch(self, choice: Collection[str]) -> Architecture:
         """The architecture that removes the chosen units."""
-        return Architecture(frozenset().union(*(self.units[label].removed for label in choice)))
+        return Architecture(frozenset().union(*(self.units[label].terms for label in choice)))
 
     def choice(self, arch: Architecture) -> Choice | None:
         """The units that make up `arch`; None when it is no union of units."""
-        inside = frozenset(label for label, unit in self.units.items() if unit <= arch)
+        inside = frozenset(label for label, unit in self.units.items() if _part(unit, arch))
         outermost = frozenset(a for a in inside if not any(a != b and self.units[a] <= self.units[b] for b in inside))
         return outermost if self.arch(outermost) == arch else None
 
     @cached_property
     def exclusive(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of units of which one lies inside the other: choosing both says no more than the larger."""
+        """Pairs of units that do not go together: one lies inside the other, two fits in one place, or one where nothing can be
+        fitted any more."""
         pairs = combinations(self.labels, 2)
-        return tuple((a, b) for a, b in pairs if self._overlap(self.units[a], self.units[b]))
+        return tuple((a, b) for a, b in pairs if self._exclude(self.units[a], self.units[b]))
 
-    @staticmethod
-    def _overlap(a: Architecture, b: Architecture) -> bool:
-        return any(name in b for name in a) or any(name in a for name in b)
+    def _exclude(self, a: Architecture, b: Architecture) -> bool:
+        if any(name in b for name in a) or any(name in a for name in b):
+            return True
+        return any(self.graph.why_unfit(name, a | b) for name, _ in a.fits | b.fits)
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """The units that take the same, by the label of the plain one: of a block, nothing in its place, or a fit."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for label in self.labels:
+            plain = label.partition("~")[0]
+            groups[plain] = (*groups.get(plain, ()), label)
+        return groups
 
     @cached_property
     def required(self) -> tuple[tuple[str, str], ...]:
@@ -81,7 +93,9 @@ class Space:
         return np.array(rows, dtype=np.float64).reshape(len(self.budgets), len(self.labels))
 
     def _saves(self, label: str) -> Cost:
-        return sum_costs(saves for name in self.units[label] if (saves := self.graph[name].saves) is not None)
+        unit = self.units[label]
+        saves = sum_costs(saves for name in unit if (saves := self.graph[name].saves) is not None)
+        return saves - sum_costs(self.graph.fit_cost(*fit) for fit in unit.fits)
 
     @cached_property
     def needed(self) -> Floats:
@@ -181,7 +195,7 @@ class Space:
             rate = {}
             for i, label in enumerate(self.labels):
                 gain = float((gaps * self.savings[:, i] / np.maximum(self.needed, 1e-12)).sum())
-                if gain > 0 and label not in chosen and not any(self._overlap(self.units[label], self.units[c]) for c in chosen):
+                if gain > 0 and label not in chosen and not any(self._exclude(self.units[label], self.units[c]) for c in chosen):
                     rate[label] = scores[label] / gain
             if not rate:
                 return None
@@ -207,7 +221,12 @@ class Space:
         return chosen
 
     def _without_overlaps(self, choice: Collection[str]) -> Choice:
-        """`choice` without the units that lie inside another of it, and with what its units require."""
+        """`choice` without the units that another of it excludes, the smaller or the plain one, and with what its units require."""
         chosen = frozenset(choice) | {b for a, b in self.required if a in choice}
         inner = {a if self.units[a] <= self.units[b] else b for a, b in self.exclusive if a in chosen and b in chosen}
         return chosen - inner
+
+
+def _part(unit: Architecture, arch: Architecture) -> bool:
+    """True when `arch` removes what `unit` does, with the same in its place."""
+    return unit <= arch and unit.fits <= arch.fits and not any(name in unit.removed for name, _ in arch.fits - unit.fits)

@@ -76,9 +76,9 @@ class Worker:
     def asked(self) -> dict[str, Any]:
         """What must be the same for two searches to share scores and candidates."""
         request = self.request.to_json()
-        return relevant(request | terms(self.model, self.plan, self.request.data), self.request.objective) | {
-            name: request[name] for name in PROBLEM_TERMS
-        }
+        measured = relevant(request | terms(self.model, self.plan, self.request.data), self.request.objective)
+        fits = {"fit": request["fit"]} if request["fit"] else {}
+        return measured | {name: request[name] for name in PROBLEM_TERMS} | fits
 
     @cached_property
     def problem(self) -> Problem:
@@ -129,7 +129,14 @@ class Worker:
         return not self.plan.denoising_measures or self.plan.clean is None
 
     def objective(self, plan: Plan, part: str) -> Objective:
-        return Objective(MeasureRunner(self.model, plan), self.request.objective, self.teacher(plan, part))
+        return Objective(MeasureRunner(self.fitted, plan), self.request.objective, self.teacher(plan, part))
+
+    @cached_property
+    def fitted(self) -> Model:
+        """The model, which fits what its students need where the search may choose that."""
+        if not self.request.fit:
+            return self.model
+        return replace(self.model, fits=MeasureRunner(self.model, self.plan).fitter(self.teacher(self.plan, "teacher")))
 
     def teacher(self, plan: Plan, part: str) -> Arrays:
         """What the teacher drew under a plan, kept in the run; empty when nothing asks for it."""
@@ -170,7 +177,7 @@ class Worker:
     @property
     def recovery(self) -> Recovery:
         request, folder = self.request, self.folder / "recovery" if self.folder else None
-        return Recovery(self.model, request.train_data, request.recover_batch_size, request.seed, folder)
+        return Recovery(self.model, request.train_data, request.recover_batch_size, request.seed, folder, self.fitted.fits)
 
     def fast_enough(self, candidate: Candidate) -> bool:
         """True when a candidate's step, measured in turn with the teacher's, keeps a latency budget with 1 % to spare."""
@@ -180,7 +187,7 @@ class Worker:
         network, model = self.model.network, self.model
         inputs = unet_inputs(network.config, model.latent, model.graph.n_tokens, 1, model.device, model.dtype)
         archs = {FULL: Architecture(), "student": candidate.arch}
-        networks = {name: partial(model.removed, arch) for name, arch in archs.items()}
+        networks = {name: partial(self.fitted.removed, arch) for name, arch in archs.items()}
         timings = latency.measure(networks, inputs, self.plan.n_timings, 2, model.device)
         return self.latencies.full_s * latency.ratio(timings[FULL], timings["student"])[0] <= 0.99 * min(limits)
 
@@ -204,7 +211,7 @@ class Worker:
     def picture(self, candidate: Candidate) -> bytes | None:
         """The first images of a finalist, side by side; None when it draws none."""
         protocol = replace(self.plan.protocol, seed=self.fresh.protocol.seed, n_images=self.plan.n_pictures)
-        runner = MeasureRunner(self.model, replace(self.plan, protocol=protocol, judges=Judges()))
+        runner = MeasureRunner(self.fitted, replace(self.plan, protocol=protocol, judges=Judges()))
         try:
             return strip_png(runner.observe(candidate.arch, candidate.label)[1])
         except NotFinite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import pytest
 import tiny
@@ -13,6 +13,8 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.presets import fitting
 from blockprune.model.trace import trace
 from blockprune.stages.search.budget import Budget, parse_budget
+from blockprune.stages.search.problem import units_of
+from blockprune.stages.search.proposals import Proposer
 from blockprune.stages.search.space import Space
 
 GRAPH = trace(tiny.config("sd1"))
@@ -84,6 +86,51 @@ def test_found_sets_hold_the_budgets_at_the_exact_price(seed: int) -> None:
         assert all(b.of(cost, 0.0, "thop") <= b.limit for b in budgets)
         if choice in minimal:
             assert all(not space.fits(choice - {label}) or not space.valid(choice - {label}) for label in choice)
+
+
+FITTED = units_of(GRAPH, "stage", Architecture(), ("channel", "linear"))
+
+
+def test_a_unit_stays_goes_or_goes_with_a_fit() -> None:
+    space = Space(GRAPH, FITTED, [])
+    assert set(space.choices) == set(STAGES)
+    assert space.choices["mid_block"] == ("mid_block", "mid_block~channel", "mid_block~linear")
+    for labels in space.choices.values():
+        assert all(pair in space.exclusive for pair in combinations(labels, 2))
+    assert ("mid_block~linear", "innermost") in space.exclusive or ("innermost", "mid_block~linear") in space.exclusive
+    assert space.choice(Architecture({"mid_block~linear"})) == {"mid_block~linear"}
+    assert space.choice(Architecture({"mid_block"})) == {"mid_block"}
+
+
+def test_best_sets_with_fits_equal_enumeration_and_cost_exactly() -> None:
+    budgets = [budget("70%params"), budget("80%macs")]
+    space, values = Space(GRAPH, FITTED, budgets), scores(FITTED)
+    options = [(None, *labels) for labels in space.choices.values()]
+    every = (frozenset(filter(None, c)) for c in product(*options))
+    fitting_sets = {c for c in every if space.valid(c) and space.fits(c)}
+    for c in list(fitting_sets)[:200]:
+        cost = GRAPH.cost(GRAPH.check(space.arch(c)))
+        assert all(b.of(cost, 0.0, "thop") <= b.limit for b in budgets)
+        assert space.choice(space.arch(c)) == c
+    found = list(space.best(values, 6))
+    assert set(found) <= fitting_sets
+    assert [sum(values[label] for label in c) for c in found] == pytest.approx(
+        sorted(sum(values[label] for label in c) for c in fitting_sets)[:6]
+    )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_proposals_with_fits_are_valid_and_new(sampler: str) -> None:
+    space = Space(GRAPH, FITTED, [budget("70%params")])
+    proposer, known, kinds = Proposer(space, sampler, 0, scores(FITTED)), set[str](), set[str]()
+    for _ in range(12):
+        proposal = proposer.ask(known)
+        assert proposal is not None
+        arch = GRAPH.check(space.arch(proposal[1]))
+        assert space.valid(proposal[1]) and space.fits(proposal[1]) and arch.key not in known
+        known.add(arch.key)
+        kinds |= {kind for _, kind in arch.fits}
+    assert kinds == {"channel", "linear"}
 
 
 def test_presets_are_points_of_the_space() -> None:
