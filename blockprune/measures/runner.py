@@ -161,6 +161,15 @@ def error_score(name: str, arch: Architecture, label: str, errors: NDArray[np.fl
     return Score(arch.key, label, name, float(errors.mean()), n, seed, low, high)
 
 
+def compared(score: Score, errors: NDArray[np.float64], base: NDArray[np.float64]) -> Score:
+    """A denoising error with its paired difference to another architecture's errors on the same samples."""
+    differences = errors - base
+    if not np.isfinite(differences).all():
+        return score
+    low, high = intervals.interval(intervals.mean_statistic(differences), len(errors), score.seed) or (None, None)
+    return replace(score, delta=float(differences.mean()), delta_low=low, delta_high=high)
+
+
 class Objective:
     """One measure of any architecture on the first n samples of a plan: noisy samples for a denoising error, images for others.
 

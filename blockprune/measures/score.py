@@ -18,8 +18,9 @@ class Score:
     """One number about one architecture.
 
     `arch` is `Architecture.key`, `label` its readable name; `n` counts samples (images, or image-timestep pairs); `low` and `high`
-    bound a 95 % bootstrap interval where there is one; `delta` is the paired difference to the teacher on the same seeds, with its
-    interval. A measurement that failed has `value` None and says why in `error`.
+    bound a 95 % bootstrap interval where there is one; `delta` is the paired difference to the teacher on the same seeds (of a
+    denoising error to the architecture that a scan goes around), with its interval. A measurement that failed has `value` None and
+    says why in `error`.
     """
 
     arch: str

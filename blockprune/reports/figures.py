@@ -29,6 +29,7 @@ from blockprune.reports.canvas import (
     write,
 )
 from blockprune.reports.image_grid import grid_figure, scan_rows
+from blockprune.reports.timesteps import binned, timestep_figure
 from blockprune.reports.unet import Svg, scan_svg
 from blockprune.reports.view import ScanView, rank_correlation, ranked, short
 
@@ -48,6 +49,8 @@ def figures(view: ScanView, removed: Architecture | None = None) -> Iterator[tup
         yield "grid.png", grid_figure("The same prompts and seeds, block by block", sub, view.prompts, scan_rows(view))
     if sum(view.value(n, "eps_mse") is not None and view.value(n, "fid") is not None for n in view.removals) >= 2:
         yield "correlation.png", correlation(view)
+    if binned(view)[1]:
+        yield "timesteps.png", timestep_figure(view)
 
 
 def place(label: str) -> str:

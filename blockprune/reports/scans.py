@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blockprune.measures.measure import names
 from blockprune.measures.score import Score, timed_in_turn
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.reports.evaluations import define_own
 from blockprune.reports.table import to_csv
 from blockprune.reports.text import scan_markdown, to_json
+from blockprune.reports.timesteps import timestep_rows
 from blockprune.reports.view import ScanView, ranking
-from blockprune.runs import Readable
+from blockprune.runs import Readable, parts
 from blockprune.runs.reading import images_of, rows_of
 
 
@@ -24,7 +26,7 @@ def scan_view(run: Readable, unread: list[str] | None = None) -> ScanView:
     about = run.about
     define_own(about)
     archs = {label: Architecture(frozenset(names)) for label, names in about["archs"].items()}
-    prompts = about.get("pictured_prompts", [])
+    prompts, known = about.get("pictured_prompts", []), parts.recall_arrays(run, "timesteps")
     return ScanView(
         protocol={**about["asked"], **about.get("made_with", {})},
         graph=BlockGraph.from_json(about["graph"]),
@@ -32,7 +34,17 @@ def scan_view(run: Readable, unread: list[str] | None = None) -> ScanView:
         scores=timed_in_turn(Score.from_json(row) for row in rows_of(run, unread)),
         images=pictures(run, archs, len(prompts), unread),
         prompts=prompts,
+        timesteps=known["timestep"] if known else None,
+        errors={measure: _errors(run, measure) for measure in names("denoising")} if known else {},
     )
+
+
+def _errors(run: Readable, measure: str) -> dict[str, NDArray[np.float64]]:
+    """Label => (n,) the denoising error of each sample, of all parts that the run keeps."""
+    found = list[parts.Arrays]()
+    while part := parts.recall_arrays(run, f"{measure}-{len(found):05d}"):
+        found.append(part)
+    return {label: np.concatenate([part[label] for part in found]) for label in (found[0] if found else ())}
 
 
 def pictures(run: Readable, archs: Mapping[str, Architecture], n: int, unread: list[str] | None) -> dict[str, NDArray[np.uint8]]:
@@ -50,6 +62,8 @@ def report_files(view: ScanView) -> Iterator[tuple[str, bytes]]:
     for name, figure in figures(view):
         drawn.append(name)
         yield name, encoded(figure)
+    if rows := timestep_rows(view):
+        yield "timesteps.csv", to_csv(rows).encode()
     yield "scan.csv", to_csv(ranking(view)).encode()
     yield "scan.json", to_json(view).encode()
     yield "report.md", scan_markdown(view, drawn).encode()

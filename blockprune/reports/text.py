@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 from blockprune.measures.measure import MEASURES, names, quality
-from blockprune.measures.score import TEACHER
+from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import FITS
 from blockprune.reports.table import (
     STEP_LATENCY,
@@ -31,10 +31,12 @@ CAPTIONS = {
     "sensitivity.png": "Every removal, ranked, with 95 % bootstrap intervals.",
     "grid.png": "Teacher and masks at the same prompts and seeds.",
     "correlation.png": "The cheap measure against FID.",
+    "timesteps.png": "The denoising error of each removal by timestep, and the part of it that guidance by the prompt adds.",
 }
 BIAS = " FID is biased upwards at small n, by an amount that depends on the model."
 RUINOUS = {"fid": 10.0, "is": 0.5, "clip_score": 0.5}  # times the teacher's; KID may be near zero
 MANY = 8
+SHOWN = 5
 
 
 def to_json(view: ScanView) -> str:
@@ -122,6 +124,7 @@ def summary(view: ScanView) -> list[str]:
             *_against_teacher(view),
             extremes(view),
             *won_back(view),
+            *around(view),
             correlation_text(view),
             agreement(view),
         )
@@ -254,6 +257,27 @@ def won_back(view: ScanView) -> Iterator[str]:
                 f"With a `{kind}` fit in its place `{main}` is better in {better} of {len(both)} removals; "
                 f"the median goes from {before} to {after}."
             )
+
+
+def around(view: ScanView) -> Iterator[str]:
+    """Around a base: the next best removals, and what is worth most to put back, by the paired difference to the base."""
+    name = str(view.protocol.get("base") or "")
+    measure = next((m for m in ("guided_mse", "eps_mse") if ranked(view, m)), None)
+    if not name or measure is None:
+        return
+    differences = {n: s for n in view.removals if (s := view.score(n, measure)) and s.delta is not None and n[:1] in ("-", "+")}
+    order = sorted(differences, key=lambda n: differences[n].delta or 0.0)
+    base = next(label for label in view.removals if label[:1] not in ("-", "+"))
+    for sign, intro in (("-", "The next to go from"), ("+", "Worth most to put back into")):
+        told = [_change(view, base, differences[n]) for n in order if n.startswith(sign)][:SHOWN]
+        if told:
+            yield f"{intro} `{escaped(base)}`, by `{measure}` sample by sample: {'; '.join(told)}."
+
+
+def _change(view: ScanView, base: str, score: Score) -> str:
+    params = view.graph.cost(view.archs[score.label]).params - view.graph.cost(view.archs[base]).params
+    spread = f" [{score.delta_low:.3g}, {score.delta_high:.3g}]" if score.delta_low is not None else ""
+    return f"`{score.label}` {score.delta:+.3g}{spread} for {'-' if params < 0 else '+'}{count(abs(params))} parameters"
 
 
 def agreement(view: ScanView) -> str:

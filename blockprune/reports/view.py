@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ class ScanView:
 
     `archs` maps each label to its architecture, the teacher ("full") first. `scores` come in any order; of two rows with one
     label and measure the later counts. `images` maps a label to (k, H, W, 3) uint8 images at common seeds, captioned by `prompts`.
+    `errors` are the denoising errors (n,) of each sample by measure and label, at the `timesteps` (n,); none unless asked for.
     Raises UserError without a teacher, or for a score whose label is not among `archs`.
     """
 
@@ -35,6 +36,8 @@ class ScanView:
     scores: Sequence[Score]
     images: Mapping[str, NDArray[np.uint8]]
     prompts: Sequence[str]
+    timesteps: NDArray[np.int64] | None = None
+    errors: Mapping[str, Mapping[str, NDArray[np.float64]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if TEACHER not in self.archs:

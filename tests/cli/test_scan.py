@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,53 @@ def test_fits_stand_beside_what_they_are_fitted_for(cli: Cli, tmp_path: Path) ->
     assert cli(*command)[0] == 0 and (tmp_path / "run" / "rows.jsonl").read_bytes() == before
     taken_over = {label for label, _, _ in scores_in(tmp_path / "run", "eps_mse")}  # by a search, which fits nothing
     assert taken_over == {"mid_block", "up_blocks.3.resnets.2"}
+
+
+def test_around_a_base_and_by_timestep(cli: Cli, tmp_path: Path) -> None:
+    """Differences are paired, restored and removed blocks are named, and every number by timestep is a mean of sample errors."""
+    shape = ["--unit", "pair", "--measures", "eps_mse,guided_mse", "--eps-samples", "16", "--batch-size", "8", "--by-timestep"]
+    command = ["scan", "--base", "bk-sdm-small", *shape, "--out", tmp_path / "run"]
+    code, _, err = cli(*command)
+    assert code == 0, err
+    ranking = {row["label"]: row for row in json.loads((tmp_path / "run" / "scan.json").read_text())["ranking"]}
+    base = ranking["bk-sdm-small"]
+    assert {label[0] for label in ranking if label not in ("full", "bk-sdm-small")} == {"+", "-"}
+    for label, row in ranking.items():
+        if label[0] in "+-":
+            assert (row["params"] > base["params"]) == (label[0] == "+")
+    rows = {(r["label"], r["measure"]): r for r in directory.read_rows(tmp_path / "run")}
+    for label in ("+down_blocks.3.pair.1", "-innermost"):
+        row, of_base = rows[label, "guided_mse"], rows["bk-sdm-small", "guided_mse"]
+        assert row["delta"] == pytest.approx(row["value"] - of_base["value"])
+        assert row["delta_low"] < row["delta"] < row["delta_high"]
+        assert row["delta_high"] - row["delta_low"] < row["high"] - row["low"]  # what both share cancels
+    assert rows["bk-sdm-small", "eps_mse"]["delta"] == 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "The next to go from `bk-sdm-small`" in report
+    put_back = report.split("Worth most to put back into `bk-sdm-small`")[1].split("\n")[0]
+    assert put_back.split("`")[3] == min((r for r in ranking if r[0] == "+"), key=lambda r: ranking[r]["guided_mse"])
+    table = list(csv.DictReader((tmp_path / "run" / "timesteps.csv").read_text().splitlines()))
+    for measure in ("eps_mse", "guided_mse"):
+        means = [float(r["mean"]) for r in table if r["label"] == "bk-sdm-small" and r["measure"] == measure]
+        assert len(means) == 10
+        assert min(means) < base[measure] < max(means)
+    edges = [(int(r["from_timestep"]), int(r["to_timestep"])) for r in table[:10]]
+    assert all(a <= b < c for (a, b), (c, _) in pairwise(edges))
+    assert (tmp_path / "run" / "timesteps.png").stat().st_size > 1000
+    before = (tmp_path / "run" / "rows.jsonl").read_bytes()
+    assert cli(*command)[0] == 0 and (tmp_path / "run" / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--base", "bk-sdm-huge"], "no block 'bk-sdm-huge'"),
+        (["--base", "bk-sdm-small", "--arch", "bk-sdm-base"], "--base bk-sdm-small and --arch bk-sdm-base: give one of them"),
+        (["--by-timestep", "--measures", "fid"], "--by-timestep shows eps_mse and guided_mse: got --measures fid"),
+    ],
+)
+def test_a_base_that_is_none(args: list[str], says: str, one_line: Callable[..., str], tmp_path: Path) -> None:
+    assert says in one_line("scan", *args, "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd1-v", "sd2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,22 +31,46 @@ def scan(model: Model, request: ScanRequest, out: Path | None, progress: Listene
     plan = plan_of(model, request, request.measures)
     run = open_run(out, "scan", *_about(model, request, plan, archs))
     with run, model.undisturbed():
-        _work(run, model, archs, plan, progress)
+        _work(run, model, request, archs, plan, progress)
     return run
 
 
 def removals(graph: BlockGraph, request: ScanRequest) -> dict[str, Architecture]:
     """Label => what is removed: the units one by one, and the architectures that are named."""
+    chosen = around(graph, request.base, request.unit) if request.base else _listed(graph, request)
+    return {label: arch for name, arch in chosen.items() if arch for label, arch in _fitted(name, arch, request.fit, graph)}
+
+
+def _listed(graph: BlockGraph, request: ScanRequest) -> dict[str, Architecture]:
     unit = request.unit or ("" if request.arch else "block")
     chosen = graph.units(unit) if unit else {}
     if unit and not chosen:
         raise UserError(f"this U-Net has no removable unit {unit!r}: see `blockprune graph`")
     for text in request.arch:
-        label = Path(text).stem if text.endswith(".json") else text
+        label = label_of(text)
         if (known := chosen.get(label)) is not None and known != presets.parse(text, graph):
             raise UserError(f"two architectures are called {label!r}: rename one file")
         chosen[label] = presets.parse(text, graph)
-    return {label: arch for name, arch in chosen.items() if arch for label, arch in _fitted(name, arch, request.fit, graph)}
+    return chosen
+
+
+def label_of(text: str) -> str:
+    """What a scan calls an architecture that was given as this text."""
+    return Path(text).stem if text.endswith(".json") else text
+
+
+def around(graph: BlockGraph, text: str, unit: str | None) -> dict[str, Architecture]:
+    """An architecture; it with one more unit removed, "-UNIT"; and with one that it lacks put back, "+UNIT"."""
+    base = presets.parse(text, graph)
+    units = graph.units(unit or "block") | {name: inner for name, inner in graph.units("stage").items() if name == "innermost"}
+    chosen = {label_of(text): base}
+    for label, one in units.items():
+        with suppress(UserError):  # what does not go together, such as the innermost stage's parts
+            if one.removed <= base.removed:
+                chosen[f"+{label}"] = graph.check(base - one)
+            elif not any(name in base for name in one):
+                chosen[f"-{label}"] = graph.check(base | one)
+    return chosen
 
 
 def _fitted(label: str, arch: Architecture, kinds: Sequence[str], graph: BlockGraph) -> Iterator[tuple[str, Architecture]]:
@@ -70,10 +95,13 @@ def _about(model: Model, request: ScanRequest, plan: Plan, archs: Mapping[str, A
     }
 
 
-def _work(run: AnyRun, model: Model, archs: Mapping[str, Architecture], plan: Plan, progress: Listener) -> None:
+def _work(
+    run: AnyRun, model: Model, request: ScanRequest, archs: Mapping[str, Architecture], plan: Plan, progress: Listener
+) -> None:
     done = {(row["label"], row["measure"]) for row in run.rows()}
     progress.plan(_steps(plan, archs, done))
-    for record in Scan(model, archs, replace(plan, tick=progress.tick), done, lambda name: parts.recall_arrays(run, name)):
+    recall, base = (lambda name: parts.recall_arrays(run, name)), label_of(request.base) if request.base else ""
+    for record in Scan(model, archs, replace(plan, tick=progress.tick), done, recall, base, request.by_timestep):
         if isinstance(record, Part):
             parts.keep_arrays(run, record.name, record.arrays)
         elif isinstance(record, Picture):

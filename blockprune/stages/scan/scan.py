@@ -14,13 +14,15 @@ from blockprune.cost.components import unet_inputs
 from blockprune.measures.denoising import denoising_errors
 from blockprune.measures.images import failed, judge, stack
 from blockprune.measures.measure import names
-from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Plan, check_kept, error_score
+from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Plan, check_kept, compared, error_score
 from blockprune.measures.score import Score
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
+
+TIMESTEPS = "timesteps"  # the part that says at which timestep each noisy sample is
 
 
 def cost_scores(graph: BlockGraph, arch: Architecture, label: str, itemsize: int, seed: int) -> Iterator[Score]:
@@ -66,7 +68,8 @@ Record = Score | Part | Picture
 class Scan:
     """One scan: a model, labelled removals, a plan, and what an earlier attempt left.
 
-    `done` holds the (label, measure) pairs that have a row already; `recall` returns the arrays of a Part, or None.
+    `done` holds the (label, measure) pairs that have a row already; `recall` returns the arrays of a Part, or None. Denoising
+    errors are also compared, sample by sample, with those of the architecture labelled `base`, where there is one.
     """
 
     def __init__(
@@ -76,12 +79,14 @@ class Scan:
         plan: Plan,
         done: Collection[tuple[str, str]] = (),
         recall: Callable[[str], Arrays | None] = lambda name: None,
+        base: str = "",
+        by_timestep: bool = False,
     ) -> None:
         plan.judges.check(plan.image_measures)
         self.model, self.plan = model, plan
         self.runner = MeasureRunner(model, plan)
         self.archs = {FULL: Architecture(), **archs}
-        self.done, self.recall = set(done), recall
+        self.done, self.recall, self.base, self.by_timestep = set(done), recall, base, by_timestep
         self.parts: dict[str, Arrays] = {}
 
     def __iter__(self) -> Iterator[Record]:
@@ -91,6 +96,8 @@ class Scan:
         self._fit()
         for measure in names("denoising"):
             yield from self._denoising(measure)
+        if self.by_timestep and self.plan.denoising_measures and self._part(TIMESTEPS) is None:
+            yield self._made(TIMESTEPS, {"timestep": self.runner.noisy(self._part("teacher") or {}).timesteps.numpy()})
         yield from self._speed()
         yield from self._images()
 
@@ -131,6 +138,8 @@ class Scan:
         if name not in self.parts and (kept := self.recall(name)) is not None:
             if name == "teacher":
                 self.parts[name] = check_kept(name, kept, self.plan.observed, self.plan.protocol.n_images)
+            elif name == TIMESTEPS:
+                self.parts[name] = check_kept(name, kept, {"timestep": ()}, self.plan.n_noisy)
             else:
                 self.parts[name] = check_kept(name, kept, dict.fromkeys((label for label in self.archs if label != FULL), ()))
         return self.parts.get(name)
@@ -155,7 +164,8 @@ class Scan:
             plan.tick(measure, len(next(iter(batch.values()))) * len(archs))
         errors = stack(parts)
         for label in archs:  # in the scan's order: a part that was read back has its own
-            yield from self._new([error_score(measure, archs[label], label, errors[label], plan.protocol.seed)])
+            score = error_score(measure, archs[label], label, errors[label], plan.protocol.seed)
+            yield from self._new([compared(score, errors[label], errors[self.base]) if self.base else score])
 
     def _speed(self) -> Iterator[Score]:
         """Step latency and memory at batch 1, each architecture in turn with the teacher, round by round."""
