@@ -50,6 +50,10 @@ class Score:
             return self.loss, self.loss
         return (self.low, self.high) if measure(self.measure).direction == "down" else (-self.high, -self.low)
 
+    def clearly_worse(self, other: Score) -> bool:
+        """True when the whole interval is worse than that of another score of the same measure."""
+        return self.bounds[0] > other.bounds[1]
+
     @property
     def finite(self) -> float | None:
         """The value; None when the measurement failed or is not finite."""

@@ -5,11 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from blockprune.reports.search_view import SearchView
-from blockprune.runs.records import Evaluation
+from blockprune.runs.records import PRESET, Evaluation
+
+MANY = 3
 
 
 def warning(view: SearchView) -> str:
     """What a user must know about captions before all else, in a line; "" when there is nothing."""
+    lines = [_deafness(view), _followed(view)]
+    return "; ".join(line for line in lines if line)
+
+
+def _deafness(view: SearchView) -> str:
+    """What hardly hears the prompt any more, by its score with fits beside the designs' by hand: the answer, or what it beat."""
+    if chosen := [(e, heard) for e in view.chosen if (heard := view.hearing(e)) is not None]:
+        scores = ", ".join(f"{heard.score.value:.2f}" for _, heard in chosen)
+        return (
+            f"warning: {_whose(view, chosen)} hardly hears the prompt: {chosen[0][1].score.measure} {scores} with linear fits, "
+            f"{_designs(view)}"
+        )
+    if out := view.left_out:
+        scores = ", ".join(f"{e.score.value:.2f}" for e in out[:MANY])
+        return (
+            f"note: {len(out)} better by {view.measure} hardly hear the prompt and are left out ({out[0].score.measure} {scores} "
+            f"with linear fits, {_designs(view)}); --allow prompt-deaf takes them"
+        )
+    return ""
+
+
+def _designs(view: SearchView) -> str:
+    designs = [e for e in view.heard if e.candidate.source == PRESET and e.score.value is not None]
+    return "by hand " + ", ".join(f"{e.score.value:.2f}" for e in designs)
+
+
+def _followed(view: SearchView) -> str:
+    """Whether the answer draws what captions say as well as its teacher, nothing retrained."""
     teacher, chosen = view.caption(None), view.chosen
     answer = "the front" if view.is_front else "the best architecture"
     if teacher is None or teacher.value is None:

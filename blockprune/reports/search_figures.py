@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from blockprune.measures.measure import MEASURES
 from blockprune.reports.canvas import FAINT, INK, MUTED, axis_title, is_wide, new_figure, plain, tidy, title, write
 from blockprune.reports.image_grid import grid_figure, search_rows
-from blockprune.reports.search_view import PRESET, SCAN, SearchView, history
+from blockprune.reports.search_view import SearchView, history
 from blockprune.reports.unet import Svg, search_svg
-from blockprune.runs.records import Evaluation
+from blockprune.runs.records import PRESET, SCAN, Evaluation
 
 # Okabe and Ito's colours; the marker repeats what the colour says.
 OURS, KNOWN, RANDOM, SINGLE = "#0072b2", "#d55e00", "#8a949c", "#c9d0d6"

@@ -15,9 +15,7 @@ from blockprune.errors import UserError
 from blockprune.measures.score import TEACHER, Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph, Cost
-from blockprune.runs.records import Evaluation
-
-PRESET, SCAN = "preset", "scan"
+from blockprune.runs.records import PRESET, SCAN, Evaluation, deaf
 
 
 @dataclass(frozen=True)
@@ -26,9 +24,9 @@ class SearchView:
 
     `search` are the evaluations in the order of trials, `random` those of random sets for comparison (none unless asked for),
     `finals` those of the finalists on fresh seeds, `recovered` those of finalists after a short distillation (none unless asked
-    for; then these decide). `limits` are the budgets:
-    text => (quantity, limit for the U-Net alone). `scores` holds timings and image measures of finalists, by label then measure;
-    `images` maps a label to (k, H, W, 3) uint8 images at common seeds, captioned by `prompts`.
+    for; then these decide), `heard` how finalists and designs by hand follow captions with fits in place of their blocks. `limits`
+    are the budgets: text => (quantity, limit for the U-Net alone). `scores` holds timings and image measures of finalists, by label
+    then measure; `images` maps a label to (k, H, W, 3) uint8 images at common seeds, captioned by `prompts`.
     """
 
     protocol: Mapping[str, Any]
@@ -39,6 +37,7 @@ class SearchView:
     random: Sequence[Evaluation]
     finals: Sequence[Evaluation]
     recovered: Sequence[Evaluation]
+    heard: Sequence[Evaluation]
     scores: Mapping[str, Mapping[str, Score]]
     images: Mapping[str, NDArray[np.uint8]]
     prompts: Sequence[str]
@@ -128,6 +127,16 @@ class SearchView:
         """Every finalist: what the search answers first, then what holds the budgets by score, then the others."""
         first = self.chosen if self.is_front else self.ranked
         return [*first, *(e for e in self.ranked if e not in first), *(e for e in self.finals if e not in [*first, *self.ranked])]
+
+    @property
+    def left_out(self) -> list[Evaluation]:
+        """What scored well enough for a finalist, but hardly hears the prompt."""
+        finals = {e.candidate.arch for e in self.finals}
+        return [e for e in deaf(self.heard) if e.candidate.arch not in finals]
+
+    def hearing(self, e: Evaluation) -> Evaluation | None:
+        """How a finalist follows captions with fits, where it follows them worse than the designs by hand; None otherwise."""
+        return next((h for h in deaf(self.heard) if h.candidate.arch == e.candidate.arch), None)
 
     def caption(self, e: Evaluation | None) -> Score | None:
         """How well images follow their captions, the teacher's for None; None where nothing measured it."""

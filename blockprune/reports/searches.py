@@ -16,7 +16,7 @@ from blockprune.runs.reading import rows_of
 from blockprune.runs.records import Evaluation
 from blockprune.stages.search.budget import parse_budget
 
-KINDS = ("search", "random", "final", "recovered")
+KINDS = ("search", "random", "heard", "final", "recovered")
 
 
 def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
@@ -43,6 +43,7 @@ def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
         random=sorted(evaluations["random"], key=lambda e: e.trial),
         finals=evaluations["final"],
         recovered=evaluations["recovered"],
+        heard=evaluations["heard"],
         scores=scores,
         images=pictures(run, {TEACHER: Architecture(), **archs}, len(prompts), unread),
         prompts=prompts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -12,6 +12,8 @@ from msgspec import Meta
 from blockprune.decode import AGAIN, Natural, checked
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
+
+SCAN, PRESET, EXACT = "scan", "preset", "exact"  # sources of candidates, besides the sampler that proposed one
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ class Evaluation:
         costs = record.params, record.over, record.costs
         candidate = Candidate(Architecture(frozenset(record.removed)), record.tiers[-1].label, record.source, *costs)
         return cls(record.trial, candidate, record.tiers, record.ended, record.seconds, record.updates)
+
+
+def deaf(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those that follow captions worse than every design by hand, beyond the intervals; none where there is no such design."""
+    designs = [e.score for e in evaluations if e.candidate.source == PRESET and e.score.value is not None]
+    if not designs:
+        return []
+    worst = max(designs, key=lambda score: score.loss)
+    return [e for e in evaluations if e.score.clearly_worse(worst)]
 
 
 class EvaluationRecord(msgspec.Struct):

@@ -159,7 +159,7 @@ RUNS: Mapping[str, type[Noted]] = {"scan": ScanRun, "search": SearchRun, "distil
 ROWS: Mapping[str, Mapping[str | None, tuple[type, ...]]] = {
     "scan": {None: (Score,)},
     "search": {
-        **dict.fromkeys(("search", "random", "final", "recovered"), (EvaluationRecord,)),
+        **dict.fromkeys(("search", "random", "heard", "final", "recovered"), (EvaluationRecord,)),
         "timing": (Score,),
         "seen": (SeenRecord,),
     },

@@ -42,12 +42,26 @@ class SearchRequest(OnModel, Measuring):
         commas=True,
     )
     objective: str = option("guided_mse", "what is made best", SEARCH, choices=tuple(quality()))
+    score_fit: str = option(
+        "none",
+        f"what is fitted in place of removed blocks for scoring alone: none, {', '.join(FITS)}; the answer is not fitted",
+        SEARCH,
+        choices=("none", *FITS),
+    )
     trials: int = option(
         200, "architectures to score, the removals of single units among them", SEARCH, least=1, most=MOST_TRIALS, compared=False
     )
     sampler: str = option("tpe", "Optuna's sampler after the exact solution", SEARCH, choices=SAMPLERS, compared=False)
     finalists: int = option(
         4, "how many are scored again on fresh seeds, presets besides", SEARCH, least=1, most=1000, compared=False
+    )
+    allow: tuple[str, ...] = option(
+        (),
+        "prompt-deaf: also finalists that, with linear fits, follow captions worse than every preset within the budget",
+        SEARCH,
+        choices=("prompt-deaf",),
+        commas=True,
+        compared=False,
     )
     final_factor: int = option(4, "how many times more samples the finalists get", SEARCH, least=1, most=1000)
     random: int = option(

@@ -108,10 +108,23 @@ def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
     """The scores of another run that hold under the terms of this search; UserError names the terms that differ."""
     source, objective = Path(worker.request.from_scan or ""), worker.request.objective
     theirs = relevant(read_run(source)["asked"], objective)
+    if (theirs_fit := _score_fit(source)) and theirs_fit != worker.request.score_fit:
+        raise UserError(
+            f"the scores in {str(source)!r} are with {theirs_fit} fits: give --score-fit {theirs_fit}, or another --from-scan"
+        )
     if changes := list(differences(theirs, relevant(worker.asked, objective))):
         raise UserError(f"the scores in {str(source)!r} are of another protocol ({'; '.join(changes)}): ask the same here")
-    fits = set(worker.request.fit)
-    return [known for known in scores_in(source, objective) if {kind for _, kind in known[1].fits} <= fits]
+    graph, kind, fits = worker.model.graph, worker.request.score_fit, set(worker.request.fit)
+    scores = list(scores_in(source, objective))
+    if kind != "none" and not _score_fit(source):
+        scored_as = ((label.partition("~")[0], arch, score) for label, arch, score in scores)
+        return [(label, arch.plain, s) for label, arch, s in scored_as if arch == graph.fitted(arch.plain, kind)]
+    return [known for known in scores if {kind for _, kind in known[1].fits} <= fits]
+
+
+def _score_fit(source: Path) -> str:
+    """What the search in that directory scored with in place of removed blocks; "" for none, and for a scan."""
+    return str(read_run(source)["asked"].get("score_fit", ""))
 
 
 def scores_in(folder: Path, objective: str) -> Iterator[tuple[str, Architecture, Score]]:

@@ -13,12 +13,11 @@ import numpy as np
 from blockprune.measures.runner import FULL
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
-from blockprune.runs.records import Candidate, Evaluation
+from blockprune.runs.records import EXACT, PRESET, SCAN, Candidate, Evaluation
 from blockprune.stages.search.proposals import Proposer
 from blockprune.stages.search.space import Choice, Space
 from blockprune.stages.search.trials import Trials
 
-SCAN, PRESET, EXACT = "scan", "preset", "exact"
 POLL_S = 0.2
 
 
@@ -175,15 +174,9 @@ class Tiers:
         rivals = sorted((e for e in evaluations if len(e.tiers) == len(self.sizes) and e.candidate.fits), key=lambda e: e.loss)
         for i, n in enumerate(self.sizes):
             scores.append(self.objective(candidate.arch, candidate.label, n))
-            if scores[-1].value is None or (len(rivals) >= self.rank and _clear(scores[-1], rivals[self.rank - 1].tiers[i])):
+            if scores[-1].value is None or (len(rivals) >= self.rank and scores[-1].clearly_worse(rivals[self.rank - 1].tiers[i])):
                 break
         return tuple(scores)
-
-
-def _clear(score: Score, other: Score) -> bool:
-    """True when the whole interval of a score is worse than that of the other."""
-    best, worst = score.bounds[0], other.bounds[1]
-    return best > worst
 
 
 def search(

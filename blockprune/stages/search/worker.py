@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from optuna.storages import BaseStorage
 
 from blockprune.cost import latency
@@ -17,13 +18,15 @@ from blockprune.measures.measure import measure
 from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Objective, Plan, check_kept
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
+from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
 from blockprune.runs.parts import strip_png
-from blockprune.runs.records import Candidate, Evaluation
+from blockprune.runs.records import Candidate, Evaluation, deaf
 from blockprune.stages import loading
 from blockprune.stages.plan import plan_of, terms
 from blockprune.stages.search.halving import survivors
+from blockprune.stages.search.hearing import Hearing
 from blockprune.stages.search.problem import Latencies, Problem
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.search import Chance, Listed, Tiers, finalists, search
@@ -52,6 +55,24 @@ def relevant(asked: dict[str, Any], objective: str) -> dict[str, Any]:
     return {name: asked.get(name) for name in names}
 
 
+@dataclass(frozen=True)
+class AsFitted:
+    """An objective by which an architecture has fits of that kind ("none" for no change) in place of its blocks, but where it says
+    itself what stands in."""
+
+    objective: Objective
+    graph: BlockGraph
+    kind: str
+
+    def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score:
+        fitted = arch if arch.fits or self.kind == "none" else self.graph.fitted(arch, self.kind)
+        return replace(self.objective(fitted, label, n), arch=arch.key)
+
+    def of(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> Score:
+        """The score of a U-Net of its own, as it is."""
+        return self.objective.of(student, arch, label)
+
+
 @dataclass
 class Worker:
     """A search on a loaded model. Several processes may hold the same one; they meet in its trials.
@@ -77,7 +98,7 @@ class Worker:
         """What must be the same for two searches to share scores and candidates."""
         request = self.request.to_json()
         measured = relevant(request | terms(self.model, self.plan, self.request.data), self.request.objective)
-        fits = {"fit": request["fit"]} if request["fit"] else {}
+        fits = {name: request[name] for name in ("fit", "score_fit") if request[name] not in ([], "none")}
         return measured | {name: request[name] for name in PROBLEM_TERMS} | fits
 
     @cached_property
@@ -87,19 +108,23 @@ class Worker:
     def trials(self, kind: str = "search", updates: int = 0) -> Trials:
         """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"
         in so many updates."""
-        asked = self.asked | ({"final_factor": self.request.final_factor} if kind in ("final", "recovered") else {})
+        asked, measured = self.asked, self.request.objective
+        asked |= {"final_factor": self.request.final_factor} if kind in ("final", "recovered") else {}
         if kind == "recovered":
             asked |= {name: getattr(self.request, name) for name in RECOVERY_TERMS} | {"updates": updates}
+        if kind == "heard":
+            measured = self.hearing.measure
+            asked |= relevant(self.request.to_json() | terms(self.model, self.plan, self.request.data), measured)
         parts = (self.request.study_name or "search", kind if kind != "search" else "", str(updates or ""))
         name = "-".join(filter(None, parts))
         artifacts = self.folder / "artifacts" if self.folder else None
-        return Trials(self.storage, name, self.request.objective, asked, artifacts=artifacts)
+        return Trials(self.storage, name, measured, asked, artifacts=artifacts)
 
     def studies(self) -> dict[str, Trials]:
         """Every study of this search by its kind; those of the recovery as "recovered 50"."""
-        return {kind: self.trials(kind) for kind in KINDS} | {
-            f"recovered {n}": self.trials("recovered", n) for n in self.request.recover
-        }
+        kinds = [*KINDS, *(["heard"] if self.hearing.measure else [])]
+        recovered = {f"recovered {n}": self.trials("recovered", n) for n in self.request.recover}
+        return {kind: self.trials(kind) for kind in kinds} | recovered
 
     @cached_property
     def storage(self) -> BaseStorage:
@@ -128,14 +153,13 @@ class Worker:
     def needs_teacher(self) -> bool:
         return not self.plan.denoising_measures or self.plan.clean is None
 
-    def objective(self, plan: Plan, part: str) -> Objective:
-        return Objective(MeasureRunner(self.fitted, plan), self.request.objective, self.teacher(plan, part))
+    def objective(self, plan: Plan, part: str) -> AsFitted:
+        objective = Objective(MeasureRunner(self.fitted, plan), self.request.objective, self.teacher(plan, part))
+        return AsFitted(objective, self.model.graph, self.request.score_fit)
 
     @cached_property
     def fitted(self) -> Model:
-        """The model, which fits what its students need where the search may choose that."""
-        if not self.request.fit:
-            return self.model
+        """The model, which fits what its students need."""
         return replace(self.model, fits=MeasureRunner(self.model, self.plan).fitter(self.teacher(self.plan, "teacher")))
 
     def teacher(self, plan: Plan, part: str) -> Arrays:
@@ -158,12 +182,12 @@ class Worker:
             yield "random", e
         finals, objective = self.trials("final"), self.objective(self.fresh, "teacher-fresh")
         chosen = self.problem.timed and finals.known()  # another timing might choose others
-        listed = [] if chosen else finalists(main.evaluations(), self.problem.spaces, request.finalists, self.fast_enough)
+        listed = [] if chosen else finalists(main.evaluations(), self.problem.spaces, request.finalists, self.sound)
         for e in search(finals, Listed(listed), lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
             yield "final", e
         yield from (("recovered", e) for e in self._recover(finals.evaluations(), objective))
 
-    def _recover(self, finals: Sequence[Evaluation], objective: Objective) -> Iterator[Evaluation]:
+    def _recover(self, finals: Sequence[Evaluation], objective: AsFitted) -> Iterator[Evaluation]:
         """Distils every finalist for a few updates, the best third of them for more, and so on; yields each with all its scores."""
         recovery, going = self.recovery, [e.candidate for e in finals]
         before: dict[str, tuple[Score, ...]] = {}
@@ -178,6 +202,24 @@ class Worker:
     def recovery(self) -> Recovery:
         request, folder = self.request, self.folder / "recovery" if self.folder else None
         return Recovery(self.model, request.train_data, request.recover_batch_size, request.seed, folder, self.fitted.fits)
+
+    def sound(self, candidate: Candidate) -> bool:
+        """True for a candidate that keeps a latency budget and hears the prompt."""
+        return self.fast_enough(candidate) and self.hears(candidate)
+
+    @cached_property
+    def hearing(self) -> Hearing:
+        return Hearing(self.fitted, self.plan)
+
+    def hears(self, candidate: Candidate) -> bool:
+        """False for one that follows captions worse than every design by hand, unless it is allowed; all are scored for it."""
+        if not self.hearing.measure:
+            return True
+        trials, designs = self.trials("heard"), self.problem.strategy(self.request.seed).known_designs()
+        for _ in search(trials, Listed([*designs, candidate]), self.hearing):
+            pass
+        lost = {e.candidate.arch.key for e in deaf(trials.evaluations())}
+        return candidate.arch.key not in lost or "prompt-deaf" in self.request.allow
 
     def fast_enough(self, candidate: Candidate) -> bool:
         """True when a candidate's step, measured in turn with the teacher's, keeps a latency budget with 1 % to spare."""
@@ -194,7 +236,7 @@ class Worker:
     @staticmethod
     def _recovered(
         recovery: Recovery,
-        objective: Objective,
+        objective: AsFitted,
         updates: int,
         before: Mapping[str, tuple[Score, ...]],
         candidate: Candidate,
