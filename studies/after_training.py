@@ -21,13 +21,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from candidates import Student, chance, scorers, winners
+from candidates import Student, chance, fitted, scorers, winners
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from quality_tiny_digits import cells, real_scenes, train_reader
@@ -53,7 +53,8 @@ N_READ, N_IMAGES, STEPS = 512, 256, 6
 N_NOISY, SEED, CAPTIONS_SEED = 256, 50_000, 17
 N_UNTRAINED = 128
 TWICE = 3  # every third candidate is trained with a second seed
-PARTS = ("chance", "winners", "rows")
+LISTS = ("chance", "winners", "fitted")
+PARTS = (*LISTS, "rows")
 Row = dict[str, Any]
 
 
@@ -102,6 +103,9 @@ class Judge:
         row: Row = {"cfg_scale": cfg_scale, "n": n}
         for score in judge("", "student", ["fid", "clip_score"], seen, None, self.plan.judges, 0):
             row |= {score.measure: score.value, f"{score.measure}_interval": [score.low, score.high]}
+        few = {name: values[:N_IMAGES] for name, values in seen.items()}  # FID falls with n, so it is compared at one n
+        (fid,) = judge("", "student", ["fid"], few, None, self.plan.judges, 0)
+        row |= {f"fid_{N_IMAGES}": fid.value, f"fid_{N_IMAGES}_interval": [fid.low, fid.high]} if n >= N_IMAGES else {}
         read = self._read(images)
         return row | {"digits_read": float(read.mean()), "digits_read_interval": interval(mean_statistic(read), n, 0)}
 
@@ -130,6 +134,16 @@ class Job:
     def row(self) -> Path:
         return self.rows / f"{self.stem}-{self.updates[-1]}.json"
 
+    @property
+    def known(self) -> Row:
+        """What is measured of it already."""
+        row: Row = json.loads(self.row.read_text(encoding="utf-8")) if self.row.exists() else {}
+        return row
+
+    @property
+    def done(self) -> bool:
+        return any(f"fid_{N_IMAGES}" in drawn for drawn in self.known.get("truth", ()))
+
 
 @lru_cache(maxsize=1)
 def the_judge() -> Judge:
@@ -140,7 +154,7 @@ def the_judge() -> Judge:
 @lru_cache(maxsize=1)
 def recovery(seed: int, runs: Path) -> Recovery:
     """One for each seed, so that all candidates are taught the same."""
-    return Recovery(the_judge().model, None, BATCH_SIZE, seed, runs / f"seed-{seed}")
+    return Recovery(the_judge().model, None, BATCH_SIZE, seed, runs / f"seed-{seed}", the_judge().fitter)
 
 
 def run(job: Job) -> str:
@@ -148,11 +162,15 @@ def run(job: Job) -> str:
     begun, of = time.perf_counter(), the_judge()
     cost = of.model.graph.cost(job.student.arch)
     row: Row = {**job.student.to_json(), "seed": job.seed, "params": cost.params, "macs_thop": cost.thop}
-    row |= {"untrained": of.untrained(job.student.arch)} if job.seed == 0 else {}
-    school, row["training"] = recovery(job.seed, job.runs), []
-    for updates in job.updates:
+    row |= job.known
+    if job.seed == 0 and "untrained" not in row:
+        row["untrained"] = of.untrained(job.student.arch)
+    school = recovery(job.seed, job.runs)
+    row.setdefault("training", [])
+    for updates in job.updates[len(row["training"]) :] or job.updates[-1:]:
         student = school.student(job.student.arch, updates)
-        row["training"].append({"updates": updates, **of.denoised(student)})
+        if len(row["training"]) < len(job.updates):
+            row["training"].append({"updates": updates, **of.denoised(student)})
     row["truth"] = [of.drawn(student, s, N_READ if s == CFG_SCALE else N_IMAGES) for s in CFG_SCALES]
     row["seconds"] = round(time.perf_counter() - begun)
     with writing(job.row) as path:
@@ -163,7 +181,7 @@ def run(job: Job) -> str:
 def students(reports: Path) -> list[Student]:
     """Everything that is listed, each architecture once: designs and winners first."""
     unique: dict[tuple[str, ...], Student] = {}
-    for name in ("winners", "chance"):
+    for name in ("fitted", "winners", "chance"):
         path = reports / f"{name}.json"
         for row in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
             student = Student(**{**row, "removed": tuple(row["removed"])})
@@ -176,14 +194,15 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     listed, rows = students(args.reports), args.reports / "rows"
     chosen = [(s, 0) for s in listed] + [(s, 1) for s in listed[::TWICE]]
     made = [Job(student, seed, tuple(args.updates), args.out, rows) for student, seed in chosen]
-    return [job for job in made if not job.row.exists()]
+    return [job for job in made if not job.done]
 
 
 def listing(part: str, reports: Path) -> None:
     """Writes the candidates of a kind."""
     judge = the_judge()
     by = scorers(judge.model, plan_of(judge.model, Measuring(eps_samples=128, batch_size=64).filled(judge.model.defaults), []))
-    found = list(chance(by["guided_mse, none"]) if part == "chance" else winners(by))
+    made = {"chance": partial(chance, by["guided_mse, none"]), "winners": partial(winners, by), "fitted": partial(fitted, by)}
+    found = made[part]()
     with writing(reports / f"{part}.json") as path:
         path.write_text(json.dumps([s.to_json() for s in found], indent=1) + "\n", encoding="utf-8")
 
@@ -197,7 +216,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args(words)
-    for part in ("chance", "winners"):
+    for part in LISTS:
         if (not args.part or part in args.part) and not args.dry_run and not (args.reports / f"{part}.json").exists():
             listing(part, args.reports)
     left = jobs(args)

@@ -18,7 +18,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
 from blockprune.runs.records import Candidate
-from blockprune.stages.search.problem import touches
+from blockprune.stages.search.problem import touches, units_of
 from blockprune.stages.search.search import Strategy, search
 from blockprune.stages.search.space import Space
 from blockprune.stages.search.storage import open_storage
@@ -76,7 +76,7 @@ def scorers(model: Model, plan: Plan) -> dict[str, Remembering]:
         for fit in ("none", "linear"):
 
             def score(arch: Architecture, denoiser: Denoiser = denoiser, fit: str = fit) -> float:
-                return float(denoiser.errors(model.graph.fitted(arch, fit)).mean())
+                return float(denoiser.errors(arch if arch.fits else model.graph.fitted(arch, fit)).mean())
 
             of[f"{name}, {fit}"] = Remembering(score)
     return of
@@ -91,14 +91,19 @@ def hearing(graph: BlockGraph) -> dict[str, Architecture]:
     return {label: unit for label, unit in units(graph).items() if not touches(unit, HEARS)}
 
 
-def found(of: Space, score: Scorer) -> Architecture:
+def fittable(graph: BlockGraph) -> dict[str, Architecture]:
+    """The units, and each with a linear map in its place."""
+    return units_of(graph, "block", Architecture(), ("linear",))
+
+
+def found(of: Space, score: Scorer, n: int = N_EVALUATIONS) -> Architecture:
     """The best within the budgets of a search by `score`."""
     trials = Trials(open_storage(None, None), "candidates", "eps_mse", {})
 
     def scored(candidate: Candidate, _: Any) -> tuple[Score, ...]:
         return (Score(candidate.arch.key, candidate.label, "eps_mse", score(candidate.arch), N_SAMPLES, 0),)
 
-    done = search(trials, Strategy(of, [of], presets.fitting(of.graph)), scored, N_EVALUATIONS)
+    done = search(trials, Strategy(of, [of], presets.fitting(of.graph)), scored, n)
     return min((e for e in done if e.candidate.fits), key=lambda e: e.loss).candidate.arch
 
 
@@ -137,3 +142,14 @@ def winners(by: Mapping[str, Scorer]) -> Iterator[Student]:
             yield Student(f"{size}-{name}", design, f"search by {name}", tuple(found(of, score).terms))
         arch = found(heard, by["guided_mse, none"])
         yield Student(f"{size}-heard", design, "search by guided_mse, none, the two attentions kept", tuple(arch.terms))
+
+
+def fitted(by: Mapping[str, Scorer]) -> Iterator[Student]:
+    """At each size: the designs with linear maps in place of their blocks, which adds to them; and the winner of a search in which
+    each block stays, goes, or goes with a linear map in its place."""
+    for design, budgets in SIZES.items():
+        of = space_of(*budgets, units=fittable)
+        arch = found(of, by["guided_mse, none"], N_EVALUATIONS + len(of.labels) // 2)
+        yield Student(f"{design.rpartition('-')[2]}-mixed", design, "search by guided_mse, with linear maps", tuple(arch.terms))
+        with_maps = of.graph.fitted(presets.parse(design, of.graph), "linear")
+        yield Student(f"{design}, linear", design, "design with linear maps", tuple(with_maps.terms))

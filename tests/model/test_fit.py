@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from blockprune.model.architecture import FITS, Architecture
 from blockprune.model.compare import distance, same_outputs
 from blockprune.model.count import count
 from blockprune.model.families import family_of
-from blockprune.model.fit import Batch, DiagonalMoments, Fitter, Moments
+from blockprune.model.fit import Batch, DiagonalMoments, Fitter, Moments, enough
 from blockprune.model.graph import BlockGraph
 from blockprune.model.presets import fitting as presets_of
 from blockprune.model.trace import trace
@@ -201,6 +202,25 @@ def test_nothing_of_the_teacher_changes() -> None:
     assert list(map(id, unet.modules())) == before and unet.training
     assert all(torch.equal(t, state[k]) for k, t in unet.state_dict().items())
     assert all(not module._forward_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize("most", [64, 1024])
+def test_samples_are_doubled_while_the_held_out_error_falls(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MOST", most)
+    unet, graph, asked = tiny.unet("sd1"), GRAPHS["sd1"], list[int]()
+    arch = graph.fitted(presets_of(graph)["bk-sdm-small"], "linear")
+
+    def fitter(n: int) -> Fitter:
+        asked.append(n)
+        return Fitter(unet, graph, batches("sd1", n))
+
+    chosen, said = enough(fitter, arch)
+    errors = [sum(fit.error for fit in Fitter(unet, graph, batches("sd1", n)).fits(arch)) for n in asked]
+    assert asked == [64 * 2**i for i in range(len(asked))] and asked[-1] <= most
+    assert all(b < 0.98 * a for a, b in pairwise(errors[:-1]))  # each but the last doubling was worth it
+    assert asked[-1] * 2 > most or errors[-1] >= 0.98 * errors[-2]
+    assert f"fitted {len(arch.fits)} stand-ins on {asked[-1]} samples" in said
+    assert chosen(arch).keys() == Fitter(unet, graph, batches("sd1", 4))(arch).keys()
 
 
 def test_too_few_samples_are_refused() -> None:

@@ -108,7 +108,7 @@ class Worker:
     def trials(self, kind: str = "search", updates: int = 0) -> Trials:
         """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"
         in so many updates."""
-        asked, measured = self.asked, self.request.objective
+        asked, measured = dict(self.asked), self.request.objective
         asked |= {"final_factor": self.request.final_factor} if kind in ("final", "recovered") else {}
         if kind == "recovered":
             asked |= {name: getattr(self.request, name) for name in RECOVERY_TERMS} | {"updates": updates}

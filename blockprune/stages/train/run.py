@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from blockprune.export.pipeline import ARCHITECTURE, export_pipeline, load_stude
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
-from blockprune.model.fit import Fitter, at_a_time
+from blockprune.model.fit import Fitter, at_a_time, enough
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import NotFinite
@@ -46,7 +46,6 @@ from blockprune.stages.train.samples import data_of, provider_of, samples_of
 from blockprune.stages.train.validation import Validation
 
 Weights = Mapping[str, Tensor]
-N_FIT = 256  # samples that stand-ins are fitted on
 FIT_FROM = 2**40  # the first of them; updates take samples 0, 1, …
 
 
@@ -257,7 +256,10 @@ class Training:
         r, first = self.request, self.phases[0]
         teacher = self.model if phase.teacher == first.teacher else _loaded(phase.teacher, r, self.accelerator)
         samples = samples_of(teacher, self.provider, r.seed, r.random_flip, self.recipe.caption_dropout)
-        fits = self._fitter(teacher, samples) if start is None and phase.arch.fits else None
+        fits = None
+        if start is None and phase.arch.fits:
+            fits, said = enough(partial(self._fitter, teacher, samples), phase.arch)
+            self.progress.say(said)
         student = student_of(teacher.network, phase.arch, self.recipe.initialise, r.seed, fits)
         if weights is not None and start is None:
             student.load_state_dict({name: weights.get(name, t) for name, t in student.state_dict().items()})
@@ -272,10 +274,10 @@ class Training:
         how = (samples, self.recipe, settings, phase.first, start)
         return Distiller(self.accelerator, teacher.network, student, teacher.graph, phase.arch, *how)
 
-    def _fitter(self, teacher: Model, samples: Sampler) -> Fitter:
-        """Fits what stands in for removed blocks, on training samples that no update sees with the same noise."""
-        size = at_a_time(N_FIT, teacher.latent, self.request.train_batch_size)
-        drawn = (samples.batch(range(g, g + size), self.accelerator.device) for g in range(FIT_FROM, FIT_FROM + N_FIT, size))
+    def _fitter(self, teacher: Model, samples: Sampler, n: int) -> Fitter:
+        """Fits what stands in for removed blocks, on `n` training samples that no update sees with the same noise."""
+        size = at_a_time(n, teacher.latent, self.request.train_batch_size)
+        drawn = (samples.batch(range(g, g + size), self.accelerator.device) for g in range(FIT_FROM, FIT_FROM + n, size))
         return Fitter(teacher.network, teacher.graph, [(b.noisy, b.timesteps, b.condition) for b in drawn])
 
     def _log(self, state: TrainState) -> None:
