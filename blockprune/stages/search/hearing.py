@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from blockprune.measures.images import failed, judge
-from blockprune.measures.runner import MeasureRunner, Objective, Plan
+from blockprune.measures.runner import Arrays, MeasureRunner, Objective, Plan
 from blockprune.measures.score import Score
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
@@ -20,13 +20,13 @@ from blockprune.stages.plan import possible
 class Hearing:
     """Scores by `measure`: "clip_score" where there is a scorer, else "guided_mse", or "" where nothing is guided.
 
-    `model` fits what its students need.
+    `model` fits what its students need; `teacher` is what it drew under the plan, empty where the plan has data.
     """
 
-    def __init__(self, model: Model, plan: Plan) -> None:
+    def __init__(self, model: Model, plan: Plan, teacher: Arrays) -> None:
         there = possible(plan.judges, guided=plan.protocol.cfg_scale > 1)
         self.measure = next((m for m in ("clip_score", "guided_mse") if m in there), "")
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.teacher = model, plan, teacher
 
     def __call__(self, candidate: Candidate, evaluations: Sequence[Evaluation] = ()) -> tuple[Score, ...]:
         """The score of a candidate with linear fits, but where it says itself what stands in."""
@@ -34,7 +34,7 @@ class Hearing:
         fitted = arch if arch.fits else self.model.graph.fitted(arch, "linear")
         runner = MeasureRunner(self.model, self.plan)
         if self.measure == "guided_mse":
-            return (replace(Objective(runner, self.measure, {})(fitted, label), arch=key),)
+            return (replace(Objective(runner, self.measure, self.teacher)(fitted, label), arch=key),)
         try:
             seen, _ = runner.observe(fitted, label)
         except NotFinite as err:

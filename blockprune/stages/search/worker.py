@@ -209,7 +209,7 @@ class Worker:
 
     @cached_property
     def hearing(self) -> Hearing:
-        return Hearing(self.fitted, self.plan)
+        return Hearing(self.fitted, self.plan, self.teacher(self.plan, "teacher"))
 
     def hears(self, candidate: Candidate) -> bool:
         """False for one that follows captions worse than every design by hand, unless it is allowed; all are scored for it."""

@@ -46,14 +46,14 @@ def test_what_hearing_is_scored_by(model: Model, cfg_scale: float) -> None:
     asked = Measuring(n_images=32, steps=4, cfg_scale=cfg_scale, eps_samples=64).filled(model.defaults)
     plan = plan_of(model, asked, ["eps_mse"])
     deafened = replace(plan, judges=replace(plan.judges, scorer=None))
-    assert Hearing(model, plan).measure == "clip_score"
-    assert Hearing(model, deafened).measure == ("guided_mse" if cfg_scale > 1 else "")
+    assert Hearing(model, plan, {}).measure == "clip_score"
+    assert Hearing(model, deafened, {}).measure == ("guided_mse" if cfg_scale > 1 else "")
     if cfg_scale == 1:
         return
     fitting = replace(model, fits=MeasureRunner(model, plan).fitter({}))
     where_heard = Architecture(frozenset({"mid_block", "down_blocks.2.attentions.0"}))  # where captions are heard
     elsewhere = Architecture(frozenset({"down_blocks.3.resnets.0", "down_blocks.3.resnets.1"}))
     for of in (plan, deafened):
-        (lost,), (kept,) = (Hearing(fitting, of)(Candidate(a, "a", "tpe", {}, {}, {})) for a in (where_heard, elsewhere))
+        (lost,), (kept,) = (Hearing(fitting, of, {})(Candidate(a, "a", "tpe", {}, {}, {})) for a in (where_heard, elsewhere))
         assert lost.arch == where_heard.key
         assert lost.clearly_worse(kept)
