@@ -7,7 +7,8 @@ themselves, the winners of each way of searching, sets drawn at random, and rand
 (`studies/candidates.py`). Each is scored untrained in many ways, distilled for the same updates (a third of them with two seeds of
 data order and noise), and then drawn with at four guidance scales. The truth is what the trained student draws: digits that an
 independent reader reads in their captioned places, CLIP score, FID at its best scale, and the denoising error on held-out scenes.
-Every row is a file in `--reports`, so a killed run goes on; checkpoints in `--out` let a longer training go on from a shorter one.
+Every row is a file in `--reports`, so a killed run goes on; checkpoints in `--out` let a longer training go on from a shorter one:
+`--updates 600 2000 --only bk-sdm-base base-mixed` trains these further, with three seeds.
 `--part` does some of it, `--dry-run` prints the plan.
 """
 
@@ -190,9 +191,11 @@ def students(reports: Path) -> list[Student]:
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
-    """Every candidate with the first seed, then every third with the second."""
+    """Every candidate with the first seed, then every third with the second; or those that are named, with the seeds given."""
     listed, rows = students(args.reports), args.reports / "rows"
     chosen = [(s, 0) for s in listed] + [(s, 1) for s in listed[::TWICE]]
+    if args.only:
+        chosen = [(s, seed) for seed in args.seeds for s in listed if s.name in args.only]
     made = [Job(student, seed, tuple(args.updates), args.out, rows) for student, seed in chosen]
     return [job for job in made if not job.done]
 
@@ -212,6 +215,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--reports", type=Path, required=True, help="folder of the rows and tables")
     parser.add_argument("--updates", type=int, nargs="+", default=UPDATES, help="checkpoints; the last one is judged")
+    parser.add_argument("--only", nargs="+", help="candidates by name, with every one of --seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --only")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")

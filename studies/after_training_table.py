@@ -159,9 +159,10 @@ def figure(rows: Sequence[Row]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", type=Path, required=True)
+    parser.add_argument("--updates", type=int, default=600, help="of the trainings to tell of")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
     args = parser.parse_args()
-    files = sorted((args.reports / "rows").glob("*.json"))
+    files = sorted((args.reports / "rows").glob(f"*-{args.updates}.json"))
     if args.dry_run:
         print(f"table.md and curves.png from {len(files)} rows")
         return
