@@ -44,6 +44,7 @@ from blockprune.model.model import load_model
 from blockprune.runs.atomic import writing
 from blockprune.stages.fields import Measuring
 from blockprune.stages.plan import plan_of
+from blockprune.stages.train.distill import Lessons
 from blockprune.stages.train.recover import Recovery
 
 UPDATES = (50, 200, 600)
@@ -53,6 +54,7 @@ CFG_SCALE = 3.0  # the model's own; there more images are drawn
 N_READ, N_IMAGES, STEPS = 512, 256, 6
 N_NOISY, SEED, CAPTIONS_SEED = 256, 50_000, 17
 N_UNTRAINED = 128
+LESSON_BYTES = 2**32  # of what the teacher says, kept in each process
 TWICE = 3  # every third candidate is trained with a second seed
 LISTS = ("chance", "winners", "fitted")
 PARTS = (*LISTS, "rows")
@@ -155,7 +157,8 @@ def the_judge() -> Judge:
 @lru_cache(maxsize=1)
 def recovery(seed: int, runs: Path) -> Recovery:
     """One for each seed, so that all candidates are taught the same."""
-    return Recovery(the_judge().model, None, BATCH_SIZE, seed, runs / f"seed-{seed}", the_judge().fitter)
+    of = the_judge()
+    return Recovery(of.model, None, BATCH_SIZE, seed, runs / f"seed-{seed}", of.fitter, Lessons(LESSON_BYTES))
 
 
 def run(job: Job) -> str:

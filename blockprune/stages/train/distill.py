@@ -141,7 +141,7 @@ class Lessons:
     All students must have one teacher and one sampler.
     """
 
-    def __init__(self, keep_bytes: int = 2**32) -> None:
+    def __init__(self, keep_bytes: int = 2**30) -> None:
         self.room = keep_bytes
         self._kept: dict[range, Lesson] = {}
 

@@ -32,7 +32,7 @@ TIMED = 3  # updates
 class Recovery:
     """The same updates of `batch_size` images for every candidate, in one order, with one noise.
 
-    What the teacher says to the images is kept for the next candidate while it takes less than 4 GiB. A training goes on from its
+    What the teacher says to the images is kept for the next candidate while it takes less than 1 GiB. A training goes on from its
     newest checkpoint in `folder`; without one it starts anew. The model stays as it was: what training changes of its network
     (layout, precision) it changes of a copy. `fits` gives the weights that candidates with fits start from.
     """
