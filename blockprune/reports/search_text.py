@@ -234,10 +234,15 @@ def frequency_table(view: SearchView) -> Table | None:
     return Table("How often a unit is removed among the best tenth", columns, rows, note) if rows else None
 
 
+def _with_fits(view: SearchView) -> str:
+    fit = view.protocol.get("score_fit")
+    return f"; each architecture is scored with {fit} maps fitted in place of its blocks, which it does not keep" if fit else ""
+
+
 def caveats(view: SearchView) -> list[str]:
     """What a reader must know before leaning on the numbers."""
     lines = [
-        "Scores are one-shot: nothing is retrained. What is best now need not be best after distillation.",
+        f"Scores are one-shot: nothing is retrained{_with_fits(view)}. What is best now need not be best after distillation.",
         "The search's own scores favour what was lucky on its samples; the choice is by fresh seeds, on other noise and timesteps.",
         f"Scores compare only under the same protocol: {MEASURES[view.measure].title}, n = {view.chosen[0].score.n}.",
     ]

@@ -42,9 +42,9 @@ class SearchRequest(OnModel, Measuring):
         commas=True,
     )
     objective: str = option("guided_mse", "what is made best", SEARCH, choices=tuple(quality()))
-    score_fit: str = option(
-        "none",
-        f"what is fitted in place of removed blocks for scoring alone: none, {', '.join(FITS)}; the answer is not fitted",
+    score_fit: str | None = option(
+        None,
+        f"what is fitted in place of removed blocks to score alone: none, {', '.join(FITS)}; linear, or none with --fit",
         SEARCH,
         choices=("none", *FITS),
     )
@@ -85,6 +85,11 @@ class SearchRequest(OnModel, Measuring):
     study_name: str | None = option(
         None, "name of the study in the storage; that of --out when left out", SCALE, longest=LONGEST_NAME, compared=False
     )
+
+    @property
+    def scored_with(self) -> str:
+        """What stands in for removed blocks while architectures are scored: "none" or a kind of fit."""
+        return self.score_fit or ("none" if self.fit else "linear")
 
     def check(self) -> None:
         for text in self.budget:

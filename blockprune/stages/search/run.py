@@ -75,7 +75,9 @@ def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, 
     if worker.request.recover:
         progress.say(_recovery_time(worker))
     if worker.request.from_scan and not known:
-        progress.say(f"{worker.request.from_scan} has no {worker.request.objective}: nothing is taken over")
+        fit = worker.request.scored_with
+        scored = f"{worker.request.objective}{'' if fit == 'none' else f' with {fit} fits (scan --fit {fit}, or --score-fit none)'}"
+        progress.say(f"{worker.request.from_scan} has no {scored}: nothing is taken over")
     for _ in itertools.chain(_steps(worker, progress), [None]):
         for kind, e in _new_rows(run, trials):
             shown.scored(kind, e)
@@ -108,18 +110,24 @@ def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
     """The scores of another run that hold under the terms of this search; UserError names the terms that differ."""
     source, objective = Path(worker.request.from_scan or ""), worker.request.objective
     theirs = relevant(read_run(source)["asked"], objective)
-    if (theirs_fit := _score_fit(source)) and theirs_fit != worker.request.score_fit:
+    if (theirs_fit := _score_fit(source)) and theirs_fit != worker.request.scored_with:
         raise UserError(
             f"the scores in {str(source)!r} are with {theirs_fit} fits: give --score-fit {theirs_fit}, or another --from-scan"
         )
     if changes := list(differences(theirs, relevant(worker.asked, objective))):
         raise UserError(f"the scores in {str(source)!r} are of another protocol ({'; '.join(changes)}): ask the same here")
-    graph, kind, fits = worker.model.graph, worker.request.score_fit, set(worker.request.fit)
+    graph, kind, fits = worker.model.graph, worker.request.scored_with, set(worker.request.fit)
     scores = list(scores_in(source, objective))
     if kind != "none" and not _score_fit(source):
-        scored_as = ((label.partition("~")[0], arch, score) for label, arch, score in scores)
-        return [(label, arch.plain, s) for label, arch, s in scored_as if arch == graph.fitted(arch.plain, kind)]
+        scored_so = [known for known in scores if known[1] == graph.fitted(known[1].plain, kind)]
+        return [_plainly(label, arch, score) for label, arch, score in scored_so]
     return [known for known in scores if {kind for _, kind in known[1].fits} <= fits]
+
+
+def _plainly(label: str, arch: Architecture, score: Score) -> tuple[str, Architecture, Score]:
+    """What was scored with fits, as the plain architecture that it stands for."""
+    name = label.partition("~")[0]
+    return name, arch.plain, replace(score, label=name, arch=arch.plain.key)
 
 
 def _score_fit(source: Path) -> str:

@@ -98,7 +98,8 @@ class Worker:
         """What must be the same for two searches to share scores and candidates."""
         request = self.request.to_json()
         measured = relevant(request | terms(self.model, self.plan, self.request.data), self.request.objective)
-        fits = {name: request[name] for name in ("fit", "score_fit") if request[name] not in ([], "none")}
+        fits = {"fit": request["fit"], "score_fit": self.request.scored_with}
+        fits = {name: value for name, value in fits.items() if value not in ([], "none")}
         return measured | {name: request[name] for name in PROBLEM_TERMS} | fits
 
     @cached_property
@@ -155,7 +156,7 @@ class Worker:
 
     def objective(self, plan: Plan, part: str) -> AsFitted:
         objective = Objective(MeasureRunner(self.fitted, plan), self.request.objective, self.teacher(plan, part))
-        return AsFitted(objective, self.model.graph, self.request.score_fit)
+        return AsFitted(objective, self.model.graph, self.request.scored_with)
 
     @cached_property
     def fitted(self) -> Model:
