@@ -111,7 +111,25 @@ def markdown(rows: Sequence[Row], seconds: Sequence[Row]) -> str:
     if pairs:
         cells = [f"{t:.2f} (sd {sd:.3g})" if t is not None else "" for t, sd in (between_seeds(pairs, v) for v in TRUTHS.values())]
         lines.append(f"| another seed of the training, {len(pairs)} students | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "## Students", "", *_students(rows)]) + "\n"
+    heard = ["", "## Who still hears the prompt", "", hearing(plain)]
+    return "\n".join([*lines, *heard, "", "## Students", "", *_students(rows)]) + "\n"
+
+
+def hearing(rows: Sequence[Row]) -> str:
+    """What those read after training that, untrained and with linear maps, follow captions worse than every design of that size or
+    below; and the others."""
+    designs = [row for row in rows if row["source"] == "design"]
+    groups: dict[bool, list[float]] = {True: [], False: []}
+    for row in rows:
+        if row["source"] == "design":
+            continue
+        size = next(d["params"] for d in designs if d["name"] == row["size"])
+        least = min(d["untrained"]["clip_score, linear"] for d in designs if d["params"] <= size)
+        groups[row["untrained"]["clip_score, linear"] < least].append(-TRUTHS["digits read"](row))
+    told = {True: "worse than every design by hand", False: "others"}
+    lines = [f"| {told[k]} | {len(v)} | {np.median(v):.3f} | {min(v):.3f} to {max(v):.3f} |" for k, v in groups.items() if v]
+    heads = ["| CLIP score untrained, with linear maps | students | digits read after training, median | range |"]
+    return "\n".join([*heads, "| --- | ---: | ---: | ---: |", *lines])
 
 
 def _students(rows: Sequence[Row]) -> list[str]:
