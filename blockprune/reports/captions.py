@@ -51,11 +51,16 @@ def _followed(view: SearchView) -> str:
         values = ", ".join(f"{s.value:.2f}" for _, s in lost)
         return (
             f"warning: {_whose(view, lost)} follows captions worse than its teacher: CLIP score {values} against "
-            f"{teacher.value:.2f} (n = {teacher.n} images, paired, nothing retrained)"
+            f"{teacher.value:.2f} (n = {teacher.n} images, paired, nothing retrained{_fits(view)})"
         )
     if len(scores) < len(chosen) or any(s.delta_high is None for _, s in scores):
         return f"note: {teacher.n} images without paired intervals do not tell whether {answer} still follows captions"
     return ""
+
+
+def _fits(view: SearchView) -> str:
+    fit = view.protocol.get("score_fit")
+    return f", {fit} maps fitted for the scores alone" if fit else ""
 
 
 def _whose(view: SearchView, chosen: Sequence[tuple[Evaluation, object]]) -> str:

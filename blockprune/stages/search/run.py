@@ -281,7 +281,7 @@ def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation]) ->
         if label in done:
             continue
         try:
-            seen, shown = (teacher, pictures) if label == FULL else runner.observe(arch, label)
+            seen, shown = (teacher, pictures) if label == FULL else runner.observe(worker.as_scored(arch), label)
         except NotFinite as err:
             lost = failed(arch.key, label, measures, protocol.n_images, protocol.seed, str(err))
             run.append({"kind": "seen", "label": label, "scores": [score.to_json() for score in lost]})

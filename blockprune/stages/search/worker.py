@@ -55,6 +55,11 @@ def relevant(asked: dict[str, Any], objective: str) -> dict[str, Any]:
     return {name: asked.get(name) for name in names}
 
 
+def as_scored(arch: Architecture, graph: BlockGraph, kind: str) -> Architecture:
+    """`arch` with fits of that kind in place of its blocks, but where it says itself what stands in."""
+    return arch if arch.fits or kind == "none" else graph.fitted(arch, kind)
+
+
 @dataclass(frozen=True)
 class AsFitted:
     """An objective by which an architecture has fits of that kind ("none" for no change) in place of its blocks, but where it says
@@ -65,8 +70,7 @@ class AsFitted:
     kind: str
 
     def __call__(self, arch: Architecture, label: str, n: int | None = None) -> Score:
-        fitted = arch if arch.fits or self.kind == "none" else self.graph.fitted(arch, self.kind)
-        return replace(self.objective(fitted, label, n), arch=arch.key)
+        return replace(self.objective(as_scored(arch, self.graph, self.kind), label, n), arch=arch.key)
 
     def of(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> Score:
         """The score of a U-Net of its own, as it is."""
@@ -157,6 +161,10 @@ class Worker:
     def objective(self, plan: Plan, part: str) -> AsFitted:
         objective = Objective(MeasureRunner(self.fitted, plan), self.request.objective, self.teacher(plan, part))
         return AsFitted(objective, self.model.graph, self.request.scored_with)
+
+    def as_scored(self, arch: Architecture) -> Architecture:
+        """What is run and drawn with when an architecture is scored."""
+        return as_scored(arch, self.model.graph, self.request.scored_with)
 
     @cached_property
     def fitted(self) -> Model:
@@ -256,6 +264,6 @@ class Worker:
         protocol = replace(self.plan.protocol, seed=self.fresh.protocol.seed, n_images=self.plan.n_pictures)
         runner = MeasureRunner(self.fitted, replace(self.plan, protocol=protocol, judges=Judges()))
         try:
-            return strip_png(runner.observe(candidate.arch, candidate.label)[1])
+            return strip_png(runner.observe(self.as_scored(candidate.arch), candidate.label)[1])
         except NotFinite:
             return None
