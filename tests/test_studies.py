@@ -15,8 +15,11 @@ SD = ["--out", OUT, "--reports", OUT, "--coco", "coco", "--data", "pairs", "--in
 PLANS = {
     "ablation.py": (["--out", OUT], "5 variants x 3 seeds"),
     "absorb.py": (["--out", OUT], "29 removals, each plain, fitted and absorbed"),
+    "after_training.py": (["--out", OUT, "--reports", OUT], "trainings of 600 updates are left"),
+    "after_training_table.py": (["--reports", OUT], "table.md and curves.png from 0 rows"),
     "bench_distill.py": (["--out", OUT], "5 rounds of 6 updates"),
     "bench_fit.py": (["--out", OUT], "3 rounds of 6 random architectures, 256 samples"),
+    "bench_recover.py": (["--out", OUT], "3 rounds of 3 designs x 50 updates x 16 images, both ways"),
     "bench_scan.py": (["--out", OUT], "scan, replay, pricing: 3 rounds, 64 images"),
     "bench_search.py": (["table", "--out", OUT], "6 budgets x 5 methods x 10 seeds"),
     "exhaustive_pairs.py": (["--out", OUT], "removal sets of 14 units within 71%params"),
@@ -29,7 +32,7 @@ PLANS = {
     "train_tiny_digits.py": (["--out", OUT], "vae: 1000 steps, text: 800 steps, unet: 3300 steps on 24000 scenes"),
     "train_tiny_judges.py": (["--out", OUT, "--model", OUT], "detector: 3000 steps, scorer: 2800 steps"),
 }
-SHARED = {"loop.py", "steps.py"}  # no studies, but what some of them share
+SHARED = {"candidates.py", "loop.py", "steps.py"}  # no studies, but what some of them share
 
 
 def test_every_study_is_here() -> None:
