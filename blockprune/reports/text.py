@@ -271,7 +271,7 @@ def around(view: ScanView) -> Iterator[str]:
     for sign, intro in (("-", "The next to go from"), ("+", "Worth most to put back into")):
         told = [_change(view, base, differences[n]) for n in order if n.startswith(sign)][:SHOWN]
         if told:
-            yield f"{intro} `{escaped(base)}`, by `{measure}` sample by sample: {'; '.join(told)}."
+            yield f"{intro} `{base}`, by `{measure}` sample by sample: {'; '.join(told)}."
 
 
 def _change(view: ScanView, base: str, score: Score) -> str:

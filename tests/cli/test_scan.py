@@ -229,6 +229,15 @@ def test_around_a_base_and_by_timestep(cli: Cli, tmp_path: Path) -> None:
     assert cli(*command)[0] == 0 and (tmp_path / "run" / "rows.jsonl").read_bytes() == before
 
 
+def test_around_a_base_with_fits(cli: Cli, tmp_path: Path) -> None:
+    shape = ["--unit", "stage", "--measures", "eps_mse", "--eps-samples", "8", "--batch-size", "8", "--fit", "linear"]
+    assert cli("scan", "--base", "bk-sdm-small", *shape, "--out", tmp_path / "run")[0] == 0
+    rows = {r["label"]: r for r in directory.read_rows(tmp_path / "run") if r["measure"] == "eps_mse"}
+    base, other = rows["bk-sdm-small~linear"], rows["+mid_block~linear"]
+    assert other["delta"] == pytest.approx(other["value"] - base["value"])
+    assert "Worth most to put back into `bk-sdm-small~linear`" in (tmp_path / "run" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -165,7 +165,13 @@ class Scan:
         errors = stack(parts)
         for label in archs:  # in the scan's order: a part that was read back has its own
             score = error_score(measure, archs[label], label, errors[label], plan.protocol.seed)
-            yield from self._new([compared(score, errors[label], errors[self.base]) if self.base else score])
+            base = errors.get(self._base_of(label))
+            yield from self._new([score if base is None else compared(score, errors[label], base)])
+
+    def _base_of(self, label: str) -> str:
+        """What an architecture is compared with: the base, with the same fits where those are scanned."""
+        fitted = f"{self.base}~{label.partition('~')[2]}"
+        return fitted if fitted in self.archs else self.base
 
     def _speed(self) -> Iterator[Score]:
         """Step latency and memory at batch 1, each architecture in turn with the teacher, round by round."""
