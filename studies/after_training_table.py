@@ -93,7 +93,8 @@ def markdown(rows: Sequence[Row], seconds: Sequence[Row]) -> str:
         "# What is a score of an untrained student worth after training?",
         "",
         f"{len(plain)} plain students of tiny-digits and {len(rows) - len(plain)} with linear maps, at three sizes, each distilled "
-        f"for {rows[0]['training'][-1]['updates']} updates of 16 images. Rows in `rows/`; `python studies/after_training.py`.",
+        f"for {rows[0]['training'][-1]['updates']} updates of 16 images. Rows in `rows/`, by\n"
+        "`python studies/after_training.py --out runs/after --reports reports/after-training`.",
         "",
         "## Scores against truths, plain students",
         "",

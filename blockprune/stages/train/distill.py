@@ -122,7 +122,7 @@ def student_of(
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherOutput:
     """A batch, and the teacher's answer to it: its output, and what its tapped modules gave."""
 
     batch: Batch
@@ -135,27 +135,29 @@ class Lesson:
         return sum(t.nbytes for t in (b.noisy, b.timesteps, b.target, *condition, self.output, *self.taps.values()))
 
 
-class Lessons:
-    """Lessons by the samples they are of, kept for the next student while they take less than `keep_bytes`.
+class TeacherCache:
+    """Batches with the teacher's outputs by their samples, kept for the next student while they take less than `keep_bytes`.
 
     All students must have one teacher and one sampler.
     """
 
     def __init__(self, keep_bytes: int = 2**30) -> None:
         self.room = keep_bytes
-        self._kept: dict[range, Lesson] = {}
+        self._kept: dict[range, TeacherOutput] = {}
 
-    def get(self, samples: range, taps: Sequence[str]) -> Lesson | None:
-        """The lesson of those samples, if it is kept and has those taps."""
-        lesson = self._kept.get(samples)
-        return lesson if lesson and lesson.taps.keys() >= set(taps) else None
+    def get(self, samples: range, taps: Sequence[str]) -> TeacherOutput | None:
+        """The output for those samples, if it is kept and has those taps."""
+        known = self._kept.get(samples)
+        return known if known and known.taps.keys() >= set(taps) else None
 
-    def keep(self, samples: range, lesson: Lesson) -> None:
-        if (known := self._kept.get(samples)) is not None:
-            self._kept[samples] = replace(lesson, taps={**known.taps, **lesson.taps})
-        elif (size := lesson.mem_bytes) <= self.room:
-            self._kept[samples] = lesson
-            self.room -= size
+    def keep(self, samples: range, output: TeacherOutput) -> None:
+        """Keeps an output, with the taps that are kept of it already, where there is room."""
+        known = self._kept.get(samples)
+        both = output if known is None else replace(known, taps={**output.taps, **known.taps})
+        more = both.mem_bytes - (known.mem_bytes if known else 0)
+        if more <= self.room:
+            self._kept[samples] = both
+            self.room -= more
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,8 @@ class Settings:
 class Distiller:
     """One phase of training: teacher and student on the same noisy latents, task loss, output KD and feature KD.
 
-    `start` continues a phase from a checkpoint; `offset` is how many optimiser steps earlier phases took. `lessons` are what
-    students before this one were taught with the same teacher and sampler.
+    `start` continues a phase from a checkpoint; `offset` is how many optimiser steps earlier phases took. `cache` holds what
+    the teacher said to students before this one, of the same sampler.
     """
 
     def __init__(
@@ -190,9 +192,9 @@ class Distiller:
         settings: Settings,
         offset: int = 0,
         start: Snapshot | None = None,
-        lessons: Lessons | None = None,
+        cache: TeacherCache | None = None,
     ) -> None:
-        self.lessons = lessons or Lessons(keep_bytes=0)
+        self.cache = cache or TeacherCache(keep_bytes=0)
         self.accelerator, self.recipe, self.settings, self.sampler = accelerator, recipe, settings, sampler
         self.offset, self.step = offset, offset
         self.bare_teacher, self.bare = teacher.requires_grad_(False).eval(), student
@@ -236,7 +238,7 @@ class Distiller:
             return
         batch = self.sampler.batch([0], self.accelerator.device)
         with torch.no_grad():
-            theirs, (_, mine) = self._lesson(batch).taps, self._answer(batch)
+            theirs, (_, mine) = self._ask_teacher(batch).taps, self._ask_student(batch)
         for tap in self.taps:
             if tap.student not in mine or tap.teacher not in theirs:
                 raise UserError(f"the tap {tap.student!r} gives no output in this U-Net: leave it out of the recipe's taps")
@@ -247,31 +249,31 @@ class Distiller:
                     f"{shapes[1][1:]}: they must match; change the recipe's taps"
                 )
 
-    def _lesson(self, batch: Batch) -> Lesson:
+    def _ask_teacher(self, batch: Batch) -> TeacherOutput:
         """The teacher's answer."""
         with torch.no_grad(), self.theirs.watching() as taps, self.accelerator.autocast():
             inputs = {"timestep": batch.timesteps, **batch.condition, "return_dict": False}
             output = self.teacher(batch.noisy.to(self.bare_teacher.dtype), **inputs)[0]
-        return Lesson(batch, output, dict(taps))
+        return TeacherOutput(batch, output, dict(taps))
 
-    def _answer(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def _ask_student(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The student's output and taps."""
         with self.mine.watching() as taps, self.accelerator.autocast():
             output = self.student(batch.noisy, timestep=batch.timesteps, **batch.condition, return_dict=False)[0]
         return output, taps
 
-    def lesson(self, samples: range) -> Lesson:
+    def teacher_output(self, samples: range) -> TeacherOutput:
         """A batch of those samples with the teacher's answer, as an earlier student had it where that is kept."""
-        known = self.lessons.get(samples, [tap.teacher for tap in self.taps])
+        known = self.cache.get(samples, [tap.teacher for tap in self.taps])
         if known is None:
-            known = self._lesson(self.sampler.batch(samples, self.accelerator.device))
-            self.lessons.keep(samples, known)
+            known = self._ask_teacher(self.sampler.batch(samples, self.accelerator.device))
+            self.cache.keep(samples, known)
         return known
 
-    def losses(self, lesson: Lesson) -> dict[str, Tensor]:
+    def losses(self, taught: TeacherOutput) -> dict[str, Tensor]:
         """Every term of the loss, unweighted; features by tap as "feature/NAME", and their sum."""
-        batch, expected, theirs = lesson.batch, lesson.output, lesson.taps
-        predicted, mine = self._answer(batch)
+        batch, expected, theirs = taught.batch, taught.output, taught.taps
+        predicted, mine = self._ask_student(batch)
         weights = None
         if gamma := self.recipe.min_snr_gamma:
             schedule = self.sampler.schedule
@@ -304,9 +306,9 @@ class Distiller:
         sums: dict[str, Tensor] = {}
         for m in range(s.accumulation):
             first = ((self.step * s.accumulation + m) * world + rank) * s.batch_size
-            lesson = self.lesson(range(first, first + s.batch_size))
+            taught = self.teacher_output(range(first, first + s.batch_size))
             with self.accelerator.accumulate(self.student):
-                terms = self.losses(lesson)
+                terms = self.losses(taught)
                 terms["loss"] = self.total(terms)
                 self.accelerator.backward(terms["loss"])
                 if self.accelerator.sync_gradients:

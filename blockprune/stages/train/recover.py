@@ -18,7 +18,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.fit import Fits, no_fits
 from blockprune.model.model import Model
 from blockprune.stages.train.checkpoints import Snapshot, read_snapshot, write_snapshot
-from blockprune.stages.train.distill import Distiller, Lessons, Sampler, Settings, student_of
+from blockprune.stages.train.distill import Distiller, Sampler, Settings, TeacherCache, student_of
 from blockprune.stages.train.launch import accelerated
 from blockprune.stages.train.recipe import read_recipe
 from blockprune.stages.train.samples import data_of, provider_of, samples_of
@@ -43,7 +43,7 @@ class Recovery:
     seed: int
     folder: Path | None = None
     fits: Fits = no_fits
-    lessons: Lessons = field(default_factory=Lessons)
+    cache: TeacherCache = field(default_factory=TeacherCache)
 
     @cached_property
     def samples(self) -> Sampler:
@@ -58,7 +58,7 @@ class Recovery:
         student = student_of(teacher, arch, "teacher", 0, self.fits)
         with accelerated(str(self.model.device)) as accelerator:
             settings, of = Settings(self.batch_size, seed=self.seed, ema=True), (self.model.graph, arch, self.samples, recipe)
-            run = Distiller(accelerator, teacher, student, *of, settings, start=start, lessons=self.lessons)
+            run = Distiller(accelerator, teacher, student, *of, settings, start=start, cache=self.cache)
             try:
                 yield run
             finally:

@@ -25,7 +25,7 @@ from blockprune.model.presets import preset
 from blockprune.model.trace import trace
 from blockprune.stages.train import losses
 from blockprune.stages.train.checkpoints import MANIFEST, read_snapshot, write_snapshot
-from blockprune.stages.train.distill import Distiller, Lessons, Sampler, Settings, student_of
+from blockprune.stages.train.distill import Distiller, Sampler, Settings, TeacherCache, student_of
 from blockprune.stages.train.recipe import RECIPES, Phase, Recipe, read_recipe
 from blockprune.stages.train.taps import Tap, stage_taps, taps_of
 
@@ -66,8 +66,8 @@ def distiller(arch: Architecture, recipe: Recipe, settings: Settings | None = No
 def test_every_term_equals_a_plain_computation(prediction: str, name: str) -> None:
     arch = preset(name)
     run = distiller(arch, Recipe(), prediction=prediction)
-    lesson = run.lesson(range(3))
-    batch, got = lesson.batch, run.losses(lesson)
+    taught = run.teacher_output(range(3))
+    batch, got = taught.batch, run.losses(taught)
     outputs: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
     hooks, predicted = [], {}
     for who, unet in (("teacher", run.teacher), ("student", run.bare)):
@@ -120,7 +120,7 @@ def test_every_feature_term_has_a_gradient(checkpointing: bool, taps: str) -> No
     with torch.no_grad():  # else the features before the first removed block are the teacher's own, and have no gradient
         for p in run.bare.parameters():
             p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    terms = run.losses(run.lesson(range(1)))
+    terms = run.losses(run.teacher_output(range(1)))
     names = [name for name in terms if name.startswith("feature/")]
     assert len(names) == len(run.taps) > 8
     for name in names:
@@ -130,7 +130,7 @@ def test_every_feature_term_has_a_gradient(checkpointing: bool, taps: str) -> No
 
 def test_a_second_student_is_taught_what_the_first_was() -> None:
     """Without a pass of the teacher, bit for bit, also where it taps other modules; and what is not kept is taught anew."""
-    lessons, calls = Lessons(), [0]
+    cache, calls = TeacherCache(), [0]
     for arch, passes in (
         (preset("bk-sdm-base"), 2),
         (preset("bk-sdm-base"), 0),
@@ -138,21 +138,21 @@ def test_a_second_student_is_taught_what_the_first_was() -> None:
         (preset("bk-sdm-base"), 0),
     ):
         alone = [state.losses for state in distiller(arch, Recipe()).run(2)]
-        run = distiller(arch, Recipe(), lessons=lessons)
+        run = distiller(arch, Recipe(), cache=cache)
         calls[0] = 0
         run.bare_teacher.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         assert [state.losses for state in run.run(2)] == alone
         assert calls[0] == passes
         run.close()
-    small = Lessons(keep_bytes=1)
-    list(distiller(preset("bk-sdm-base"), Recipe(), lessons=small).run(1))
+    small = TeacherCache(keep_bytes=1)
+    list(distiller(preset("bk-sdm-base"), Recipe(), cache=small).run(1))
     assert small.room == 1
 
 
 def test_an_unpruned_student_has_no_kd_loss() -> None:
     run = distiller(Architecture(), Recipe(taps="layers"))
     run.bare.eval()
-    terms = run.losses(run.lesson(range(2)))
+    terms = run.losses(run.teacher_output(range(2)))
     assert terms["output"].item() == 0
     assert terms["feature"].item() == 0
 
