@@ -2,14 +2,14 @@
 
     python studies/after_training.py --out runs/after --reports reports/after-training     # about two hours on two CPU cores
 
-Candidates are students of tiny-digits at the sizes of the three BK-SDM designs, within their parameters and their MACs: the designs
-themselves, the winners of each way of searching, sets drawn at random, and random sets that go by the scores of single removals
-(`studies/candidates.py`); the designs with linear maps alone are 2 to 3 % above. Each is scored untrained in many ways, distilled for
-the same updates (a third of them with two seeds of data order and noise), and then drawn with at four guidance scales. The truth is
-what the trained student draws: digits that an independent reader reads in their captioned places, CLIP score, FID at its best scale,
-and the denoising error on held-out scenes.
-Every row is a file in `--reports`, so a killed run goes on; checkpoints in `--out` let a longer training go on from a shorter one:
-`--updates 600 2000 --only bk-sdm-base base-mixed` trains these further, with three seeds.
+Candidates are students of tiny-digits at the sizes of the three BK-SDM designs, within their parameters and their MACs: the
+designs themselves, the winners of each way of searching, sets drawn at random, and random sets that go by the scores of
+single removals (`studies/candidates.py`); the designs with linear maps alone are 2 to 3 % above. Each is scored untrained in
+many ways, distilled for the same updates (a third of them with two seeds of data order and noise), and then drawn with at
+four guidance scales. The truth is what the trained student draws: digits that an independent reader reads in their captioned
+places, CLIP score, FID at its best scale, and the denoising error on held-out scenes. Every row is a file in `--reports`, so
+a killed run goes on; checkpoints in `--out` let a longer training go on from a shorter one: `--updates 600 2000 --only
+bk-sdm-base base-mixed` trains these further, with three seeds.
 `--part` does some of it, `--dry-run` prints the plan. `after_training_table.py` makes the table.
 Expected: scores of students with fits rank better than those of plain ones, and a short training better than both. Measured: the
 first holds for the digits read, the second does not; no score ranks FID (`reports/after-training/table.md`).
