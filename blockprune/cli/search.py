@@ -45,8 +45,8 @@ def _solve(request: SearchRequest, out: Path | None) -> None:
     if out:
         solutions.save(out)
     if solutions.unscored:
-        print(f"left out, for want of {request.objective} in {request.from_scan}: {', '.join(solutions.unscored)}")
-    console.print_solutions(solutions.candidates, request.objective, solutions.graph.total, console.make_console())
+        print(f"left out, for want of {request.measure} in {request.from_scan}: {', '.join(solutions.unscored)}")
+    console.print_solutions(solutions.candidates, request.measure, solutions.graph.total, console.make_console())
     if out:
         print(f"solutions.json and an architecture for each, solution-1.json and so on, are in {out}")
 

@@ -53,7 +53,7 @@ def history_figure(view: SearchView) -> Figure:
     tidy(ax)
     _step(ax, list(view.search), view.measure, OURS, "this search")
     _step(ax, list(view.random), view.measure, RANDOM, "random")
-    fitting = [e for e in view.search if e.candidate.fits and e.score.value is not None]
+    fitting = [e for e in view.search if e.fits and e.score.value is not None]
     lines: dict[str, list[str]] = {}
     for e in (e for e in fitting if e.candidate.source == PRESET):
         lines.setdefault(f"{e.score.value or 0.0:.2g}", []).append(e.score.label)

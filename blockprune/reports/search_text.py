@@ -138,9 +138,14 @@ def summary(view: SearchView) -> str:
     ratio = view.latency_ratio(best)
     timed = f", {ratio:.1%} of its measured step latency" if ratio is not None else ""
     return (
-        f"`{best.score.label}` has the best {measure.title}, {_scored(best)}, of {len(view.ranked)} finalists within the budget, "
+        f"`{best.score.label}` has the best {measure.title}, {_scored(best)}, of {len(view.ranked)} finalists within the budget"
+        f"{_bounded(view)}, "
         f"on n = {best.score.n} samples of fresh seeds, after {len(view.search)} evaluations. It keeps {shares}{timed}."
     )
+
+
+def _bounded(view: SearchView) -> str:
+    return f" and with {' and '.join(view.bounds)}" if view.bounds else ""
 
 
 def search_markdown(view: SearchView, figures: Sequence[str]) -> str:

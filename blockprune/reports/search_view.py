@@ -73,15 +73,20 @@ class SearchView:
         return seconds / full.value if full and full.value and seconds else None
 
     def holds(self, e: Evaluation) -> bool:
-        """True when every budget holds, latency by measurement where there is one."""
+        """True when every budget holds, latency by measurement where there is one, and so does what else was asked to hold."""
         full, ratio = self.scores.get(TEACHER, {}).get("latency"), self.latency_ratio(e)
         if full is None or full.value is None or ratio is None:
-            return e.candidate.fits
+            return self.judged(e).fits
         seconds = full.value * ratio
-        return all(
+        return self.judged(e).keeps_bounds and all(
             seconds <= self.limits[text][1] if self.limits[text][0] == "latency" else excess <= 0
             for text, excess in e.candidate.over.items()
         )
+
+    @property
+    def bounds(self) -> list[str]:
+        """What was asked to hold besides the budgets, such as clip_score>=0.7."""
+        return list(self.protocol.get("bounds", ()))
 
     @cached_property
     def ranked(self) -> list[Evaluation]:
@@ -149,8 +154,22 @@ class SearchView:
             raise UserError("a front without a budget has no best: choose by pareto.json, or give a budget")
         if not self.ranked:
             measured = "as measured " if any(q == "latency" for q, _ in self.limits.values()) else ""
-            raise UserError(f"no finalist holds the budgets {measured}({len(self.finals)} tried): raise the budget or --trials")
+            bounded = f" and {', '.join(self.bounds)}" if self.bounds else ""
+            raise UserError(
+                f"no finalist holds the budgets{bounded} {measured}({len(self.finals)} tried{self._nearest}): raise the budget or "
+                f"--trials{', or ask for less' if bounded else ''}"
+            )
         return self.ranked[0]
+
+    @property
+    def _nearest(self) -> str:
+        """What of each bounded measure the finalists reached, in words."""
+        seen = [check.score for e in self.finals for check in self.judged(e).bounds if check.score.value is not None]
+        best = {
+            name: min((s for s in seen if s.measure == name), key=lambda s: s.loss)
+            for name in dict.fromkeys(s.measure for s in seen)
+        }
+        return "".join(f", the best {name} is {score.value:.4g}" for name, score in best.items())
 
     @property
     def nearest_preset(self) -> Evaluation | None:
@@ -179,7 +198,7 @@ class SearchView:
 
     def frequency(self) -> dict[str, float]:
         """unit => the share in which it is removed among the best tenth of what fits."""
-        fitting = sorted((e for e in self.search if e.candidate.fits and e.candidate.params), key=lambda e: e.loss)
+        fitting = sorted((e for e in self.search if e.fits and e.candidate.params), key=lambda e: e.loss)
         top = fitting[: max(1, math.ceil(len(fitting) / 10))]
         labels = top[0].candidate.params if top else {}
         return {label: sum(e.candidate.params[label] for e in top) / len(top) for label in labels}
@@ -187,7 +206,8 @@ class SearchView:
     def front(self, quantity: str) -> list[Evaluation]:
         """What no other finalist beats in both the measure and the quantity, smallest first."""
         front: list[Evaluation] = []
-        for e in sorted((e for e in self.finals if e.score.value is not None), key=lambda e: (self.share(e, quantity), e.loss)):
+        sound = [e for e in self.finals if e.score.value is not None and self.judged(e).keeps_bounds]
+        for e in sorted(sound, key=lambda e: (self.share(e, quantity), e.loss)):
             if not front or e.loss < front[-1].loss:
                 front.append(e)
         return front
@@ -206,6 +226,6 @@ def history(evaluations: Sequence[Evaluation]) -> list[float]:
     """The best loss so far after each evaluation, infinite while nothing fits."""
     best, out = math.inf, list[float]()
     for e in evaluations:
-        best = min(best, e.loss) if e.candidate.fits else best
+        best = min(best, e.loss) if e.fits else best
         out.append(best)
     return out

@@ -37,11 +37,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class BoundCheck:
+    """A bound on a measure: its text, by how much it is broken (relative, at most 0 where it holds), and the score that says so."""
+
+    text: str
+    excess: float
+    score: Score
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "excess": self.excess, "score": self.score.to_json()}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A candidate with its scores, one for each number of samples that it was tried on, the last of which counts.
 
     `ended` is a time in seconds since the epoch, `seconds` what the evaluation took. After a short distillation there is one for
-    each number of `updates` that it stopped at.
+    each number of `updates` that it stopped at. `bounds` are what must hold besides the budgets, checked where it could win.
     """
 
     trial: int
@@ -50,6 +62,7 @@ class Evaluation:
     ended: float
     seconds: float
     updates: int = 0
+    bounds: tuple[BoundCheck, ...] = ()
 
     @property
     def score(self) -> Score:
@@ -59,8 +72,17 @@ class Evaluation:
     def loss(self) -> float:
         return self.score.loss
 
+    @property
+    def keeps_bounds(self) -> bool:
+        return all(check.excess <= 0 for check in self.bounds)
+
+    @property
+    def fits(self) -> bool:
+        """True when the budgets and the bounds hold."""
+        return self.candidate.fits and self.keeps_bounds
+
     def to_json(self) -> dict[str, Any]:
-        c = self.candidate
+        c, later = self.candidate, {"updates": self.updates, "bounds": [s.to_json() for s in self.bounds]}
         return {
             "trial": self.trial,
             "source": c.source,
@@ -71,7 +93,7 @@ class Evaluation:
             "ended": self.ended,
             "seconds": self.seconds,
             "tiers": [s.to_json() for s in self.tiers],
-        } | ({"updates": self.updates} if self.updates else {})
+        } | {name: value for name, value in later.items() if value}
 
     @classmethod
     def from_json(cls, data: object) -> Evaluation:
@@ -79,7 +101,7 @@ class Evaluation:
         record = checked(data, EvaluationRecord, "an evaluation", AGAIN)
         costs = record.params, record.over, record.costs
         candidate = Candidate(Architecture(frozenset(record.removed)), record.tiers[-1].label, record.source, *costs)
-        return cls(record.trial, candidate, record.tiers, record.ended, record.seconds, record.updates)
+        return cls(record.trial, candidate, record.tiers, record.ended, record.seconds, record.updates, record.bounds)
 
 
 def deaf(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -104,6 +126,7 @@ class EvaluationRecord(msgspec.Struct):
     seconds: float
     tiers: Annotated[tuple[Score, ...], Meta(min_length=1)]
     updates: Natural = 0
+    bounds: tuple[BoundCheck, ...] = ()
 
 
 @dataclass(frozen=True)

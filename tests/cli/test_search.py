@@ -296,6 +296,27 @@ def test_a_latency_budget_out_of_reach_is_said(tmp_path: Path, cli: Cli, monkeyp
     assert not (tmp_path / "run" / "finalists.csv").exists()
 
 
+def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> None:
+    """The winner holds the bound on fresh seeds; one that nobody reaches is said, with what was reached."""
+    args = [*QUICK[:4], "--trials", "16", *SMALL, "--out"]
+    code, _, _ = cli("search", *args, tmp_path / "held", "--objective", "guided_mse,clip_score>=0.1")
+    assert code == 0
+    rows = [row for row in directory.read_rows(tmp_path / "held") if "tiers" in row]
+    measured = [row for row in rows if row.get("bounds")]
+    assert {row["kind"] for row in measured} == {"search", "final"}
+    for row in measured:
+        assert row["bounds"][0]["text"] == "clip_score>=0.1"
+        assert row["bounds"][0]["excess"] == pytest.approx((0.1 - row["bounds"][0]["score"]["value"]) / 0.1)
+    best = json.loads((tmp_path / "held" / "best.json").read_text())
+    (won,) = (row for row in measured if row["kind"] == "final" and row["tiers"][-1]["label"] == best["label"])
+    assert won["bounds"][0]["score"]["value"] >= 0.1
+    assert "with clip_score>=0.1" in (tmp_path / "held" / "report.md").read_text()
+    code, _, err = cli("search", *args, tmp_path / "missed", "--objective", "guided_mse,clip_score>=0.99")
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert re.search(r"no finalist holds the budgets and clip_score>=0.99 \(\d tried, the best clip_score is 0\.\d+\)", line)
+
+
 @pytest.mark.parametrize("objective", ["eps_mse", "guided_mse", "clip_score"])
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
     args = [*QUICK[:4], "--trials", "16", *SMALL, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]

@@ -134,7 +134,7 @@ def _search(data: ReportData) -> Iterator[Part]:
             if lines := search_text.against(view):
                 yield Text(lines, listed=True)
         if any(e.score.finite is not None for e in view.search):
-            best = min((e.loss for e in view.search if e.candidate.fits), default=None)
+            best = min((e.loss for e in view.search if e.fits), default=None)
             alt = f"Best {MEASURES[view.measure].title} so far over {len(view.search)} evaluations"
             alt += f", down to {number(best)}." if best is not None else "."
             yield picture(search_figures.history_figure(view), alt, search_text.CAPTIONS["history.png"], [name])

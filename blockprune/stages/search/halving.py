@@ -21,14 +21,15 @@ def best_third() -> BasePruner:
 
 
 def survivors(evaluations: Sequence[Evaluation], pruner: BasePruner | None = None) -> list[Candidate]:
-    """Those that the pruner lets go on, best first; it sees the scores of all after the same updates, none of what failed."""
-    sound = sorted((e for e in evaluations if e.score.value is not None), key=lambda e: e.loss)
+    """Those that the pruner lets go on, best first; it sees the ranks of all after the same updates, what
+    breaks a bound last, none of what failed."""
+    sound = sorted((e for e in evaluations if e.score.value is not None), key=lambda e: (not e.fits, e.loss))
     study = optuna.create_study(pruner=pruner or best_third())
-    study.add_trials([create_trial(value=e.loss, intermediate_values={0: e.loss}) for e in sound])
+    study.add_trials([create_trial(value=rank, intermediate_values={0: rank}) for rank in range(len(sound))])
     going = list[Candidate]()
-    for e in sound:
+    for rank, e in enumerate(sound):
         trial = study.ask()
-        trial.report(e.loss, step=0)
+        trial.report(rank, step=0)
         if not trial.should_prune():
             going.append(e.candidate)
         study.tell(trial, state=TrialState.FAIL)

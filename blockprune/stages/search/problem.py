@@ -100,6 +100,6 @@ class Problem:
         """How candidates are found. Units are scored one by one where the trials allow it or their scores are there already."""
         request = self.request
         left = request.trials - len(self.units) - len(self.presets)
-        scan, teacher = left > 0 or request.from_scan is not None, not measure(request.objective).paired
+        scan, teacher = left > 0 or request.from_scan is not None, not measure(request.measure).paired
         n_exact = max(1, min(N_EXACT, left) // len(self.spaces)) if scan else 0
         return Strategy(self.space, self.spaces, self.presets, request.sampler, seed, n_exact, scan, teacher)

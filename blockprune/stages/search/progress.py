@@ -56,7 +56,7 @@ class SearchProgress:
 
 
 def _in_question(e: Evaluation) -> bool:
-    return e.candidate.fits and e.score.value is not None
+    return e.fits and e.score.value is not None
 
 
 def _text(e: Evaluation) -> str:

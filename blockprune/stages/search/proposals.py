@@ -61,10 +61,12 @@ class Proposer:
             self._told.add(e.trial)
             state = TrialState.COMPLETE if e.score.value is not None else TrialState.FAIL
             choice = frozenset(label for label, on in e.candidate.params.items() if on)
-            if state == TrialState.COMPLETE and self.space.holds(e.candidate.arch):
+            if state == TrialState.COMPLETE and self.space.holds(e.candidate.arch) and e.keeps_bounds:
                 self._best = sorted([*self._best, (e.loss, choice)], key=itemgetter(0))[:N_BEST]
             asked = self._asked.pop(choice, None)
             if asked is not None:
+                for check in e.bounds:
+                    asked.set_constraint(check.text, check.excess)
                 self.study.tell(asked, e.loss if state == TrialState.COMPLETE else None, state=state)
             elif state == TrialState.COMPLETE:
                 self.study.add_trial(self._trial(e))
@@ -128,7 +130,7 @@ class Proposer:
 
     def _trial(self, e: Evaluation) -> FrozenTrial:
         values = self._values([label for label, on in e.candidate.params.items() if on])
-        over = self.space.over(e.candidate.arch)
+        over = self.space.over(e.candidate.arch) | {check.text: check.excess for check in e.bounds}
         return create_trial(value=e.loss, params=values, distributions=dict(self._distributions), constraints=over)
 
     @cached_property

@@ -12,6 +12,7 @@ from blockprune.model.defaults import MOST_BATCH
 from blockprune.model.graph import CONVENTIONS
 from blockprune.request import LONGEST_NAME, option
 from blockprune.stages.fields import REMOVE, SCALE, Measuring, OnModel
+from blockprune.stages.search.bounds import Bound, read_objective
 from blockprune.stages.search.budget import amount
 
 BUDGET, SEARCH, RECOVERY = "Budget", "Search", "Recovery"
@@ -41,7 +42,12 @@ class SearchRequest(OnModel, Measuring):
         choices=FITS,
         commas=True,
     )
-    objective: str = option("guided_mse", "what is made best", SEARCH, choices=tuple(quality()))
+    objective: tuple[str, ...] = option(
+        ("guided_mse",),
+        f"what is made best, {', '.join(quality())}; then what must hold, as in guided_mse,clip_score>=0.7",
+        SEARCH,
+        commas=True,
+    )
     score_fit: str | None = option(
         None,
         f"what is fitted in place of removed blocks to score alone: none, {', '.join(FITS)}; linear, or none with --fit",
@@ -87,6 +93,16 @@ class SearchRequest(OnModel, Measuring):
     )
 
     @property
+    def measure(self) -> str:
+        """What is made best."""
+        return read_objective(self.objective)[0]
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """What must hold."""
+        return read_objective(self.objective)[1]
+
+    @property
     def scored_with(self) -> str:
         """What stands in for removed blocks while architectures are scored: "none" or a kind of fit."""
         return self.score_fit or ("none" if self.fit else "linear")
@@ -94,6 +110,7 @@ class SearchRequest(OnModel, Measuring):
     def check(self) -> None:
         for text in self.budget:
             amount(text)
+        read_objective(self.objective)
         if not self.budget and not self.pareto:
             raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")
         if list(self.recover) != sorted(set(self.recover)):

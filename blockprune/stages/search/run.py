@@ -76,7 +76,7 @@ def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, 
         progress.say(_recovery_time(worker))
     if worker.request.from_scan and not known:
         fit = worker.request.scored_with
-        scored = f"{worker.request.objective}{'' if fit == 'none' else f' with {fit} fits (scan --fit {fit}, or --score-fit none)'}"
+        scored = f"{worker.request.measure}{'' if fit == 'none' else f' with {fit} fits (scan --fit {fit}, or --score-fit none)'}"
         progress.say(f"{worker.request.from_scan} has no {scored}: nothing is taken over")
     for _ in itertools.chain(_steps(worker, progress), [None]):
         for kind, e in _new_rows(run, trials):
@@ -108,7 +108,7 @@ def _about(worker: Worker) -> dict[str, object]:
 
 def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
     """The scores of another run that hold under the terms of this search; UserError names the terms that differ."""
-    source, objective = Path(worker.request.from_scan or ""), worker.request.objective
+    source, objective = Path(worker.request.from_scan or ""), worker.request.measure
     theirs = relevant(read_run(source)["asked"], objective)
     if (theirs_fit := _score_fit(source)) and theirs_fit != worker.request.scored_with:
         raise UserError(

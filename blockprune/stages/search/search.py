@@ -14,6 +14,7 @@ from blockprune.measures.runner import FULL
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.runs.records import EXACT, PRESET, SCAN, Candidate, Evaluation
+from blockprune.stages.search.bounds import Bounding, no_bounds
 from blockprune.stages.search.proposals import Proposer
 from blockprune.stages.search.space import Choice, Space
 from blockprune.stages.search.trials import Trials
@@ -171,7 +172,7 @@ class Tiers:
     def __call__(self, candidate: Candidate, evaluations: Sequence[Evaluation]) -> tuple[Score, ...]:
         """The scores at every tier that was reached; the last one counts."""
         scores: list[Score] = []
-        rivals = sorted((e for e in evaluations if len(e.tiers) == len(self.sizes) and e.candidate.fits), key=lambda e: e.loss)
+        rivals = sorted((e for e in evaluations if len(e.tiers) == len(self.sizes) and e.fits), key=lambda e: e.loss)
         for i, n in enumerate(self.sizes):
             scores.append(self.objective(candidate.arch, candidate.label, n))
             if scores[-1].value is None or (len(rivals) >= self.rank and scores[-1].clearly_worse(rivals[self.rank - 1].tiers[i])):
@@ -184,20 +185,23 @@ def search(
     source: Candidates,
     score: Callable[[Candidate, Sequence[Evaluation]], tuple[Score, ...]],
     n_trials: int | None = None,
+    bounded: Bounding = no_bounds,
     picture: Callable[[Candidate], bytes | None] = lambda candidate: None,
 ) -> Iterator[Evaluation]:
     """Scores candidates until `n_trials` architectures are known or there are no more, and yields those that this process scored.
 
-    `picture` gives a PNG to go with a trial. Others may work on the same trials; this ends when nobody is at work any more.
+    `bounded` measures what must hold besides; `picture` gives a PNG to go with a trial. Others may work on the same trials; this
+    ends when nobody is at work any more.
     """
     while True:
         trials.recover()
         if (trial := trials.claim(n_trials)) is not None:
             with trials.beating(trial):
                 scores = score(trials.candidate(trial), trials.evaluations())
+                bounds = bounded(trials.candidate(trial), scores)
                 if (png := picture(trials.candidate(trial))) is not None:
                     trials.attach(trial, png)
-            if (done := trials.finish(trial, scores)) is not None:
+            if (done := trials.finish(trial, scores, bounds)) is not None:
                 yield done
             continue
         known = trials.expected()
@@ -221,7 +225,7 @@ def finalists(
     chosen: dict[str, Candidate] = {}
     for space in spaces:
         inside = [e for e in evaluations if e.score.value is not None and space.holds(e.candidate.arch)]
-        order = [e.candidate for e in sorted(inside, key=lambda e: e.loss)]
+        order = [e.candidate for e in sorted(inside, key=lambda e: (not e.fits, e.loss))]
         best = islice((c for c in order[: 6 * k] if holds(c)), k)
         known = (c for c in order if c.source == PRESET)
         chosen |= {c.arch.key: c for c in [*best, *known]}

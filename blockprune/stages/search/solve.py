@@ -34,7 +34,7 @@ class Solutions:
     def save(self, folder: Path) -> None:
         """Makes the folder a run directory of the solutions; UserError where it holds something else."""
         request = self.request
-        asked = {name: getattr(request, name) for name in ("model", "trials", *PROBLEM_TERMS)}
+        asked = {name: getattr(request, name) for name in ("model", "trials", *PROBLEM_TERMS)} | {"objective": request.measure}
         asked |= {"from_scan": request.from_scan, "scores": fingerprint([repr(self.candidates)])}
         solutions = [self._to_json(candidate, total) for candidate, total in self.candidates]
         with Run(folder, "solve", asked, {}) as run:
@@ -45,7 +45,7 @@ class Solutions:
     def _to_json(self, candidate: Candidate, total: float) -> dict[str, Any]:
         return {
             "architecture": candidate.arch.to_json(),
-            "predicted": {self.request.objective: total, "how": "sum of the scores of the units alone, above the teacher's"},
+            "predicted": {self.request.measure: total, "how": "sum of the scores of the units alone, above the teacher's"},
             "cost": self.graph.cost(candidate.arch).to_json(),
             "over_budget": dict(candidate.over),
         }
@@ -55,7 +55,11 @@ def solve(request: SearchRequest) -> Solutions:
     """The removal sets with the least sum of the scores in the run `request.from_scan` that hold the budgets."""
     if request.from_scan is None:
         raise UserError("--solve-only solves on the scores of an earlier run: give --from-scan, a scan or search directory")
-    source, objective = Path(request.from_scan), request.objective
+    if request.bounds:
+        raise UserError(
+            f"--solve-only draws nothing, so it cannot hold {request.bounds[0].text}: give --objective {request.measure} alone"
+        )
+    source, objective = Path(request.from_scan), request.measure
     about = read_run(source)
     configs = pretrained.configs(request.model)
     latent = configs.latent(request.resolution)

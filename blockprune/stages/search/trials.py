@@ -20,7 +20,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from blockprune.decode import Natural, Object, checked
 from blockprune.errors import UserError
@@ -28,7 +28,7 @@ from blockprune.measures.measure import measure as measure_of
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.runs.directory import differences
-from blockprune.runs.records import Candidate, Evaluation
+from blockprune.runs.records import BoundCheck, Candidate, Evaluation
 from blockprune.stages.search.storage import MEND
 
 UNIT = CategoricalDistribution([False, True])
@@ -52,6 +52,7 @@ class TrialAttributes(msgspec.Struct):
     removed: list[str]
     costs: dict[str, float]
     tiers: Annotated[list[Score], Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
+    bounds: list[BoundCheck] = []
     worker: str = "::"
     beat: float | None = None
 
@@ -110,7 +111,9 @@ class Trials:
         """What a trial scores."""
         attrs = trial.user_attrs
         arch = Architecture(frozenset(attrs["removed"]))
-        return Candidate(arch, attrs["label"], attrs["source"], trial.params, trial.constraints, attrs["costs"])
+        bounds = {check["text"] for check in attrs.get("bounds", ())}
+        over = {text: excess for text, excess in trial.constraints.items() if text not in bounds}
+        return Candidate(arch, attrs["label"], attrs["source"], trial.params, over, attrs["costs"])
 
     def known(self) -> set[str]:
         """The keys of architectures that are scored, in work or waiting."""
@@ -222,13 +225,17 @@ class Trials:
             file.write_bytes(png)
             upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial, storage=self.storage)
 
-    def finish(self, trial: FrozenTrial, tiers: Sequence[Score]) -> Evaluation | None:
+    def finish(self, trial: FrozenTrial, tiers: Sequence[Score], bounds: Sequence[BoundCheck] = ()) -> Evaluation | None:
         """Ends a trial with its scores; one whose last has no value is kept as failed and never tried again.
 
-        None when another worker thought this one dead and took the trial away.
+        `bounds` are what must hold besides, as measured. None when another worker thought this one dead and took the trial away.
         """
         with suppress(UpdateFinishedTrialError):
             self.storage.set_trial_user_attr(trial._trial_id, "tiers", [score.to_json() for score in tiers])
+            if bounds:
+                self.storage.set_trial_user_attr(trial._trial_id, "bounds", [check.to_json() for check in bounds])
+            for check in bounds:
+                Trial(self.study, trial._trial_id).set_constraint(check.text, check.excess)
             value = tiers[-1].value
             self._end(trial, TrialState.PRUNED if value is None else TrialState.COMPLETE, value)
             return _evaluation(self.storage.get_trial(trial._trial_id))
@@ -303,4 +310,5 @@ def _evaluation(trial: FrozenTrial) -> Evaluation:
     ended = trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0
     began = trial.datetime_start.timestamp() if trial.datetime_start else ended
     tiers = tuple(Score.from_json(row) for row in trial.user_attrs["tiers"])
-    return Evaluation(trial.number, Trials.candidate(trial), tiers, ended, ended - began)
+    bounds = checked(trial.user_attrs.get("bounds", []), tuple[BoundCheck, ...], "the bounds of a trial", MEND)
+    return Evaluation(trial.number, Trials.candidate(trial), tiers, ended, ended - began, bounds=bounds)

@@ -22,9 +22,10 @@ from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
 from blockprune.runs.parts import strip_png
-from blockprune.runs.records import Candidate, Evaluation, deaf
+from blockprune.runs.records import BoundCheck, Candidate, Evaluation, deaf
 from blockprune.stages import loading
 from blockprune.stages.plan import plan_of, terms
+from blockprune.stages.search.bounds import Bound, Bounded
 from blockprune.stages.search.halving import survivors
 from blockprune.stages.search.hearing import Hearing
 from blockprune.stages.search.problem import Latencies, Problem
@@ -38,7 +39,7 @@ FRESH = 1_000_003  # finals use seeds from here on, so that what won by luck doe
 PICTURE_TERMS = ("prompts", "n_images", "steps", "cfg_scale", "scheduler")
 JUDGE_TERMS = ("detector", "clip", "reference", "n_reference")
 COMMON_TERMS = ("teacher", "latent", "dtype", "device", "seed")
-PROBLEM_TERMS = ("objective", "unit", "keep", "budget", "scope", "macs", "pareto")
+PROBLEM_TERMS = ("unit", "keep", "budget", "scope", "macs", "pareto")
 RECOVERY_TERMS = ("recover_batch_size", "train_data")
 KINDS = ("search", "random", "final")
 OWN_SAMPLES = "the teacher's own samples"
@@ -78,6 +79,35 @@ class AsFitted:
 
 
 @dataclass
+class Recovered:
+    """The scores of a finalist so far (`before`, by key), and that after `updates` updates; data, order and noise are the same for
+    all finalists."""
+
+    recovery: Recovery
+    updates: int
+    objective: AsFitted
+    bounds: Sequence[tuple[Bound, AsFitted]]
+    before: Mapping[str, tuple[Score, ...]]
+    _student: UNet2DConditionModel | None = None
+
+    def __call__(self, candidate: Candidate, evaluations: Sequence[Evaluation]) -> tuple[Score, ...]:
+        arch, label, self._student = candidate.arch, candidate.label, None
+        try:
+            self._student = self.recovery.student(arch, self.updates)
+            now = self.objective.of(self._student, arch, label)
+        except FloatingPointError as err:
+            now = replace(self.objective(arch, label, 1), value=None, low=None, high=None, error=str(err))
+        return (*self.before.get(arch.key, ()), now)
+
+    def bounded(self, candidate: Candidate, tiers: Sequence[Score]) -> list[BoundCheck]:
+        """What must hold besides, of the student that was scored last."""
+        student = self._student
+        if student is None:
+            return []
+        return Bounded([(bound, partial(score.of, student)) for bound, score in self.bounds])(candidate, tiers)
+
+
+@dataclass
 class Worker:
     """A search on a loaded model. Several processes may hold the same one; they meet in its trials.
 
@@ -95,16 +125,27 @@ class Worker:
 
     @cached_property
     def plan(self) -> Plan:
-        return plan_of(self.model, self.request, [self.request.objective])
+        return replace(self._whole_plan, measures=[self.request.measure])
+
+    @cached_property
+    def _whole_plan(self) -> Plan:
+        """The plan with what must hold beside what is made best."""
+        measures = [self.request.measure, *(bound.measure for bound in self.request.bounds)]
+        return plan_of(self.model, self.request, list(dict.fromkeys(measures)))
 
     @cached_property
     def asked(self) -> dict[str, Any]:
         """What must be the same for two searches to share scores and candidates."""
         request = self.request.to_json()
-        measured = relevant(request | terms(self.model, self.plan, self.request.data), self.request.objective)
+        measured = self._relevant(self.request.measure) | {"objective": self.request.measure}
+        for bound in self.request.bounds:
+            measured |= self._relevant(bound.measure) | {"bounds": [b.text for b in self.request.bounds]}
         fits = {"fit": request["fit"], "score_fit": self.request.scored_with}
         fits = {name: value for name, value in fits.items() if value not in ([], "none")}
         return measured | {name: request[name] for name in PROBLEM_TERMS} | fits
+
+    def _relevant(self, measure: str) -> dict[str, Any]:
+        return relevant(self.request.to_json() | terms(self.model, self.plan, self.request.data), measure)
 
     @cached_property
     def problem(self) -> Problem:
@@ -113,13 +154,13 @@ class Worker:
     def trials(self, kind: str = "search", updates: int = 0) -> Trials:
         """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"
         in so many updates."""
-        asked, measured = dict(self.asked), self.request.objective
+        asked, measured = dict(self.asked), self.request.measure
         asked |= {"final_factor": self.request.final_factor} if kind in ("final", "recovered") else {}
         if kind == "recovered":
             asked |= {name: getattr(self.request, name) for name in RECOVERY_TERMS} | {"updates": updates}
         if kind == "heard":
             measured = self.hearing.measure
-            asked |= relevant(self.request.to_json() | terms(self.model, self.plan, self.request.data), measured)
+            asked |= self._relevant(measured)
         parts = (self.request.study_name or "search", kind if kind != "search" else "", str(updates or ""))
         name = "-".join(filter(None, parts))
         artifacts = self.folder / "artifacts" if self.folder else None
@@ -156,11 +197,17 @@ class Worker:
 
     @property
     def needs_teacher(self) -> bool:
-        return not self.plan.denoising_measures or self.plan.clean is None
+        return bool(self._whole_plan.image_measures) or self.plan.clean is None
 
-    def objective(self, plan: Plan, part: str) -> AsFitted:
-        objective = Objective(MeasureRunner(self.fitted, plan), self.request.objective, self.teacher(plan, part))
+    def objective(self, plan: Plan, part: str, measure: str | None = None) -> AsFitted:
+        """The score by a measure, the one that is made best unless another is named."""
+        measure = measure or self.request.measure
+        objective = Objective(MeasureRunner(self.fitted, replace(plan, measures=[measure])), measure, self.teacher(plan, part))
         return AsFitted(objective, self.model.graph, self.request.scored_with)
+
+    def bounds(self, plan: Plan, part: str) -> list[tuple[Bound, AsFitted]]:
+        """What must hold besides, each with its score under a plan."""
+        return [(bound, self.objective(plan, part, bound.measure)) for bound in self.request.bounds]
 
     def as_scored(self, arch: Architecture) -> Architecture:
         """What is run and drawn with when an architecture is scored."""
@@ -184,25 +231,30 @@ class Worker:
         """Scores until the search and its finals are done; yields what this process scored, with the kind of its trials."""
         seed, request = self.request.seed + 1000 * self.number, self.request
         main, strategy, tiers = self.trials(), self.problem.strategy(seed), self.tiers()
-        for e in search(main, strategy, tiers, request.trials):
+        bounded = Bounded(self.bounds(self.plan, "teacher"), len(tiers.sizes))
+        for e in search(main, strategy, tiers, request.trials, bounded):
             main.count_cached(strategy.cached)
             yield "search", e
-        for e in search(self.trials("random"), Chance(strategy, seed), tiers, request.random):
+        for e in search(self.trials("random"), Chance(strategy, seed), tiers, request.random, bounded):
             yield "random", e
         finals, objective = self.trials("final"), self.objective(self.fresh, "teacher-fresh")
+        bounds = self.bounds(self.fresh, "teacher-fresh")
         chosen = self.problem.timed and finals.known()  # another timing might choose others
         listed = [] if chosen else finalists(main.evaluations(), self.problem.spaces, request.finalists, self.sound)
-        for e in search(finals, Listed(listed), lambda c, _: (objective(c.arch, c.label),), picture=self.picture):
+        for e in search(finals, Listed(listed), lambda c, _: (objective(c.arch, c.label),), None, Bounded(bounds), self.picture):
             yield "final", e
-        yield from (("recovered", e) for e in self._recover(finals.evaluations(), objective))
+        yield from (("recovered", e) for e in self._recover(finals.evaluations(), objective, bounds))
 
-    def _recover(self, finals: Sequence[Evaluation], objective: AsFitted) -> Iterator[Evaluation]:
+    def _recover(
+        self, finals: Sequence[Evaluation], objective: AsFitted, bounds: Sequence[tuple[Bound, AsFitted]]
+    ) -> Iterator[Evaluation]:
         """Distils every finalist for a few updates, the best third of them for more, and so on; yields each with all its scores."""
         recovery, going = self.recovery, [e.candidate for e in finals]
         before: dict[str, tuple[Score, ...]] = {}
         for updates in self.request.recover:
-            trials, score = self.trials("recovered", updates), partial(self._recovered, recovery, objective, updates, before)
-            yield from search(trials, Listed(going), score)
+            score = Recovered(recovery, updates, objective, bounds, before)
+            trials = self.trials("recovered", updates)
+            yield from search(trials, Listed(going), score, bounded=score.bounded)
             going = survivors(trials.evaluations())
             recovery.keep([c.arch for c in going])
             before |= {e.candidate.arch.key: e.tiers for e in trials.evaluations()}
@@ -241,23 +293,6 @@ class Worker:
         networks = {name: partial(self.fitted.removed, arch) for name, arch in archs.items()}
         timings = latency.measure(networks, inputs, self.plan.n_timings, 2, model.device)
         return self.latencies.full_s * latency.ratio(timings[FULL], timings["student"])[0] <= 0.99 * min(limits)
-
-    @staticmethod
-    def _recovered(
-        recovery: Recovery,
-        objective: AsFitted,
-        updates: int,
-        before: Mapping[str, tuple[Score, ...]],
-        candidate: Candidate,
-        evaluations: Sequence[Evaluation],
-    ) -> tuple[Score, ...]:
-        """The scores of a finalist so far, and that after `updates` updates, on data, order and noise that all finalists share."""
-        arch, label = candidate.arch, candidate.label
-        try:
-            now = objective.of(recovery.student(arch, updates), arch, label)
-        except FloatingPointError as err:
-            now = replace(objective(arch, label, 1), value=None, low=None, high=None, error=str(err))
-        return (*before.get(arch.key, ()), now)
 
     def picture(self, candidate: Candidate) -> bytes | None:
         """The first images of a finalist, side by side; None when it draws none."""
