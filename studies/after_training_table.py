@@ -3,14 +3,16 @@
     python studies/after_training_table.py --reports reports/after-training
 
 Reads the rows there and writes `table.md` and `curves.png` beside them. Kendall τ is taken over the students of one size and
-averaged over the three sizes. Regret at 5: how far the best of a score's first five is behind the best of that size, in the unit
-of the truth, averaged as well. The two seeds of a student say how well one training ranks another, which no score can beat.
+averaged over the three sizes. Scores of `predictors.py` are taken from `predictors/` there. Regret at 5: how far the best of a
+score's first five is behind the best of that size, in the unit of the truth, averaged as well. The two seeds of a student say how
+well one training ranks another, which no score can beat.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import KFold, cross_val_predict
 
 from blockprune.measures.intervals import kendall_tau
 from blockprune.reports.canvas import new_figure, png, tidy, title
@@ -26,6 +30,8 @@ Row = Mapping[str, Any]
 Value = Callable[[Row], float]
 N_IMAGES, CFG_SCALE, TOP = 256, 3.0, 5
 UP = ("clip_score", "digits_read")
+# how `after_training.py` and `predictors.py` score
+N_NOISY, N_FITTED, STEPS, BATCH_SIZE = 256, 256, 6, 16
 
 
 def drawn_at(row: Row, cfg_scale: float) -> Row:
@@ -56,12 +62,52 @@ def early(i: int, name: str, row: Row) -> float:
     return float(row["training"][i][name])
 
 
+def dearer(rows: Sequence[Row], folder: Path) -> list[Row]:
+    """The rows with the scores that `predictors.py` has of all of them."""
+    rows = list(rows)
+    for path in sorted(folder.glob("*.json")):
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        if all(row["name"] in scores for row in rows):
+            rows = [{**row, "dearer": {**row.get("dearer", {}), **scores[row["name"]]}} for row in rows]
+    return rows
+
+
 def predictors(rows: Sequence[Row]) -> dict[str, Value]:
     """Scores that are there before the training is over, as losses."""
+    mine: dict[str, Value] = {name: lambda row, name=name: float(row["dearer"][name]) for name in rows[0].get("dearer", ())}  # type: ignore[misc]
+    return mine | _of_rows(rows)
+
+
+def _of_rows(rows: Sequence[Row]) -> dict[str, Value]:
     found: dict[str, Value] = {f"untrained: {name}": partial(untrained, name) for name in rows[0]["untrained"]}
     for i, at in enumerate(rows[0]["training"][:-1]):
         found |= {f"after {at['updates']} updates: {name}": partial(early, i, name) for name in ("eps_mse", "guided_mse")}
     return found | {"parameters, more is better": lambda row: -row["params"], "MACs, more is better": lambda row: -row["macs_thop"]}
+
+
+def passes(name: str) -> str:
+    """How many samples a U-Net must pass to score one student; an update counts as three passes of its images."""
+    if ": " in name and (fit := name.rpartition(", ")[2]) in ("none", "channel", "linear"):
+        of_fit, n_drawn = N_FITTED if fit != "none" else 0, 64 if fit == "channel" or "distance" in name else 128
+        by = {"eps_mse": N_NOISY, "guided_mse": 2 * N_NOISY}
+        return f"{by.get(name.split(': ')[1].split(',')[0], 2 * STEPS * n_drawn) + of_fit:,}"
+    if found := re.match(r"after (\d+) updates: (\w+)", name):
+        errors = {"loss": 0, "eps_mse": N_NOISY, "guided_mse": 2 * N_NOISY}[found[2]]
+        return f"{3 * BATCH_SIZE * int(found[1]) + errors:,}"
+    return {"shared": "once a long training", "learned": "a training for each size"}.get(name.split(" ")[0], "0")
+
+
+def surrogate(rows: Sequence[Row], truth: Value) -> float:
+    """Kendall τ of a ridge regression of the truth on which units are gone and on the size, each student predicted by a fit to the
+    students of the other two thirds."""
+    names = sorted({term for row in rows for term in row["removed"]})
+    sizes = sorted({row["size"] for row in rows})
+    masks = np.array([[n in row["removed"] for n in names] + [row["size"] == s for s in sizes] for row in rows], dtype=float)
+    truths = np.array([truth(row) for row in rows])
+    thirds = KFold(3, shuffle=True, random_state=0)
+    scale = truths.std() or 1.0
+    guessed = dict(zip(map(id, rows), cross_val_predict(Ridge(1.0), masks, truths / scale, cv=thirds), strict=True))
+    return tau(rows, lambda row: float(guessed[id(row)]), truth)
 
 
 def by_size(rows: Sequence[Row]) -> list[list[Row]]:
@@ -100,18 +146,24 @@ def markdown(rows: Sequence[Row], seconds: Sequence[Row]) -> str:
         "",
         "Kendall τ within a size, averaged over sizes; in brackets how far the best of the first five is behind the best.",
         "",
-        "| score | " + " | ".join(TRUTHS) + " |",
-        "| --- |" + " ---: |" * len(TRUTHS),
+        "| score | U-Net passes | " + " | ".join(TRUTHS) + " |",
+        "| --- |" + " ---: |" * (1 + len(TRUTHS)),
     ]
     scores = predictors(plain)
     for name in sorted(scores, key=lambda n: -tau(plain, scores[n], TRUTHS["digits read"])):
         cells = [f"{tau(plain, scores[name], t):.2f} ({regret(plain, scores[name], t):.3g})" for t in TRUTHS.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {passes(name)} | " + " | ".join(cells) + " |")
+    guessed = [f"{surrogate(plain, truth):.2f}" for truth in TRUTHS.values()]
+    lines.append(
+        f"| linear in the removed blocks, fitted to two thirds of the truth | {len(plain) * 2 // 3} trainings | "
+        + " | ".join(guessed)
+        + " |"
+    )
     first = {row["name"]: row for row in rows}
     pairs = [(first[row["name"]], row) for row in seconds if row["name"] in first]
     if pairs:
         cells = [f"{t:.2f} (sd {sd:.3g})" if t is not None else "" for t, sd in (between_seeds(pairs, v) for v in TRUTHS.values())]
-        lines.append(f"| another seed of the training, {len(pairs)} students | " + " | ".join(cells) + " |")
+        lines.append(f"| another seed of the training, {len(pairs)} students | another training | " + " | ".join(cells) + " |")
     heard = ["", "## Who still hears the prompt", "", hearing(plain)]
     return "\n".join([*lines, *heard, "", "## Students", "", *_students(rows)]) + "\n"
 
@@ -186,6 +238,8 @@ def main() -> None:
         print(f"table.md and curves.png from {len(files)} rows")
         return
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    plain, with_maps = ([row for row in rows if any("~" in term for term in row["removed"]) == maps] for maps in (False, True))
+    rows = dearer(plain, args.reports / "predictors") + with_maps
     first, second = ([row for row in rows if row["seed"] == seed] for seed in (0, 1))
     (args.reports / "table.md").write_text(markdown(first, second), encoding="utf-8")
     (args.reports / "curves.png").write_bytes(png(figure(first)))
