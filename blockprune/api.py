@@ -19,13 +19,11 @@ from diffusers import DiffusionPipeline
 from blockprune.errors import UserError
 from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
 from blockprune.measures.measure import Measure, chosen
-from blockprune.measures.runner import MeasureRunner
 from blockprune.model import presets, pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
 from blockprune.model.device import device_of
 from blockprune.model.families import family_of
-from blockprune.model.fit import Weights
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.model.trace import trace
@@ -38,7 +36,7 @@ from blockprune.runs.memory import MemoryRun
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.run import evaluate as run_evaluate
 from blockprune.stages.fields import OnModel
-from blockprune.stages.plan import plan_of
+from blockprune.stages.fitting import fitted_weights
 from blockprune.stages.scan.request import ScanRequest
 from blockprune.stages.scan.run import scan as run_scan
 from blockprune.stages.search.request import SearchRequest
@@ -189,19 +187,8 @@ def prune(pipe: DiffusionPipeline, arch: AnyArchitecture, data: str | Path | Non
     name = _network_of(pipe)
     student = copy.copy(pipe)
     wanted = _architecture(pipe, arch)
-    setattr(student, name, surgery.prune(getattr(pipe, name), wanted, _fits(pipe, wanted, data)))
+    setattr(student, name, surgery.prune(getattr(pipe, name), wanted, fitted_weights(of_pipeline(pipe), wanted, data)))
     return student
-
-
-def _fits(pipe: DiffusionPipeline, arch: Architecture, data: str | Path | None) -> Weights:
-    """The fitted weights of an architecture, as a scan fits them."""
-    if not arch.fits:
-        return {}
-    model = of_pipeline(pipe)
-    request = ScanRequest(measures=("eps_mse",), data=None if data is None else str(data)).filled(model.defaults)
-    with model.undisturbed():
-        runner = MeasureRunner(model, plan_of(model, request, request.measures))
-        return runner.fitter({} if runner.plan.clean else runner.teacher()[0])(arch)
 
 
 @contextmanager
@@ -217,7 +204,7 @@ def removed(pipe: DiffusionPipeline, arch: AnyArchitecture) -> Iterator[Diffusio
     True
     """
     wanted = _architecture(pipe, arch)
-    with surgery.removed(getattr(pipe, _network_of(pipe)), wanted, _fits(pipe, wanted, None)):
+    with surgery.removed(getattr(pipe, _network_of(pipe)), wanted, fitted_weights(of_pipeline(pipe), wanted)):
         yield pipe
 
 

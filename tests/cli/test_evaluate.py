@@ -30,7 +30,7 @@ from blockprune.measures import detectors, fid_kid
 from blockprune.measures.fid_kid import Stats
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
-from blockprune.model.presets import preset
+from blockprune.model.presets import parse, preset
 from blockprune.model.trace import trace
 from blockprune.runs import directory
 from blockprune.stages.evaluate.protocol import read_protocol
@@ -264,6 +264,23 @@ def test_components_stand_side_by_side(tmp_path: Path, cli: Cli) -> None:
     again = cli("evaluate", *args, "--out", tmp_path / "run")
     assert again[0] == 0
     assert len([r for r in directory.read_rows(tmp_path / "run") if r["kind"] == "component"]) == 10
+
+
+def test_maps_are_fitted_before_the_images(tmp_path: Path, cli: Cli) -> None:
+    """In place of the blocks of a design: the weights that they cost, and images nearer to the teacher's."""
+    kept, drawn = {}, {}
+    for arch in ("full", "bk-sdm-small", "bk-sdm-small~linear"):
+        args = ["--arch", arch, "--n-images", "4", "--steps", "2", "--measures", "clip_score", "--out", tmp_path / arch]
+        code, _, err = cli("evaluate", *args)
+        assert code == 0, err
+        kept[arch] = scores(tmp_path / arch)["CFG 3, 2 steps", "weight_bytes"]["value"]
+        files = sorted((tmp_path / arch / "drawn" / SLUG).glob("*.png"))
+        drawn[arch] = np.stack([np.asarray(Image.open(file), dtype=np.float64) for file in files])
+    graph = BlockGraph.from_json(directory.read_run(tmp_path / "bk-sdm-small")["graph"])
+    more = graph.cost(parse("bk-sdm-small~linear", graph)) - graph.cost(preset("bk-sdm-small"))
+    assert kept["bk-sdm-small~linear"] - kept["bk-sdm-small"] == 4 * more.params > 0
+    plain, fitted = (np.square(drawn[arch] - drawn["full"]).mean() for arch in ("bk-sdm-small", "bk-sdm-small~linear"))
+    assert fitted < 0.9 * plain
 
 
 def features_config() -> dict[str, Any]:

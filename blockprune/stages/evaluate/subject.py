@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from blockprune.model.pretrained import Configs
 from blockprune.model.trace import trace
 from blockprune.stages.evaluate.protocol import Rules
 from blockprune.stages.evaluate.request import EvaluateRequest
+from blockprune.stages.fitting import fitted_weights
 from blockprune.stages.train.finished import Finished
 
 
@@ -69,6 +71,7 @@ def subject_of(
     model = given or _load(request.model, resolution, request)
     removed = presets.parse(request.arch or "full", model.graph)
     teacher = pipeline.teacher_of(model.pipe) if gone else (model.name, model.identity) if removed else ("", "")
+    model = replace(model, fits=partial(fitted_weights, model))
     return Subject(model, removed or gone, removed, pretrained.configs_of(model.pipe), model.graph, *teacher)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -249,20 +250,21 @@ class Worker:
         self, finals: Sequence[Evaluation], objective: AsFitted, bounds: Sequence[tuple[Bound, AsFitted]]
     ) -> Iterator[Evaluation]:
         """Distils every finalist for a few updates, the best third of them for more, and so on; yields each with all its scores."""
-        recovery, going = self.recovery, [e.candidate for e in finals]
-        before: dict[str, tuple[Score, ...]] = {}
-        for updates in self.request.recover:
-            score = Recovered(recovery, updates, objective, bounds, before)
-            trials = self.trials("recovered", updates)
-            yield from search(trials, Listed(going), score, bounded=score.bounded)
-            going = survivors(trials.evaluations())
-            recovery.keep([c.arch for c in going])
-            before |= {e.candidate.arch.key: e.tiers for e in trials.evaluations()}
+        going, before = [e.candidate for e in finals], dict[str, tuple[Score, ...]]()
+        with TemporaryDirectory(prefix="blockprune-") as scratch:
+            recovery = replace(self.recovery, folder=self.folder / "recovery" if self.folder else Path(scratch))
+            for updates in self.request.recover:
+                score = Recovered(recovery, updates, objective, bounds, before)
+                trials = self.trials("recovered", updates)
+                yield from search(trials, Listed(going), score, bounded=score.bounded)
+                going = survivors(trials.evaluations())
+                recovery.keep([c.arch for c in going])
+                before |= {e.candidate.arch.key: e.tiers for e in trials.evaluations()}
 
     @property
     def recovery(self) -> Recovery:
-        request, folder = self.request, self.folder / "recovery" if self.folder else None
-        return Recovery(self.model, request.train_data, request.recover_batch_size, request.seed, folder, self.fitted.fits)
+        request = self.request
+        return Recovery(self.model, request.train_data, request.recover_batch_size, request.seed, fits=self.fitted.fits)
 
     def sound(self, candidate: Candidate) -> bool:
         """True for a candidate that keeps a latency budget and hears the prompt."""
