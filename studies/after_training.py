@@ -58,9 +58,9 @@ N_READ, N_IMAGES, STEPS = 512, 256, 6
 N_NOISY, SEED, CAPTIONS_SEED = 256, 50_000, 17
 N_UNTRAINED = 128
 CACHE_BYTES = 2**32  # of what the teacher says, kept in each process
-TWICE = 3  # every third candidate is trained with a second seed
+TWICE = 3  # a third of the candidates, designs and winners first, is trained with a second seed
 LISTS = ("chance", "winners", "fitted")
-PARTS = (*LISTS, "rows")
+PARTS = (*LISTS, "teacher", "rows")
 Row = dict[str, Any]
 
 
@@ -197,9 +197,9 @@ def students(reports: Path) -> list[Student]:
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
-    """Every candidate with the first seed, then every third with the second; or those that are named, with the seeds given."""
+    """Every candidate with the first seed, then a third with the second; or those that are named, with the seeds given."""
     listed, rows = students(args.reports), args.reports / "rows"
-    chosen = [(s, 0) for s in listed] + [(s, 1) for s in listed[::TWICE]]
+    chosen = [(s, 0) for s in listed] + [(s, 1) for s in listed[: len(listed) // TWICE]]
     if args.only:
         chosen = [(s, seed) for seed in args.seeds for s in listed if s.name in args.only]
     made = [Job(student, seed, tuple(args.updates), args.out, rows) for student, seed in chosen]
@@ -216,6 +216,15 @@ def listing(part: str, reports: Path) -> None:
         path.write_text(json.dumps([s.to_json() for s in found], indent=1) + "\n", encoding="utf-8")
 
 
+def teacher(reports: Path) -> None:
+    """Writes what the full model draws, as the students are judged."""
+    of, cost = the_judge(), the_judge().model.graph.total
+    truth = [of.drawn(of.model.network, s, N_READ if s == CFG_SCALE else N_IMAGES) for s in CFG_SCALES]
+    row = {"name": "tiny-digits", "params": cost.params, "macs_thop": cost.thop, "truth": truth}
+    with writing(reports / "teacher.json") as path:
+        path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
@@ -230,6 +239,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for part in LISTS:
         if (not args.part or part in args.part) and not args.dry_run and not (args.reports / f"{part}.json").exists():
             listing(part, args.reports)
+    if "teacher" in (args.part or PARTS) and not args.dry_run and not (args.reports / "teacher.json").exists():
+        teacher(args.reports)
     left = jobs(args)
     print(f"{len(left)} trainings of {args.updates[-1]} updates are left", flush=True)
     if args.dry_run or (args.part and "rows" not in args.part):

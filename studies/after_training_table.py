@@ -92,7 +92,7 @@ def passes(name: str) -> str:
         by = {"eps_mse": N_NOISY, "guided_mse": 2 * N_NOISY}
         return f"{by.get(name.split(': ')[1].split(',')[0], 2 * STEPS * n_drawn) + of_fit:,}"
     if found := re.match(r"after (\d+) updates: (\w+)", name):
-        errors = {"loss": 0, "eps_mse": N_NOISY, "guided_mse": 2 * N_NOISY}[found[2]]
+        errors = {"loss": 0, "eps_mse": N_NOISY, "guided_mse": 2 * N_NOISY}.get(found[2], 2 * STEPS * N_IMAGES)
         return f"{3 * BATCH_SIZE * int(found[1]) + errors:,}"
     return {"shared": "once a long training", "learned": "a training for each size"}.get(name.split(" ")[0], "0")
 
@@ -133,7 +133,7 @@ def between_seeds(pairs: Sequence[tuple[Row, Row]], truth: Value) -> tuple[float
     return kendall_tau(a, b), float(np.sqrt(np.mean(np.square(np.subtract(a, b))) / 2)) if pairs else 0.0
 
 
-def markdown(rows: Sequence[Row], seconds: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], seconds: Sequence[Row], reference: Sequence[Row]) -> str:
     plain = [row for row in rows if not any("~" in term for term in row["removed"])]
     lines = [
         "# What is a score of an untrained student worth after training?",
@@ -165,7 +165,7 @@ def markdown(rows: Sequence[Row], seconds: Sequence[Row]) -> str:
         cells = [f"{t:.2f} (sd {sd:.3g})" if t is not None else "" for t, sd in (between_seeds(pairs, v) for v in TRUTHS.values())]
         lines.append(f"| another seed of the training, {len(pairs)} students | another training | " + " | ".join(cells) + " |")
     heard = ["", "## Who still hears the prompt", "", hearing(plain)]
-    return "\n".join([*lines, *heard, "", "## Students", "", *_students(rows)]) + "\n"
+    return "\n".join([*lines, *heard, "", "## Students", "", *_students(rows, reference)]) + "\n"
 
 
 def hearing(rows: Sequence[Row]) -> str:
@@ -185,12 +185,12 @@ def hearing(rows: Sequence[Row]) -> str:
     return "\n".join([*heads, "| --- | ---: | ---: | ---: |", *lines])
 
 
-def _students(rows: Sequence[Row]) -> list[str]:
+def _students(rows: Sequence[Row], reference: Sequence[Row]) -> list[str]:
     lines = [
         "| size | student | found by | parameters | MACs | digits read | CLIP score | FID at CFG 1.5, 2, 3, 4.5 |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for group in by_size(rows):
+    for group in [reference, *by_size(rows)]:
         for row in sorted(group, key=TRUTHS["digits read"]):
             at = drawn_at(row, CFG_SCALE)
             read, clip = (
@@ -198,7 +198,9 @@ def _students(rows: Sequence[Row]) -> list[str]:
             )
             fids = ", ".join(f"{fid_at(d):.1f}" for d in row["truth"])
             costs = f"{row['params'] / 1e6:.2f} M | {row['macs_thop'] / 1e6:.1f} M"
-            lines.append(f"| {row['size']} | {row['name']} | {row['source']} | {costs} | {read} | {clip} | {fids} |")
+            lines.append(
+                f"| {row.get('size', '')} | {row['name']} | {row.get('source', 'teacher')} | {costs} | {read} | {clip} | {fids} |"
+            )
     return lines
 
 
@@ -240,8 +242,10 @@ def main() -> None:
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     plain, with_maps = ([row for row in rows if any("~" in term for term in row["removed"]) == maps] for maps in (False, True))
     rows = dearer(plain, args.reports / "predictors") + with_maps
+    teacher = args.reports / "teacher.json"
+    reference = [json.loads(teacher.read_text(encoding="utf-8"))] if teacher.exists() else []
     first, second = ([row for row in rows if row["seed"] == seed] for seed in (0, 1))
-    (args.reports / "table.md").write_text(markdown(first, second), encoding="utf-8")
+    (args.reports / "table.md").write_text(markdown(first, second, reference), encoding="utf-8")
     (args.reports / "curves.png").write_bytes(png(figure(first)))
 
 

@@ -3,11 +3,12 @@
     python studies/predictors.py --reports reports/after-training    # about 45 minutes on two cores; goes on when killed
 
 `drawn`: distance to the teacher's images, of 64 images, with nothing, a scale and shift, or a linear map fitted in place of each
-block; FID and CLIP score with a scale and shift. `early`: loss and errors after 25 and 100 updates of each. `shared`: one training
-of a U-Net in which every update removes another random set within the budgets; candidates are scored with its weights. `gates`: for
-each size one training in which every block may be passed by, with a probability that is learned (as TinyFusion, arXiv 2412.01199,
-which chooses among blocks of equal size), under a penalty for what exceeds the budgets; a candidate scores the sum over the blocks
-that it lacks. Each part writes `predictors/PART.json`: student => score => loss, less is better. `--dry-run` says what is left.
+block; FID and CLIP score with a scale and shift. `early`: loss and errors after 25 and 100 updates of each, and what it draws then.
+`shared`: one training of a U-Net in which every update removes another random set within the budgets; candidates are scored with
+its weights. `gates`: for each size one training in which every block may be passed by, with a probability that is learned (as
+TinyFusion, arXiv 2412.01199, which chooses among blocks of equal size), under a penalty for what exceeds the budgets; a candidate
+scores the sum over the blocks that it lacks. Each part writes `predictors/PART.json`: student => score => loss, less is better.
+`--dry-run` says what is left.
 Expected: `shared` ranks better than any score without training, as in one-shot architecture search.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from after_training import BATCH_SIZE, students, the_judge
+from after_training import BATCH_SIZE, N_IMAGES, students, the_judge
 from candidates import SIZES, Student, units
 from diffusers import UNet2DConditionModel
 from exhaustive_pairs import space as space_of
@@ -42,6 +43,7 @@ from blockprune.stages.train.recover import LEARNING_RATE, Recovery
 FITS = ("none", "channel", "linear")
 DRAWN = ("fid", "clip_score", "feature_distance")
 STOPS = (25, 100)
+EARLY_CFG_SCALE, EARLY_DRAWN = 2.0, {"fid": 1, "clip_score": -1, "digits_read": -1}  # at the scale where most have their best FID
 N_DRAWN = 64
 SHARED_UPDATES, GATE_UPDATES = 1200, 400
 GATE_RATE, PENALTY, TEMPERATURE = 5e-2, 20.0, 0.5
@@ -86,7 +88,8 @@ def early(student: Student) -> Scores:
                 network.load_state_dict(run.weights(averaged=True))
                 scores[f"after {state.step} updates: loss"] = float(np.mean(losses[-10:]))
                 scores |= {f"after {state.step} updates: {name}": error for name, error in of.denoised(network.eval()).items()}
-    return scores
+    seen = of.drawn(network, EARLY_CFG_SCALE, N_IMAGES)
+    return scores | {f"after {STOPS[-1]} updates: {name}": sign * seen[name] for name, sign in EARLY_DRAWN.items()}
 
 
 @cache

@@ -16,6 +16,7 @@ PLANS = {
     "ablation.py": (["--out", OUT], "5 variants x 3 seeds"),
     "absorb.py": (["--out", OUT], "29 removals, each plain, fitted and absorbed"),
     "after_training.py": (["--out", OUT, "--reports", OUT], "trainings of 600 updates are left"),
+    "after_training_proof.py": (["--reports", OUT], "proof.md and proof.png from 0 rows"),
     "after_training_table.py": (["--reports", OUT], "table.md and curves.png from 0 rows"),
     "bench_distill.py": (["--out", OUT], "5 rounds of 6 updates"),
     "bench_fit.py": (["--out", OUT], "3 rounds of 6 random architectures, 256 samples"),
