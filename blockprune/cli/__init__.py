@@ -12,7 +12,21 @@ from typing import Annotated
 
 import typer
 
-from blockprune.cli import cache, cost, distill, error_line, evaluate, export, graph, map_adapter, report, scan, search, stats
+from blockprune.cli import (
+    cache,
+    cost,
+    distill,
+    error_line,
+    evaluate,
+    export,
+    graph,
+    map_adapter,
+    names,
+    report,
+    scan,
+    search,
+    stats,
+)
 from blockprune.cli.checks import CheckedCommand
 
 app = typer.Typer(
@@ -46,6 +60,7 @@ app.command("distill", cls=CheckedCommand)(distill.distill)
 app.command("evaluate", cls=CheckedCommand)(evaluate.evaluate)
 app.command("export", cls=CheckedCommand)(export.export)
 app.command("map-adapter", cls=CheckedCommand)(map_adapter.map_adapter)
+app.command("names", cls=CheckedCommand)(names.names)
 app.command("report", cls=CheckedCommand)(report.report)
 app.command("stats", cls=CheckedCommand)(stats.stats)
 

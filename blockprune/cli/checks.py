@@ -37,7 +37,8 @@ class CheckedCommand(TyperCommand):
                     check_argument(_spelt(param), text, *self._takes(str(param.name)))
         rest = super().parse_args(ctx, args)
         if (out := ctx.params.get("out")) is not None:
-            _check_out(str(self.name), Path(out))
+            is_file = self.name in OUT_IS_FILE or ctx.params.get("format", "folder") != "folder"
+            _check_out(str(self.name), Path(out), is_file)
         elif "out" in ctx.params and self.name not in OUT_IS_FILE:
             check_folder(Path("runs"))
         return rest
@@ -112,9 +113,9 @@ def _is_special(text: str) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def _check_out(command: str, out: Path) -> None:
+def _check_out(command: str, out: Path, is_file: bool) -> None:
     """Raises UserError or OSError where a command's result could not be written in the end."""
-    if command in OUT_IS_FILE:
+    if is_file:
         check_file(out)
     elif command in OUT_IS_RUN:
         check_run_folder(out)

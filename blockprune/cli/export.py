@@ -10,6 +10,8 @@ import typer
 
 from blockprune.errors import UserError
 
+FORMATS = ("folder", "ldm")
+
 
 def export(
     student: Annotated[Path, typer.Argument(help="Folder of a saved student, or a run directory with one as student/.")],
@@ -17,22 +19,34 @@ def export(
     teacher: Annotated[
         str | None, typer.Option(help="The model that the student was cut from; the run's own when left out.")
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="folder: a diffusers pipeline; ldm: the U-Net alone as one .safetensors file, in the original names."),
+    ] = "folder",
 ) -> None:
-    """Write a student as a diffusers pipeline: its teacher's parts, its own U-Net, and a model card.
+    """Write a student as a diffusers pipeline: its teacher's parts, its own U-Net, and a model card; or as one file.
 
-    Where a stock configuration can describe the student, any diffusers loads the folder; else `blockprune.load_pipeline` does.
+    Where a stock configuration can describe the student, any diffusers loads the folder; else `blockprune.load_pipeline` does. The
+    file of `--format ldm` is for loaders of a U-Net alone that follow its names; its metadata says what the network lacks.
 
     Examples:
 
     $ blockprune export runs/distill --out my-student
 
     $ blockprune export student --teacher sd-v1-5 --out my-student
+
+    $ blockprune export runs/distill --format ldm --out my-student.safetensors
     """
     from blockprune.export.pipeline import card_entries, check_free, export_pipeline, load_student, read_architecture
     from blockprune.export.stock_config import Stock
     from blockprune.model.identity import identity
     from blockprune.model.pretrained import load
 
+    if format not in FORMATS:
+        raise UserError(f"unknown --format {format!r}: choose from {', '.join(FORMATS)}")
+    if format == "ldm":
+        _single_file(_student_folder(student), out)
+        return
     check_free(out)
     folder = _student_folder(student)
     model = teacher or _teacher_of(student)
@@ -47,6 +61,23 @@ def export(
     else:
         print(f"no stock configuration: {found}")
         print(f"load it with blockprune.load_pipeline({str(out)!r})")
+
+
+def _single_file(folder: Path, out: Path) -> None:
+    from blockprune.export.pipeline import load_student, read_architecture
+    from blockprune.export.single_file import write_single_file
+    from blockprune.export.stock_config import Stock
+
+    found = write_single_file(load_student(folder), read_architecture(folder), out)
+    print(f"{out}: the U-Net alone, under the names of the original checkpoints; its architecture is in the file's metadata")
+    if isinstance(found, Stock):
+        print(
+            "load it with diffusers: UNet2DConditionModel.from_single_file(file, config=FOLDER, subfolder='unet'), FOLDER an export"
+        )
+    else:
+        print(
+            f"its blocks keep their places, with gaps, since there is no stock configuration ({found}): no other tool reads it yet"
+        )
 
 
 def _student_folder(given: Path) -> Path:
