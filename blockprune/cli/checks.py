@@ -37,7 +37,7 @@ class CheckedCommand(TyperCommand):
                     check_argument(_spelt(param), text, *self._takes(str(param.name)))
         rest = super().parse_args(ctx, args)
         if (out := ctx.params.get("out")) is not None:
-            is_file = self.name in OUT_IS_FILE or ctx.params.get("format", "folder") != "folder"
+            is_file = self.name in OUT_IS_FILE or ctx.params.get("format") == "ldm"
             _check_out(str(self.name), Path(out), is_file)
         elif "out" in ctx.params and self.name not in OUT_IS_FILE:
             check_folder(Path("runs"))

@@ -37,7 +37,19 @@ class CostRequest(OnModel):
     rounds: int = option(20, "measured steps of each, teacher and student in turn", MEASURES, least=1, most=MOST_ROUNDS)
     batch_size: int = option(1, "rows of the measured U-Net step; guidance takes two per image", SCALE, least=1, most=MOST_BATCH)
 
+    runtime: tuple[str, ...] = option(
+        ("torch",),
+        "what runs the measured step, several with commas between",
+        MEASURES,
+        choices=("torch", "torch-compile", "onnxruntime", "openvino", "torch-export", "aot-inductor"),
+        commas=True,
+    )
+
     def check(self) -> None:
+        if self.runtime != ("torch",) and (not self.latency or self.components):
+            raise UserError("--runtime says what runs the step that --latency measures: add --latency, without --components")
+        if self.runtime != ("torch",) and (self.device not in (None, "cpu") or self.dtype != "float32"):
+            raise UserError("--runtime measures on the CPU in float32: leave out --device and --dtype")
         if len(self.arch) > 1 and not self.components:
             raise UserError("several --arch are compared part by part: add --components, or give one")
         if self.components and (self.verify or self.batch_size != 1):
@@ -101,7 +113,11 @@ def _side_by_side(
     data |= {"teacher": _to_json(full), "reduction": reductions(full, kept)}
     if request.verify:
         data["verify"] = verify(parts, student, latent)
-    if request.latency:
+    if request.latency and request.runtime != ("torch",):
+        from blockprune.export.runtimes.network import time_runtimes
+
+        data["runtimes"] = time_runtimes(parts, student, latent, request.batch_size, request.runtime, request.rounds)
+    elif request.latency:
         device, dtype = _place(request)
         timed = {"device": str(device), "dtype": request.dtype, "batch_size": request.batch_size}
         data["latency"] = timed | time_step(parts, student, latent, request.batch_size, request.rounds, device, dtype)
@@ -138,6 +154,8 @@ def _print(console: Console, data: Mapping[str, Any], full: Mapping[str, Cost], 
         )
     if "latency" in data:
         _print_timings(console, data["latency"])
+    if "runtimes" in data:
+        _print_runtimes(console, data["runtimes"])
 
 
 def _pair(teacher: int, student: int) -> tuple[str, str, str]:
@@ -163,6 +181,18 @@ def _print_timings(console: Console, data: Mapping[str, Any]) -> None:
     console.print("peak: the model's own weights plus the most one step had allocated in torch")
 
 
+def _print_runtimes(console: Console, data: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title="measured U-Net step, cpu, float32, random weights, all in turn", title_justify="left")
+    for name in ("", "teacher ms", "student ms", "student / teacher", "95 % interval"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in data.items():
+        ms, r = [f"{1000 * row[who]['median_s']:.2f}" for who in ("teacher", "student")], row["ratio"]
+        table.add_row(name, *ms, f"{r['value']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}")
+    console.print(table)
+
+
 cost = command(
     CostRequest,
     run,
@@ -171,4 +201,5 @@ cost = command(
     Whole: text encoders once, the U-Net per step, the VAE decoder once; one image, no doubling for guidance.""",
     "blockprune cost --model sd-v1-5 --arch bk-sdm-small",
     "blockprune cost --arch bk-sdm-base --arch bk-sdm-tiny --components --latency",
+    "blockprune cost --arch bk-sdm-small --latency --runtime torch,onnxruntime,openvino",
 )

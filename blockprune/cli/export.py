@@ -8,26 +8,46 @@ from typing import Annotated, Any
 
 import typer
 
+from blockprune.cli import options
 from blockprune.errors import UserError
 
-FORMATS = ("folder", "ldm")
+RUNTIMES = ("onnx", "openvino", "torch-export", "aot-inductor")
+FORMATS = ("folder", "ldm", *RUNTIMES)
+PRECISIONS = ("float32", "float16", "int8")
+COMPONENTS = ("unet", "all")
+
+
+Student = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a saved student, or a run directory with one as student/; for a runtime any model or exported folder."
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        help="folder: a diffusers pipeline; ldm: the U-Net alone as one .safetensors file, in the original names; for a runtime: "
+        f"{', '.join(RUNTIMES)}."
+    ),
+]
 
 
 def export(
-    student: Annotated[Path, typer.Argument(help="Folder of a saved student, or a run directory with one as student/.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    student: Student,
+    out: Annotated[Path, typer.Option(help="The folder to write; with ldm the file.")],
     teacher: Annotated[
         str | None, typer.Option(help="The model that the student was cut from; the run's own when left out.")
     ] = None,
-    format: Annotated[
-        str,
-        typer.Option(help="folder: a diffusers pipeline; ldm: the U-Net alone as one .safetensors file, in the original names."),
-    ] = "folder",
+    format: Format = "folder",
+    precision: Annotated[str, typer.Option(help="Of a runtime's weights: float32, float16, or int8 (onnx).")] = "float32",
+    components: Annotated[str, typer.Option(help="For a runtime: unet, or all (text encoders and VAE as well).")] = "unet",
+    resolution: options.Resolution = None,
 ) -> None:
-    """Write a student as a diffusers pipeline: its teacher's parts, its own U-Net, and a model card; or as one file.
+    """Write a student as a diffusers pipeline: its teacher's parts, its own U-Net, and a model card; as one file; or for a runtime.
 
     Where a stock configuration can describe the student, any diffusers loads the folder; else `blockprune.load_pipeline` does. The
-    file of `--format ldm` is for loaders of a U-Net alone that follow its names; its metadata says what the network lacks.
+    file of `--format ldm` is for loaders of a U-Net alone that follow its names; its metadata says what the network lacks. What is
+    written for a runtime is loaded there and compared with PyTorch, and must agree; it takes any batch and image size.
 
     Examples:
 
@@ -36,17 +56,30 @@ def export(
     $ blockprune export student --teacher sd-v1-5 --out my-student
 
     $ blockprune export runs/distill --format ldm --out my-student.safetensors
+
+    $ blockprune export runs/distill --format onnx --components all --out my-student-onnx
     """
+    asked = (("format", format, FORMATS), ("precision", precision, PRECISIONS), ("components", components, COMPONENTS))
+    for flag, value, known in asked:
+        if value not in known:
+            raise UserError(f"unknown --{flag} {value!r}: choose from {', '.join(known)}")
+    if format in RUNTIMES:
+        _for_runtime(str(student), out, format, precision, components == "all", resolution)
+    elif (precision, components, resolution) != ("float32", "unet", None):
+        flags = "--precision, --components and --resolution"
+        raise UserError(f"{flags} are for a runtime's --format, {', '.join(RUNTIMES)}: leave them out, or give one")
+    elif format == "ldm":
+        _single_file(_student_folder(student), out)
+    else:
+        _folder(student, teacher, out)
+
+
+def _folder(student: Path, teacher: str | None, out: Path) -> None:
     from blockprune.export.pipeline import card_entries, check_free, export_pipeline, load_student, read_architecture
     from blockprune.export.stock_config import Stock
     from blockprune.model.identity import identity
     from blockprune.model.pretrained import load
 
-    if format not in FORMATS:
-        raise UserError(f"unknown --format {format!r}: choose from {', '.join(FORMATS)}")
-    if format == "ldm":
-        _single_file(_student_folder(student), out)
-        return
     check_free(out)
     folder = _student_folder(student)
     model = teacher or _teacher_of(student)
@@ -61,6 +94,21 @@ def export(
     else:
         print(f"no stock configuration: {found}")
         print(f"load it with blockprune.load_pipeline({str(out)!r})")
+
+
+def _for_runtime(name: str, out: Path, format: str, precision: str, every: bool, resolution: str | None) -> None:
+    from blockprune.export.pipeline import check_free, load_pipeline
+    from blockprune.export.runtimes.deploy import ALLOWED, deploy
+    from blockprune.export.runtimes.formats import format_of
+    from blockprune.model.model import of_pipeline
+
+    check_free(out)
+    format_of(format, precision)
+    run = Path(name, "pipeline")
+    model = of_pipeline(load_pipeline(run if run.is_dir() else name), resolution)
+    for e in deploy(model, format, out, precision, every):
+        far = f"{e.real:.1e} of the output's size from PyTorch on what the model draws, {e.random:.1e} on random inputs"
+        print(f"{out / e.file}: {e.n_bytes / 2**20:.1f} MiB; {far} ({ALLOWED[precision]:g} allowed)", flush=True)
 
 
 def _single_file(folder: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from blockprune.cost.components import outside_params
 from blockprune.errors import UserError
+from blockprune.export.runtimes.network import check_runtime
 from blockprune.measures.images import Judges
 from blockprune.measures.measure import MEASURES, measure, names
 from blockprune.model.architecture import Architecture
@@ -75,6 +76,7 @@ class EvaluationPlan:
         terms: dict[str, Any] = {"identity": self.model.identity, "arch": self.subject.arch.terms}
         terms |= {"protocol": {name: value for name, value in self.protocol.items() if name != "name"}}
         terms |= {"settings": [setting.to_json() for setting in self.settings]}
+        terms |= {"runtime": self.request.runtime} if self.request.runtime != "torch" else {}
         return {**self.request.compared(), **terms} | ({"checkpoints": self.finished.digests()} if self.finished else {})
 
     @property
@@ -124,6 +126,7 @@ def plan_of(request: EvaluateRequest, pipe: DiffusionPipeline | None = None) -> 
     rules = read_protocol(request.protocol)
     request = replace(request, measures=request.measures or rules.measures)
     _check_measures(request, rules)
+    check_runtime(request.runtime)
     for name in request.quantize:
         if name != "none":
             check_quantizer(name)

@@ -13,6 +13,7 @@ from blockprune.request import LONGEST_NAME, option
 from blockprune.stages.fields import MEASURES, MODEL, REMOVE, SAMPLING, SCALE, Judging, OnModel
 
 QUANTIZED = ("none", "int8", "int8-dynamic")
+RUNTIMES = ("torch", "torch-compile", "onnxruntime", "openvino", "torch-export", "aot-inductor")
 PER_SETTING = "several with commas between; a protocol may set its own"
 
 
@@ -43,6 +44,9 @@ class EvaluateRequest(OnModel, Judging):
     quantize: tuple[str, ...] = option(
         ("none",), "8-bit linear layers; several with commas between", SAMPLING, choices=QUANTIZED, commas=True
     )
+    runtime: str = option(
+        "torch", "what computes the U-Net, on the CPU in float32; written for it first", SCALE, choices=RUNTIMES, compared=False
+    )
     seed: int = option(0, "image i uses seed + i", SAMPLING, least=0, most=MAX_SEED)
     batch_size: int | None = option(
         None, "images at a time; changes speed and memory only", SCALE, least=1, most=MOST_BATCH, from_model=True, compared=False
@@ -56,6 +60,16 @@ class EvaluateRequest(OnModel, Judging):
     def check(self) -> None:
         if self.checkpoints and self.arch not in ("", "full"):
             raise UserError("--checkpoints says what is removed: leave out --arch")
+        if self.runtime != "torch":
+            self._check_runtime()
+
+    def _check_runtime(self) -> None:
+        if self.latency or self.components or self.quantize != ("none",):
+            raise UserError(
+                "--runtime computes images alone: leave out --latency, --components and --quantize; see `blockprune cost`"
+            )
+        if self.device not in (None, "cpu") or self.dtype != "float32":
+            raise UserError("--runtime computes on the CPU in float32: leave out --device and --dtype")
 
     @property
     def title(self) -> str:

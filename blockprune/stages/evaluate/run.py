@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from blockprune.cost.latency import weight_bytes
 from blockprune.errors import UserError
+from blockprune.export.runtimes.network import in_runtime
 from blockprune.measures.images import failed, judge
 from blockprune.measures.measure import names
 from blockprune.measures.score import Score
@@ -37,10 +40,15 @@ def evaluate(request: EvaluateRequest, out: Path | None, progress: Listener, pip
     """
     plan = plan_of(request, pipe)
     run = open_run(out, "evaluate", plan.asked, plan.about, shared=True)
-    with run, plan.model.undisturbed(), plan.model.removed(plan.subject.masked):
+    with (
+        run,
+        TemporaryDirectory(prefix="blockprune-") as scratch,
+        plan.model.undisturbed(),
+        plan.model.removed(plan.subject.masked),
+    ):
         for line in plan.warnings:
             progress.say(f"warning: {line}", "yellow")
-        share = Share(plan, run, progress)
+        share = Share(plan, run, progress, out or Path(scratch))
         share.work()
         with run.alone():
             for row in timing.rows(plan, run.rows(), share.network):
@@ -50,12 +58,15 @@ def evaluate(request: EvaluateRequest, out: Path | None, progress: Listener, pip
 
 @dataclass
 class Share:
-    """One process's share of a run. Images are claimed, drawn and looked at batch by batch; who finds all seen scores, once."""
+    """One process's share of a run. Images are claimed, drawn and looked at batch by batch; who finds all seen scores,
+    once. Networks written for another runtime go to `folder`."""
 
     plan: EvaluationPlan
     run: AnyRun
     progress: Listener
+    folder: Path
     _network: tuple[tuple[str, int | None] | None, UNet2DConditionModel | None] = (None, None)
+    _computed: dict[Setting, torch.nn.Module] = field(default_factory=dict)
     _seen: dict[Setting, SeenParts] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
 
@@ -72,6 +83,14 @@ class Share:
             self._network = (None, None)  # lets go of the last before the next is made
             self._network = (key, self.plan.network(setting))
         return self._network[1]
+
+    def computed(self, setting: Setting) -> torch.nn.Module:
+        """The setting's network as the runtime that was asked for computes it."""
+        runtime, graph, network = self.plan.request.runtime, self.plan.model.graph, self.network(setting)
+        if runtime != "torch" and setting not in self._computed:
+            folder = self.folder / "runtime" / f"{runtime}-{setting.checkpoint or ''}".strip("-")
+            self._computed = {setting: in_runtime(network, runtime, self.plan.model.latent, graph.n_tokens, folder)}
+        return self._computed.get(setting, network)
 
     def step(self, setting: Setting) -> bool:
         """Does what there is to do for a setting now; False when that is nothing."""
@@ -96,7 +115,7 @@ class Share:
             self.progress.plan({setting.label: n_missing})
         evaluator = Evaluator(plan.model, plan.rules, plan.prompts, seed, plan.judges, self.progress.tick)
         try:
-            with plan.model.running(self.network(setting)):
+            with plan.model.running(self.computed(setting)):
                 for record in evaluator.look(setting, batches, lambda i: self.run.read(f"{folder}/{self._file(i)}")):
                     if not isinstance(record, Drawn):
                         parts.keep_arrays(self.run, f"{setting.slug}/{record.arrays['index'][0]:06d}", record.arrays)

@@ -1,0 +1,222 @@
+"""Writing a program in the format of a runtime, and running it there: ONNX Runtime, OpenVINO, torch.export, AOTInductor."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from blockprune.errors import UserError
+from blockprune.export.runtimes.components import Component, Inputs
+
+Runner = Callable[[Inputs], list[Tensor]]  # tensors by name => the outputs
+PRECISIONS = ("float32", "float16", "int8")
+LARGEST_ONNX = 2**31 - 2**24  # bytes of weights in one file, which protobuf limits to 2 GiB; larger ones lie beside it
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: the runtime that reads it, the packages that takes and how pip gets them, its precisions and its file.
+
+    `write(program, component, path, precision)` and `load(path)` may raise whatever the runtime does.
+    """
+
+    name: str
+    runtime: str
+    packages: tuple[str, ...]
+    extra: str
+    precisions: tuple[str, ...]
+    file: str
+    write: Callable[[ExportedProgram, Component, Path, str], None]
+    load: Callable[[Path], Runner]
+
+    def check(self) -> None:
+        """Raises UserError where the runtime is not installed."""
+        if missing := [p for p in self.packages if importlib.util.find_spec(p) is None]:
+            install = f"pip install 'blockprune[{self.extra}]'" if self.extra else f"install {missing[0]}"
+            raise UserError(
+                f"{self.name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing: {install}"
+            )
+
+
+def program_of(component: Component) -> ExportedProgram:
+    """The component as a graph, for any batch size and any spatial size that it takes."""
+    batch, size = {0: Dim.AUTO}, {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    shapes = [size if name in component.spatial else batch for name in component.example]
+    condition = [tuple(shapes[2:])] if len(shapes) > 2 else []  # the tensors that a Denoiser takes after the first two
+    dynamic: Any = (*shapes[:2], *condition)
+    with quiet(), torch.no_grad():
+        return torch.export.export(component.module, tuple(component.example.values()), dynamic_shapes=dynamic)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters' notices of their own insides go."""
+    names = ("torch.onnx", "onnxscript", "torch._export", "torch.fx", "onnx_ir", "")  # and the root, which quantisation writes to
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name in names:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def _write_onnx(program: ExportedProgram, component: Component, path: Path, precision: str) -> None:
+    with quiet():
+        made = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=list(component.example), output_names=list(component.outputs)
+        )
+    assert made is not None
+    _forget_sources(made.model)
+    large = sum(t.nbytes for t in component.network.state_dict().values()) > LARGEST_ONNX
+    if precision != "int8":
+        made.save(str(path), external_data=large)
+        return
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    whole = path.with_name(f"whole-{path.name}")
+    made.save(str(whole), external_data=large)
+    model = onnx.load(str(whole))
+    del model.graph.value_info[:]  # the exporter's shapes, which quantisation would hold against its own
+    for file in whole.parent.glob(f"{whole.name}*"):
+        file.unlink()
+    with quiet():
+        kinds = ["MatMul", "Gemm"]
+        quantize_dynamic(model, str(path), weight_type=QuantType.QInt8, op_types_to_quantize=kinds, use_external_data_format=large)
+
+
+def _forget_sources(model: Any) -> None:
+    """Takes the exporter's notes off a graph: Python's stack for each node, with the paths of this machine."""
+    model.metadata_props.clear()
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+
+
+def _load_onnx(path: Path) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+    kinds = {i.name: ONNX_TYPES.get(i.type, np.float32) for i in session.get_inputs()}
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        return [torch.from_numpy(o) for o in session.run(None, {n: _array(t, kinds[n]) for n, t in inputs.items() if n in kinds})]
+
+    return run
+
+
+ONNX_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+def _array(t: Tensor, kind: Any) -> NDArray[Any]:
+    return np.ascontiguousarray(t.detach().cpu().numpy(), dtype=kind)
+
+
+def _write_openvino(program: ExportedProgram, component: Component, path: Path, precision: str) -> None:
+    import openvino
+
+    with quiet():
+        model = openvino.convert_model(program)
+    for port, name in zip(model.inputs, component.example, strict=True):
+        port.get_tensor().set_names({name})
+    for port, name in zip(model.outputs, component.outputs, strict=True):
+        port.get_tensor().set_names({name})
+    openvino.save_model(model, str(path), compress_to_fp16=precision == "float16")
+
+
+def _load_openvino(path: Path) -> Runner:
+    import openvino
+
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    model = core.compile_model(str(path), "CPU", settings)
+    names = [port.any_name for port in model.inputs]
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        found = model([inputs[name].detach().cpu().numpy() for name in names])
+        return [torch.from_numpy(found[i].copy()) for i in range(len(model.outputs))]
+
+    return run
+
+
+def _write_program(program: ExportedProgram, component: Component, path: Path, precision: str) -> None:
+    torch.export.save(program, path)
+
+
+def _load_program(path: Path) -> Runner:
+    return _runner(torch.export.load(path).module())
+
+
+def _write_compiled(program: ExportedProgram, component: Component, path: Path, precision: str) -> None:
+    with quiet():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def _load_compiled(path: Path) -> Runner:
+    return _runner(torch._inductor.aoti_load_package(str(path)))
+
+
+def _runner(module: Callable[..., Any] | nn.Module) -> Runner:
+    @torch.inference_mode()
+    def run(inputs: Inputs) -> list[Tensor]:
+        found = module(*inputs.values())
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    return run
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format(
+            *("onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "onnx", PRECISIONS, "model.onnx"),
+            _write_onnx,
+            _load_onnx,
+        ),
+        Format(
+            *("openvino", "openvino", ("openvino",), "openvino", ("float32", "float16"), "openvino_model.xml"),
+            *(_write_openvino, _load_openvino),
+        ),
+        Format("torch-export", "torch-export", (), "", ("float32", "float16"), "model.pt2", _write_program, _load_program),
+        Format("aot-inductor", "aot-inductor", (), "", ("float32", "float16"), "model.aoti.pt2", _write_compiled, _load_compiled),
+    )
+}
+
+
+def format_of(name: str, precision: str = "float32") -> Format:
+    """The format of that name, ready to use; UserError lists those there are, and says what is missing."""
+    if name not in FORMATS:
+        raise UserError(f"unknown format {name!r}: choose from {', '.join(FORMATS)}")
+    found = FORMATS[name]
+    if precision not in found.precisions:
+        raise UserError(f"{name} has no precision {precision!r} here: choose from {', '.join(found.precisions)}")
+    found.check()
+    return found
+
+
+def files(folder: Path, names: Sequence[str]) -> list[tuple[str, Path, Format]]:
+    """(component, file, format) of what an exported folder has of these components."""
+    return [(name, folder / name / f.file, f) for name in names for f in FORMATS.values() if (folder / name / f.file).is_file()]
