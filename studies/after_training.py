@@ -131,6 +131,7 @@ class Job:
     updates: tuple[int, ...]
     runs: Path
     rows: Path
+    kd: bool = True
 
     @property
     def stem(self) -> str:
@@ -138,7 +139,7 @@ class Job:
 
     @property
     def row(self) -> Path:
-        return self.rows / f"{self.stem}-{self.updates[-1]}.json"
+        return self.rows / f"{self.stem}-{self.updates[-1]}{'' if self.kd else '-task'}.json"
 
     @property
     def known(self) -> Row:
@@ -158,10 +159,12 @@ def the_judge() -> Judge:
 
 
 @lru_cache(maxsize=1)
-def recovery(seed: int, runs: Path) -> Recovery:
-    """One for each seed, so that all candidates are taught the same."""
+def recovery(seed: int, runs: Path, kd: bool) -> Recovery:
+    """One for each seed, so that all candidates are taught the same; without `kd` by the images alone."""
     of = the_judge()
-    return Recovery(of.model, None, BATCH_SIZE, seed, runs / f"seed-{seed}", of.fitter, TeacherCache(CACHE_BYTES))
+    folder, cache = runs / f"seed-{seed}{'' if kd else '-task'}", TeacherCache(CACHE_BYTES)
+    school = Recovery(of.model, None, BATCH_SIZE, seed, folder, of.fitter, cache)
+    return school if kd else replace(school, recipe=replace(school.recipe, output=0.0, feature=0.0))
 
 
 def run(job: Job) -> str:
@@ -172,7 +175,7 @@ def run(job: Job) -> str:
     row |= job.known
     if job.seed == 0 and "untrained" not in row:
         row["untrained"] = of.untrained(job.student.arch)
-    school = recovery(job.seed, job.runs)
+    school = recovery(job.seed, job.runs, job.kd)
     row.setdefault("training", [])
     for updates in job.updates[len(row["training"]) :] or job.updates[-1:]:
         student = school.student(job.student.arch, updates)
@@ -202,7 +205,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     chosen = [(s, 0) for s in listed] + [(s, 1) for s in listed[: len(listed) // TWICE]]
     if args.only:
         chosen = [(s, seed) for seed in args.seeds for s in listed if s.name in args.only]
-    made = [Job(student, seed, tuple(args.updates), args.out, rows) for student, seed in chosen]
+    made = [Job(student, seed, tuple(args.updates), args.out, rows, not args.task_only) for student, seed in chosen]
     return [job for job in made if not job.done]
 
 
@@ -232,6 +235,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, nargs="+", default=UPDATES, help="checkpoints; the last one is judged")
     parser.add_argument("--only", nargs="+", help="candidates by name, with every one of --seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --only")
+    parser.add_argument("--task-only", action="store_true", help="train on the images alone, without the losses of distillation")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")

@@ -2,9 +2,10 @@
 
     python studies/after_training.py --out runs/after --reports reports/after-training --updates 50 200 600 2000 --seeds 0 1 2 \\
         --only bk-sdm-base "base-guided_mse, linear" bk-sdm-small "small-guided_mse, linear" bk-sdm-tiny "tiny-guided_mse, linear"
+    (the same with --task-only --seeds 0)
     python studies/after_training_proof.py --reports reports/after-training
 
-The first takes about two hours on two CPU cores; this reads its rows and writes `proof.md` and `proof.png` beside them. At each
+The first takes about two hours on two CPU cores, the second ten minutes; this reads their rows and writes `proof.md` and `proof.png` beside them. At each
 size the two have at most the parameters and the MACs of the design, the same training and the same judges. Two are told apart where
 the ranges over seeds do not meet. Expected: what is found reads more digits, and its FID-CLIP curve lies below. Measured:
 `proof.md`.
@@ -27,8 +28,8 @@ UPDATES, TABLE_UPDATES = 2000, 600
 COLOURS = {"design": "#d55e00", "search": "#0072b2", "teacher": "#5f6b73"}
 
 
-def read(folder: Path, updates: int) -> list[Row]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*-{updates}.json"))]
+def read(folder: Path, updates: int, kind: str = "") -> list[Row]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*-{updates}{kind}.json"))]
 
 
 def best(row: Row) -> Row:
@@ -75,12 +76,19 @@ def place(name: str, table: Sequence[Row]) -> str:
     return f"{group.index(mine) + 1} of {len(group)}"
 
 
-def markdown(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> str:
+def markdown(rows: Sequence[Row], alone: Sequence[Row], table: Sequence[Row], teacher: Row) -> str:
+    lines = ["# What search finds by default against the designs by hand, after a longer training", ""]
+    lines += section(rows, table, teacher)
+    if alone:
+        lines += ["", "## The same without distillation: trained on the images alone", "", *section(alone, table, teacher)]
+    return "\n".join(lines) + "\n"
+
+
+def section(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> list[str]:
+    """The scores of one kind of training, and who is better."""
     seeds = sorted({row["seed"] for row in rows})
     lines = [
-        "# What search finds by default against the designs by hand, after a longer training",
-        "",
-        f"{UPDATES} updates of 16 images, {len(seeds)} seeds each; n = 512 at CFG 3 for digits and CLIP score, else 256. Mean, and "
+        f"{UPDATES} updates of 16 images, {len(seeds)} seed{'s' * (len(seeds) > 1)} each; n = 512 at CFG 3 for digits and CLIP score, else 256. Mean, and "
         "range over seeds in brackets.",
         "Commands in `studies/after_training_proof.py`.",
         "",
@@ -107,7 +115,7 @@ def markdown(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> str:
         told = [better(ours, of[name], SHOWN[key], up=not key.startswith("FID")) for key in TOLD]
         lost, won = dominated(ours, of[name])
         lines.append(f"| {name} | {' | '.join(told)} | {won} of the design's 4, {lost} of the found one's 4 |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def figure(rows: Sequence[Row], teacher: Row) -> Figure:
@@ -145,7 +153,8 @@ def main() -> None:
         return
     teacher = json.loads((args.reports / "teacher.json").read_text(encoding="utf-8"))
     table = [row for row in read(args.reports / "rows", TABLE_UPDATES) if row["seed"] == 0]
-    (args.reports / "proof.md").write_text(markdown(rows, table, teacher), encoding="utf-8")
+    alone = read(args.reports / "rows", UPDATES, "-task")
+    (args.reports / "proof.md").write_text(markdown(rows, alone, table, teacher), encoding="utf-8")
     (args.reports / "proof.png").write_bytes(png(figure(rows, teacher)))
 
 

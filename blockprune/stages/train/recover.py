@@ -20,7 +20,7 @@ from blockprune.model.model import Model
 from blockprune.stages.train.checkpoints import Snapshot, read_snapshot, write_snapshot
 from blockprune.stages.train.distill import Distiller, Sampler, Settings, TeacherCache, student_of
 from blockprune.stages.train.launch import accelerated
-from blockprune.stages.train.recipe import read_recipe
+from blockprune.stages.train.recipe import Recipe, read_recipe
 from blockprune.stages.train.samples import data_of, provider_of, samples_of
 
 LEARNING_RATE = 5e-4  # higher than the papers': a recovery is short
@@ -44,6 +44,7 @@ class Recovery:
     folder: Path | None = None
     fits: Fits = no_fits
     cache: TeacherCache = field(default_factory=TeacherCache)
+    recipe: Recipe = field(default_factory=lambda: replace(read_recipe("bk-sdm"), learning_rate=LEARNING_RATE))
 
     @cached_property
     def samples(self) -> Sampler:
@@ -53,11 +54,10 @@ class Recovery:
 
     @contextmanager
     def _training(self, arch: Architecture, start: Snapshot | None = None) -> Iterator[Distiller]:
-        recipe = replace(read_recipe("bk-sdm"), learning_rate=LEARNING_RATE)
         teacher = copy.deepcopy(self.model.network).float()
         student = student_of(teacher, arch, "teacher", 0, self.fits)
         with accelerated(str(self.model.device)) as accelerator:
-            settings, of = Settings(self.batch_size, seed=self.seed, ema=True), (self.model.graph, arch, self.samples, recipe)
+            settings, of = Settings(self.batch_size, seed=self.seed, ema=True), (self.model.graph, arch, self.samples, self.recipe)
             run = Distiller(accelerator, teacher, student, *of, settings, start=start, cache=self.cache)
             try:
                 yield run
