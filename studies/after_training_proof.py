@@ -5,10 +5,10 @@
     (the same with --task-only --seeds 0)
     python studies/after_training_proof.py --reports reports/after-training
 
-The first takes about two hours on two CPU cores, the second ten minutes; this reads their rows and writes `proof.md` and `proof.png` beside them. At each
-size the two have at most the parameters and the MACs of the design, the same training and the same judges. Two are told apart where
-the ranges over seeds do not meet. Expected: what is found reads more digits, and its FID-CLIP curve lies below. Measured:
-`proof.md`.
+The first takes about two hours on two CPU cores, the second ten minutes; the last reads their rows and writes `proof.md` and
+`proof.png` beside them. At each size the two have at most the parameters and the MACs of the design, the same training and the
+same judges. Two are told apart where the ranges over seeds do not meet. Expected: what is found reads more digits, and its FID-
+CLIP curve lies below. Measured: `proof.md`.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def section(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> list[str
     """The scores of one kind of training, and who is better."""
     seeds = sorted({row["seed"] for row in rows})
     lines = [
-        f"{UPDATES} updates of 16 images, {len(seeds)} seed{'s' * (len(seeds) > 1)} each; n = 512 at CFG 3 for digits and CLIP score, else 256. Mean, and "
-        "range over seeds in brackets.",
+        f"{UPDATES} updates of 16 images, {len(seeds)} seed{'s' * (len(seeds) > 1)} each; n = 512 at CFG 3 for digits and CLIP "
+        "score, else 256. Mean, and range over seeds in brackets.",
         "Commands in `studies/after_training_proof.py`.",
         "",
         f"| student | parameters | MACs | {' | '.join(SHOWN)} | place in the table by digits read |",

@@ -1,6 +1,7 @@
 """How many evaluations does a search need? Ours against random sets, plain Optuna, and the exact solution of the scan alone.
 
     python studies/bench_search.py table --out reports      # on the truth of exhaustive_pairs.py; about 10 minutes on one core
+    python studies/bench_search.py table --by guided_mse --out reports      # on that of what `search` scores by default
     python studies/bench_search.py blocks --out reports     # on the block-level space, scored as it goes; about 40 minutes
 
 `table`: under each budget, after how many evaluations a method has come within 1 % of the true optimum, for ten seeds, at most 5 %
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from exhaustive_pairs import denoiser, space, table
+from exhaustive_pairs import FILES, denoiser, space, table
 from matplotlib.figure import Figure
 
 from blockprune.measures.score import Score
@@ -118,9 +119,9 @@ METHODS: Mapping[str, Method] = {
 COLOURS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#8a949c")
 
 
-def on_table(reports: Path, n_seeds: int) -> Iterator[dict[str, Any]]:
+def on_table(reports: Path, n_seeds: int, by: str = "eps_mse") -> Iterator[dict[str, Any]]:
     """One row for each budget and method: evaluations to within 1 % of the optimum, seed by seed, None where it was not reached."""
-    truth = table(reports / "exhaustive-pairs.csv")
+    truth = table(reports / FILES[by])
     for budgets in BUDGETS:
         of = space(*budgets)
         scores = {of.arch(choice).key: value for choice, value in truth.items()}
@@ -202,7 +203,7 @@ def blocks_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figure(rows: Sequence[Mapping[str, Any]], optimum: float | None) -> Figure:
+def figure(rows: Sequence[Mapping[str, Any]], optimum: float | None, by: str) -> Figure:
     """The median best score against evaluations, with the range over seeds."""
     drawn = new_figure(7.4, 4.6)
     title(
@@ -221,7 +222,7 @@ def figure(rows: Sequence[Mapping[str, Any]], optimum: float | None) -> Figure:
         ax.axhline(optimum, color="#1c2733", lw=0.8, ls=":")
     ax.set_yscale("log")
     ax.set_xlabel("evaluations", fontsize=8.5)
-    ax.set_ylabel(axis_title("eps_mse"), fontsize=8.5)
+    ax.set_ylabel(axis_title(by), fontsize=8.5)
     ax.legend(fontsize=8, frameon=False)
     return drawn
 
@@ -230,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("table", "blocks"))
     parser.add_argument("--out", type=Path, default=Path("reports"))
+    parser.add_argument("--by", choices=tuple(FILES), default="eps_mse", help="the score of the table")
     parser.add_argument("--seeds", type=int, help="10 for the table, 5 for blocks")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args()
@@ -238,10 +240,10 @@ def main() -> None:
     if args.dry_run:
         print(f"{len(budgets)} budgets x {len(METHODS)} methods x {n_seeds} seeds")
         return
-    rows = list((on_table if on_truth else on_blocks)(args.out, n_seeds))
+    rows = list(on_table(args.out, n_seeds, args.by) if on_truth else on_blocks(args.out, n_seeds))
     shown = [row for row in rows if row["budget"] == " and ".join(SHOWN if on_truth else BLOCK_BUDGETS[-1])]
-    stem = f"bench-search-{args.what}"
-    (args.out / f"{stem}.png").write_bytes(png(figure(shown, shown[0].get("optimum"))))
+    stem = f"bench-search-{args.what}{'-guided' if args.by == 'guided_mse' else ''}"
+    (args.out / f"{stem}.png").write_bytes(png(figure(shown, shown[0].get("optimum"), args.by)))
     (args.out / f"{stem}.md").write_text((table_text if on_truth else blocks_text)(rows) + "\n", encoding="utf-8")
     (args.out / f"{stem}.json").write_text(
         json.dumps([{k: v for k, v in row.items() if k != "curves"} for row in rows], indent=1) + "\n", encoding="utf-8"

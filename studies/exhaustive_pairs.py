@@ -1,10 +1,12 @@
-"""The truth on a small space: `eps_mse` of every removal set of fourteen units of tiny-digits within a budget.
+"""The truth on a small space: the score of every removal set of fourteen units of tiny-digits within a budget.
 
-    python studies/exhaustive_pairs.py --out reports      # about 25 minutes on one core; killed and started again, it goes on
+    python studies/exhaustive_pairs.py --out reports                    # `eps_mse`; 25 minutes on one core, goes on when killed
+    python studies/exhaustive_pairs.py --by guided_mse --out reports    # with linear maps, as `search` scores; about an hour
 
 The units are those of BK-SDM's hand designs, so that its presets are points of the space, and four more pairs of the inner stages.
 Every set within 71 % of the pipeline's parameters is scored, and every unit alone, all on the same 128 noisy samples of held-out
-scenes. `exhaustive-pairs.csv` then tells any search what it would have got: see `bench_search.py`. `--dry-run` prints the plan.
+scenes. `exhaustive-pairs.csv` (`-guided.csv`) then tells any search what it would have got: see `bench_search.py`. `--dry-run`
+prints the plan.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from pathlib import Path
 
 from blockprune.cost.components import pipeline_costs
 from blockprune.measures.denoising import Denoiser, NoisySamples
+from blockprune.measures.runner import MeasureRunner
 from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import load_model
 from blockprune.model.trace import trace
 from blockprune.stages import loading
+from blockprune.stages.fields import Measuring
+from blockprune.stages.plan import plan_of
 from blockprune.stages.search.budget import parse_budget
 from blockprune.stages.search.space import Choice, Space
 
@@ -37,6 +42,7 @@ STAGES = ("mid_block", "innermost")
 BUDGET = "71%params"
 N_SAMPLES = 128
 BATCH_SIZE = 64
+FILES = {"eps_mse": "exhaustive-pairs.csv", "guided_mse": "exhaustive-pairs-guided.csv"}
 
 
 def space(*budgets: str, units: Callable[[BlockGraph], Mapping[str, Architecture]] | None = None) -> Space:
@@ -72,7 +78,7 @@ def table(path: Path) -> dict[Choice, float]:
     if not path.exists():
         return {}
     lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return {frozenset(row["removed"].split()): float(row["eps_mse"]) for row in csv.DictReader(lines.splitlines())}
+    return {frozenset(removed.split()): float(score) for removed, score in list(csv.reader(lines.splitlines()))[1:]}
 
 
 def denoiser(n: int) -> Denoiser:
@@ -83,12 +89,28 @@ def denoiser(n: int) -> Denoiser:
     return Denoiser(model.network, model.graph, samples, BATCH_SIZE)
 
 
+def guided(n: int) -> Callable[[Architecture], float]:
+    """The error of the guided prediction of students with linear fits, as `search` scores by default."""
+    model = load_model("tiny-digits")
+    asked = Measuring(eps_samples=n, batch_size=BATCH_SIZE).filled(model.defaults)
+    runner = MeasureRunner(model, plan_of(model, asked, ["guided_mse"]))
+    samples = runner.noisy({}, "guided_mse")
+    judge = Denoiser(model.network, model.graph, samples, BATCH_SIZE, fits=runner.fitter({}))
+    return lambda arch: float(judge.errors(model.graph.fitted(arch, "linear")).mean())
+
+
+def plain(n: int) -> Callable[[Architecture], float]:
+    judge = denoiser(n)
+    return lambda arch: float(judge.errors(arch).mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports"))
+    parser.add_argument("--by", choices=tuple(FILES), default="eps_mse")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args()
-    path, of = args.out / "exhaustive-pairs.csv", space(BUDGET)
+    path, of = args.out / FILES[args.by], space(BUDGET)
     todo = list(choices(of))
     known = table(path)
     print(f"{len(todo)} removal sets of {len(of.labels)} units within {BUDGET}, {N_SAMPLES} samples each, {len(known)} done")
@@ -98,13 +120,13 @@ def main() -> None:
     if path.exists():
         text = path.read_bytes()
         os.truncate(path, text.rfind(b"\n") + 1)
-    judge, start = denoiser(N_SAMPLES), time.monotonic()
+    score, start = (guided if args.by == "guided_mse" else plain)(N_SAMPLES), time.monotonic()
     with path.open("a", buffering=1, encoding="utf-8") as out:
         if out.tell() == 0:
-            out.write("removed,eps_mse\n")
+            out.write(f"removed,{args.by}\n")
         for i, choice in enumerate(todo):
             if choice not in known:
-                out.write(f"{text_of(choice)},{judge.errors(of.arch(choice)).mean():.9g}\n")
+                out.write(f"{text_of(choice)},{score(of.arch(choice)):.9g}\n")
             if i % 500 == 0:
                 print(f"{i}/{len(todo)} after {time.monotonic() - start:.0f} s", flush=True)
 
