@@ -48,7 +48,8 @@ def scored_units(graph: BlockGraph, losses: Mapping[Architecture, float]) -> dic
 class Tile:
     """What one drawn rectangle shows: the block `name`, its finest scored unit, and whether it is removed.
 
-    `label` is "" for the strips of an attention whose transformer layers differ; `value` is what is written in it, once a unit.
+    `label` is "" for the strips of an attention whose transformer layers, or their components, differ; `value` is what is written
+    in it, once a unit.
     `fit` is the kind of map that is fitted in place of a removed block, "" for none.
     """
 
@@ -179,10 +180,16 @@ def strip_cells(graph: BlockGraph, cells: Mapping[str, Cell], units: Mapping[str
 
 
 def _differing(graph: BlockGraph, name: str, units: Mapping[str, Unit], removed: Architecture) -> list[str]:
-    """The transformer layers of an attention where they differ in score or removal; none where one colour says all."""
-    layers = [b.name for b in graph if b.kind == "T" and b.name.startswith(name + ".")] if name != "mid_block" else []
-    single = {(units.get(n), n in removed) for n in layers}
-    return layers if len(single) > 1 or (layers and name not in units and single != {(None, name in removed)}) else []
+    """The transformer layers of an attention, or their components, where they differ in score or removal; none where one colour
+    says all."""
+    within = [b for b in graph if b.name.startswith(name + ".")] if name != "mid_block" else []
+    for kind in "CT":
+        parts = [b.name for b in within if b.kind == kind]
+        above = {n: n.rpartition(".")[0] if kind == "C" else name for n in parts}
+        alone = len(parts) == 1 and name in units and (parts[0] in removed) == (name in removed)
+        if not alone and any((units.get(n), n in removed) != (units.get(above[n]), above[n] in removed) for n in parts):
+            return parts
+    return []
 
 
 def skips(graph: BlockGraph, cells: Mapping[str, Cell]) -> Iterator[Line]:

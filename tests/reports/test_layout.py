@@ -6,7 +6,7 @@ import pytest
 
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
-from blockprune.reports.layout import layout, scored_units
+from blockprune.reports.layout import layout, scored_units, tiles
 
 
 def test_a_block_takes_the_colour_of_its_smallest_scored_unit(graph: BlockGraph) -> None:
@@ -19,6 +19,23 @@ def test_a_block_takes_the_colour_of_its_smallest_scored_unit(graph: BlockGraph)
         "mid_block.resnets.1": 1.0,
         "mid_block.attentions.0": 1.0,
     }
+
+
+def test_components_are_strips_of_their_attention(graph: BlockGraph) -> None:
+    """Each with the colour of its own score, or hatched alone; an attention that goes as a whole stays one cell."""
+    cells = layout(graph)
+    name = "down_blocks.1.attentions.0"
+    parts = [f"{name}.transformer_blocks.0.{part}" for part in ("attn1", "attn2", "ff")]
+    scanned = {unit: float(i) for i, unit in enumerate(graph.units("component").values())}
+    units = scored_units(graph, scanned)
+    drawn = {tile.name: tile for tile in tiles(graph, cells, units, Architecture(frozenset({parts[1]})))}
+    assert name not in drawn
+    assert [drawn[part].gone for part in parts] == [False, True, False]
+    assert all(unit is not None and part in unit.arch for part in parts for unit in [drawn[part].unit])
+    assert drawn[parts[0]].x < drawn[parts[1]].x < drawn[parts[2]].x
+    whole = {tile.name: tile for tile in tiles(graph, cells, {}, Architecture(frozenset({name})))}
+    assert whole[name].gone
+    assert not whole.keys() & {*parts}
 
 
 def test_cells_do_not_overlap_and_skips_are_level(graph: BlockGraph) -> None:
