@@ -47,7 +47,6 @@ from blockprune.model.model import load_model
 from blockprune.runs.atomic import writing
 from blockprune.stages.fields import Measuring
 from blockprune.stages.plan import plan_of
-from blockprune.stages.train.distill import TeacherCache
 from blockprune.stages.train.recover import Recovery
 
 UPDATES = (50, 200, 600)
@@ -57,7 +56,6 @@ CFG_SCALE = 3.0  # the model's own; there more images are drawn
 N_READ, N_IMAGES, STEPS = 512, 256, 6
 N_NOISY, SEED, CAPTIONS_SEED = 256, 50_000, 17
 N_UNTRAINED = 128
-CACHE_BYTES = 2**32  # of what the teacher says, kept in each process
 TWICE = 3  # a third of the candidates, designs and winners first, is trained with a second seed
 LISTS = ("chance", "winners", "fitted")
 PARTS = (*LISTS, "teacher", "rows")
@@ -162,8 +160,7 @@ def the_judge() -> Judge:
 def recovery(seed: int, runs: Path, kd: bool) -> Recovery:
     """One for each seed, so that all candidates are taught the same; without `kd` by the images alone."""
     of = the_judge()
-    folder, cache = runs / f"seed-{seed}{'' if kd else '-task'}", TeacherCache(CACHE_BYTES)
-    school = Recovery(of.model, None, BATCH_SIZE, seed, folder, of.fitter, cache)
+    school = Recovery(of.model, None, BATCH_SIZE, seed, runs / f"seed-{seed}{'' if kd else '-task'}", of.fitter)
     return school if kd else replace(school, recipe=replace(school.recipe, output=0.0, feature=0.0))
 
 

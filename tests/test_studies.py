@@ -20,7 +20,6 @@ PLANS = {
     "after_training_table.py": (["--reports", OUT], "table.md and curves.png from 0 rows"),
     "bench_distill.py": (["--out", OUT], "5 rounds of 6 updates"),
     "bench_fit.py": (["--out", OUT], "3 rounds of 6 random architectures, 256 samples"),
-    "bench_recover.py": (["--out", OUT], "3 rounds of 3 designs x 50 updates x 16 images, both ways"),
     "bench_runtimes.py": (["--out", OUT], "2 models x 5 runtimes, 10 rounds, teacher and bk-sdm-small in turn"),
     "bench_scan.py": (["--out", OUT], "scan, replay, pricing: 3 rounds, 64 images"),
     "bench_search.py": (["table", "--out", OUT], "6 budgets x 5 methods x 10 seeds"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from blockprune.data.encoded import flat
 from blockprune.errors import UserError
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
@@ -129,36 +128,6 @@ class TeacherOutput:
     output: Tensor
     taps: Mapping[str, Tensor]
 
-    @property
-    def mem_bytes(self) -> int:
-        b, condition = self.batch, (tensor for _, tensor in flat(self.batch.condition))
-        return sum(t.nbytes for t in (b.noisy, b.timesteps, b.target, *condition, self.output, *self.taps.values()))
-
-
-class TeacherCache:
-    """Batches with the teacher's outputs by their samples, kept for the next student while they take less than `keep_bytes`.
-
-    All students must have one teacher and one sampler.
-    """
-
-    def __init__(self, keep_bytes: int = 2**30) -> None:
-        self.room = keep_bytes
-        self._kept: dict[range, TeacherOutput] = {}
-
-    def get(self, samples: range, taps: Sequence[str]) -> TeacherOutput | None:
-        """The output for those samples, if it is kept and has those taps."""
-        known = self._kept.get(samples)
-        return known if known and known.taps.keys() >= set(taps) else None
-
-    def keep(self, samples: range, output: TeacherOutput) -> None:
-        """Keeps an output, with the taps that are kept of it already, where there is room."""
-        known = self._kept.get(samples)
-        both = output if known is None else replace(known, taps={**output.taps, **known.taps})
-        more = both.mem_bytes - (known.mem_bytes if known else 0)
-        if more <= self.room:
-            self._kept[samples] = both
-            self.room -= more
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -176,8 +145,7 @@ class Settings:
 class Distiller:
     """One phase of training: teacher and student on the same noisy latents, task loss, output KD and feature KD.
 
-    `start` continues a phase from a checkpoint; `offset` is how many optimiser steps earlier phases took. `cache` holds what
-    the teacher said to students before this one, of the same sampler.
+    `start` continues a phase from a checkpoint; `offset` is how many optimiser steps earlier phases took.
     """
 
     def __init__(
@@ -192,9 +160,7 @@ class Distiller:
         settings: Settings,
         offset: int = 0,
         start: Snapshot | None = None,
-        cache: TeacherCache | None = None,
     ) -> None:
-        self.cache = cache or TeacherCache(keep_bytes=0)
         self.accelerator, self.recipe, self.settings, self.sampler = accelerator, recipe, settings, sampler
         self.offset, self.step = offset, offset
         self.bare_teacher, self.bare = teacher.requires_grad_(False).eval(), student
@@ -263,12 +229,8 @@ class Distiller:
         return output, taps
 
     def teacher_output(self, samples: range) -> TeacherOutput:
-        """A batch of those samples with the teacher's answer, as an earlier student had it where that is kept."""
-        known = self.cache.get(samples, [tap.teacher for tap in self.taps])
-        if known is None:
-            known = self._ask_teacher(self.sampler.batch(samples, self.accelerator.device))
-            self.cache.keep(samples, known)
-        return known
+        """A batch of those samples with the teacher's answer."""
+        return self._ask_teacher(self.sampler.batch(samples, self.accelerator.device))
 
     def losses(self, taught: TeacherOutput) -> dict[str, Tensor]:
         """Every term of the loss, unweighted; features by tap as "feature/NAME", and their sum."""

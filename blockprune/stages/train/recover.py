@@ -18,7 +18,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.fit import Fits, no_fits
 from blockprune.model.model import Model
 from blockprune.stages.train.checkpoints import Snapshot, read_snapshot, write_snapshot
-from blockprune.stages.train.distill import Distiller, Sampler, Settings, TeacherCache, student_of
+from blockprune.stages.train.distill import Distiller, Sampler, Settings, student_of
 from blockprune.stages.train.launch import accelerated
 from blockprune.stages.train.recipe import Recipe, read_recipe
 from blockprune.stages.train.samples import data_of, provider_of, samples_of
@@ -32,9 +32,9 @@ TIMED = 3  # updates
 class Recovery:
     """The same updates of `batch_size` images for every candidate, in one order, with one noise.
 
-    What the teacher says to the images is kept for the next candidate while it takes less than 1 GiB. A training goes on from its
-    newest checkpoint in `folder`; without one it starts anew. The model stays as it was: what training changes of its network
-    (layout, precision) it changes of a copy. `fits` gives the weights that candidates with fits start from.
+    Images and captions are encoded once for all. A training goes on from its newest checkpoint in `folder`; without one it starts
+    anew. The model stays as it was: what training changes of its network (layout, precision) it changes of a copy. `fits` gives the
+    weights that candidates with fits start from, `recipe` how they are trained.
     """
 
     model: Model
@@ -43,7 +43,6 @@ class Recovery:
     seed: int
     folder: Path | None = None
     fits: Fits = no_fits
-    cache: TeacherCache = field(default_factory=TeacherCache)
     recipe: Recipe = field(default_factory=lambda: replace(read_recipe("bk-sdm"), learning_rate=LEARNING_RATE))
 
     @cached_property
@@ -58,7 +57,7 @@ class Recovery:
         student = student_of(teacher, arch, "teacher", 0, self.fits)
         with accelerated(str(self.model.device)) as accelerator:
             settings, of = Settings(self.batch_size, seed=self.seed, ema=True), (self.model.graph, arch, self.samples, self.recipe)
-            run = Distiller(accelerator, teacher, student, *of, settings, start=start, cache=self.cache)
+            run = Distiller(accelerator, teacher, student, *of, settings, start=start)
             try:
                 yield run
             finally:

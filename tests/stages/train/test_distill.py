@@ -25,7 +25,7 @@ from blockprune.model.presets import preset
 from blockprune.model.trace import trace
 from blockprune.stages.train import losses
 from blockprune.stages.train.checkpoints import MANIFEST, read_snapshot, write_snapshot
-from blockprune.stages.train.distill import Distiller, Sampler, Settings, TeacherCache, student_of
+from blockprune.stages.train.distill import Distiller, Sampler, Settings, student_of
 from blockprune.stages.train.recipe import RECIPES, Phase, Recipe, read_recipe
 from blockprune.stages.train.taps import Tap, stage_taps, taps_of
 
@@ -126,27 +126,6 @@ def test_every_feature_term_has_a_gradient(checkpointing: bool, taps: str) -> No
     for name in names:
         grads = torch.autograd.grad(terms[name], list(run.bare.parameters()), retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in grads), name
-
-
-def test_a_second_student_is_taught_what_the_first_was() -> None:
-    """Without a pass of the teacher, bit for bit, also where it taps other modules; and what is not kept is taught anew."""
-    cache, calls = TeacherCache(), [0]
-    for arch, passes in (
-        (preset("bk-sdm-base"), 2),
-        (preset("bk-sdm-base"), 0),
-        (preset("bk-sdm-tiny"), 2),
-        (preset("bk-sdm-base"), 0),
-    ):
-        alone = [state.losses for state in distiller(arch, Recipe()).run(2)]
-        run = distiller(arch, Recipe(), cache=cache)
-        calls[0] = 0
-        run.bare_teacher.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-        assert [state.losses for state in run.run(2)] == alone
-        assert calls[0] == passes
-        run.close()
-    small = TeacherCache(keep_bytes=1)
-    list(distiller(preset("bk-sdm-base"), Recipe(), cache=small).run(1))
-    assert small.room == 1
 
 
 def test_an_unpruned_student_has_no_kd_loss() -> None:
