@@ -57,7 +57,10 @@ def program_of(component: Component) -> ExportedProgram:
     condition = [tuple(shapes[2:])] if len(shapes) > 2 else []  # the tensors that a Denoiser takes after the first two
     dynamic: Any = (*shapes[:2], *condition)
     with quiet(), torch.no_grad():
-        return torch.export.export(component.module, tuple(component.example.values()), dynamic_shapes=dynamic)
+        program = torch.export.export(component.module, tuple(component.example.values()), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:  # Python's stack for each, with the paths of this machine
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def _write_onnx(program: ExportedProgram, component: Component, path: Path, prec
 
 
 def _forget_sources(model: Any) -> None:
-    """Takes the exporter's notes off a graph: Python's stack for each node, with the paths of this machine."""
+    """Takes the exporter's notes off a graph, which are half of a small file."""
     model.metadata_props.clear()
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         graph.metadata_props.clear()
