@@ -78,9 +78,15 @@ def main() -> None:
     text = (
         f"# A U-Net step outside PyTorch\n\nTeacher and `{ARCH}`, random weights, float32, batch 2, latents of 16 x 16; "
         f"{known['machine']}, {known['threads']} threads. Every row of a model was measured in turn in one run.\n"
-        f"`python studies/bench_runtimes.py --out reports`\n\n{table(known['results'])}\n"
+        f"`{command(models, here)}`\n\n{table(known['results'])}\n"
     )
     (args.out / "runtimes.md").write_text(text, encoding="utf-8")
+
+
+def command(models: list[str], runtimes: list[str]) -> str:
+    """What was run for these models and runtimes."""
+    chosen = [*(f"--model {name}" for name in models), *(f"--runtime {name}" for name in runtimes)]
+    return " ".join(["python studies/bench_runtimes.py --out reports", *chosen])
 
 
 def processor() -> str:

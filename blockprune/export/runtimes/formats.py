@@ -122,6 +122,7 @@ def _load_onnx(path: Path) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the processor to others
     session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
     kinds = {i.name: ONNX_TYPES.get(i.type, np.float32) for i in session.get_inputs()}
 
