@@ -92,7 +92,7 @@ def command(models: list[str], runtimes: list[str]) -> str:
 def processor() -> str:
     """The processor's name, where the system says it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 

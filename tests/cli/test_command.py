@@ -124,10 +124,10 @@ def test_every_option_stands_whole_in_80_columns(name: str, cli: Cli, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["graph", "cost", "scan", "evaluate", "export", "map-adapter", "report", "stats"])
-def test_every_help_has_two_examples(name: str, cli: Cli) -> None:
+def test_every_help_has_examples(name: str, cli: Cli) -> None:
     code, out, _ = cli(name, "--help")
     assert code == 0
-    assert out.count(f"$ blockprune {name}") == 2
+    assert out.count(f"$ blockprune {name}") >= 2
 
 
 def test_a_field_without_a_flag_is_an_argument_that_must_be_given() -> None:

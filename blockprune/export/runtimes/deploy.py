@@ -50,7 +50,8 @@ def deploy(model: Model, name: str, folder: Path, precision: str = "float32", ev
             yield done[-1]
         about = {"format": 1, "model": Path(model.name).name, "runtime": form.name, "precision": precision}
         rows = [asdict(e) for e in done]
-        (part / ABOUT).write_text(json.dumps({**about, "allowed": ALLOWED[precision], "components": rows}, indent=1) + "\n")
+        text = json.dumps({**about, "allowed": ALLOWED[precision], "components": rows}, indent=1) + "\n"
+        (part / ABOUT).write_text(text, encoding="utf-8")
         if every:
             _save_rest(model, part)
 
@@ -75,7 +76,7 @@ def _exported(component: Component, form: Format, folder: Path, precision: str) 
         )
     config = getattr(component.network, "config", None)
     if config is not None:
-        (folder / "config.json").write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     n_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.name != "config.json")
     return Exported(component.name, f"{component.name}/{form.file}", n_bytes, errors[0], max(errors[1:]))
 
