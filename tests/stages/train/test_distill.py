@@ -25,9 +25,11 @@ from blockprune.model.presets import preset
 from blockprune.model.trace import trace
 from blockprune.stages.train import losses
 from blockprune.stages.train.checkpoints import MANIFEST, read_snapshot, write_snapshot
-from blockprune.stages.train.distill import Distiller, Sampler, Settings, student_of
+from blockprune.stages.train.distill import Distiller, student_of
 from blockprune.stages.train.recipe import RECIPES, Phase, Recipe, read_recipe
+from blockprune.stages.train.samples import Sampler
 from blockprune.stages.train.taps import Tap, stage_taps, taps_of
+from blockprune.stages.train.trainer import Settings
 
 GRAPH = trace(tiny.config("sd1"))
 SHAPE = (4, 8, 8)
