@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from blockprune.reports.search_view import SearchView
     from blockprune.reports.unet import Svg
     from blockprune.reports.view import ScanView
+    from blockprune.stages.personalise.run import Personalised
     from blockprune.stages.train.run import Distilled
 
 F = TypeVar("F")
@@ -178,6 +179,64 @@ class TrainResult:
 
         _write(Path(folder), report_files(self.run))
         return self.distilled.export(Path(folder) / "pipeline", card_of(self.run))
+
+
+@dataclass(frozen=True)
+class PersonaliseResult:
+    """A personalisation: a row for each update, and scores of what the model draws of its subject.
+
+    Errors and an example: see `blockprune.personalise`.
+    """
+
+    personalised: Personalised
+
+    @property
+    def run(self) -> AnyRun:
+        return self.personalised.run
+
+    @property
+    def leads(self) -> bool:
+        """False in a process that only helped, whose rows are its own and whose run is not written."""
+        return self.personalised.leads
+
+    @property
+    def rows(self) -> list[TrainState]:
+        return [TrainState.from_json(row) for row in self.run.rows() if row["kind"] == "train"]
+
+    @property
+    def validations(self) -> list[tuple[int, Score]]:
+        """(update, score) for each measure of each validation."""
+        return [(row["step"], Score.from_json(row["score"])) for row in self.run.rows() if row["kind"] == "validation"]
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """The scores after the last update by measure, and what the training took."""
+        from blockprune.reports.personalisations import last_scores
+
+        return last_scores(self.run)
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline that has learnt the subject, on the device and in the precision of the one that was given."""
+        return self.personalised.model.pipe
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with a row for each update: every term of the loss, images and seconds."""
+        rows = [{"step": r.step, **r.losses, "n_images": r.n_images, "seconds": r.seconds} for r in self.rows]
+        return _pandas().DataFrame(rows)
+
+    def figure(self, name: str = "losses") -> Figure:
+        """A figure: losses. UserError for one there is no data for."""
+        from blockprune.reports.curves import curves
+
+        return _chosen(name, curves(self.run.rows()))
+
+    def save(self, folder: str | Path) -> str:
+        """Writes curves, scores.json and, unless it is there already, pipeline/ or lora/ to a folder; returns what loads that."""
+        from blockprune.reports.personalisations import report_files
+
+        _write(Path(folder), report_files(self.run))
+        return self.personalised.export(Path(folder))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ NEEDS = {
     "reference features": "a reference with its features: make one with `blockprune stats`",
     "scorer": "a scorer: give --clip DIR or id",
     "guidance": "guidance: give --cfg-scale above 1",
+    "subject": "a subject's images: give --instance-data-dir",
+    "vision": "a vision model: give --dino DIR or id",
+    "training": "a training: `blockprune personalise` measures it",
 }
 
 
@@ -107,6 +110,24 @@ def _feature_distance(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
     return intervals.mean_statistic(fid_kid.feature_distance(seen["features"], teacher["features"]))
 
 
+def _dino(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["dino"])
+
+
+def _clip_i(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["clip_i"])
+
+
+def _clip_t(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["clip_t"])
+
+
+def _mean(values: Any) -> Statistic:
+    from blockprune.measures import intervals
+
+    return intervals.mean_statistic(values)
+
+
 _KNOWN = (
     Measure("eps_mse", "", "down", "denoising error against the teacher", "denoising", paired=True),
     Measure("guided_mse", "", "down", "guided denoising error against the teacher", "denoising", ("guidance",), paired=True),
@@ -117,12 +138,17 @@ _KNOWN = (
     ),
     Measure("clip_score", "cosine", "up", "CLIP score", "images", ("scorer",), compute=_clip_score),
     Measure("is", "", "up", "Inception Score", "images", ("detector", "classes"), compute=_inception_score),
+    Measure("dino", "cosine", "up", "DINO: cosine to the subject's images", "images", ("subject", "vision"), compute=_dino),
+    Measure("clip_i", "cosine", "up", "CLIP-I: cosine to the subject's images", "images", ("subject", "scorer"), compute=_clip_i),
+    Measure("clip_t", "cosine", "up", "CLIP-T: cosine to the prompt", "images", ("subject", "scorer"), compute=_clip_t),
     Measure("params", "parameters", "down", "U-Net parameters", "cost"),
     Measure("macs", "MACs", "down", "U-Net step MACs", "cost"),
     Measure("weight_bytes", "bytes", "down", "stored bytes of the U-Net's weights", "cost"),
     Measure("latency", "s", "down", "U-Net step latency", "timing"),
     Measure("latency_ratio", "x teacher", "down", "U-Net step latency relative to the teacher, interleaved", "timing"),
     Measure("memory", "bytes", "down", "peak memory of a U-Net step", "timing"),
+    Measure("train_time", "s", "down", "time of all updates of a training", "timing", ("training",)),
+    Measure("train_memory", "bytes", "down", "peak memory of an update", "timing", ("training",)),
 )
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in _KNOWN}  # in the order in which they are shown
 

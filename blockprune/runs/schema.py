@@ -154,7 +154,27 @@ class EvaluateRun(Noted, kw_only=True):
     outside_params: Natural | None = None
 
 
-RUNS: Mapping[str, type[Noted]] = {"scan": ScanRun, "search": SearchRun, "distill": DistillRun, "evaluate": EvaluateRun}
+class PersonaliseAsked(Asked, kw_only=True):
+    """What a personalisation was asked for."""
+
+    token: str
+
+
+class PersonaliseRun(Noted, kw_only=True):
+    """run.json of a personalisation."""
+
+    asked: PersonaliseAsked
+    arch: list[str]
+    instance_prompt: str
+
+
+RUNS: Mapping[str, type[Noted]] = {
+    "scan": ScanRun,
+    "search": SearchRun,
+    "distill": DistillRun,
+    "personalise": PersonaliseRun,
+    "evaluate": EvaluateRun,
+}
 # the forms of a row by its command and its kind; a row of a scan has no kind
 ROWS: Mapping[str, Mapping[str | None, tuple[type, ...]]] = {
     "scan": {None: (Score,)},
@@ -164,6 +184,7 @@ ROWS: Mapping[str, Mapping[str | None, tuple[type, ...]]] = {
         "seen": (SeenRecord,),
     },
     "distill": {"train": (TrainRecord,), "validation": (ValidationRecord,)},
+    "personalise": {"train": (TrainRecord,), "validation": (ValidationRecord,), "cost": (ValidationRecord,)},
     "evaluate": {"score": (SettingScore, Score), "component": (Component,)},
 }
 

@@ -202,8 +202,9 @@ def test_a_resumed_run_is_the_undisturbed_one(settings: Settings, tmp_path: Path
     assert not wrong
     second = distiller(arch, recipe, settings, start=snapshot)
     assert begun + [s.losses for s in second.run(6)] == rows
+    again = second.parts()
     for name, tensors in whole.parts().items():
-        assert all(torch.equal(t, second.parts()[name][k]) for k, t in tensors.items()), name
+        assert all(torch.equal(t, again[name][k]) for k, t in tensors.items()), name
 
 
 def test_a_resumed_run_has_its_tensors_in_the_layout_that_they_had(tmp_path: Path) -> None:
