@@ -37,6 +37,7 @@ from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.run import evaluate as run_evaluate
 from blockprune.stages.fields import OnModel
 from blockprune.stages.fitting import fitted_weights
+from blockprune.stages.personalise.benchmark import benchmark as run_benchmark
 from blockprune.stages.personalise.request import PersonaliseRequest
 from blockprune.stages.personalise.run import personalise as run_personalise
 from blockprune.stages.scan.request import ScanRequest
@@ -293,6 +294,8 @@ def personalise(
 ) -> PersonaliseResult:
     """Teaches a model a subject from a few images (DreamBooth): all of its weights, or with a `rank` a LoRA.
 
+    With a `protocol` it learns every subject of a dataset, each anew.
+
     `steps` are updates, `max_train_steps` of `PersonaliseRequest`, whose other fields are keywords, too, or come as a `request`.
     A pipeline that is given, pruned or not, stays as it was. With `out`, a run directory with checkpoints is written, and the same
     call again goes on.
@@ -315,7 +318,10 @@ def personalise(
     opened = of_pipeline(model, asked.resolution) if isinstance(model, DiffusionPipeline) else None
     folder = _run_folder(out)
     with progress or (Silent() if helps() else Bars()) as listener:
-        return PersonaliseResult(run_personalise(opened, asked, folder, listener))
+        if asked.protocol:
+            return PersonaliseResult(run_benchmark(opened, asked, folder, listener).run)
+        learnt = run_personalise(opened, asked, folder, listener)
+        return PersonaliseResult(learnt.run, learnt)
 
 
 def _run_folder(out: str | Path | None) -> Path | None:

@@ -183,21 +183,18 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class PersonaliseResult:
-    """A personalisation: a row for each update, and scores of what the model draws of its subject.
+    """A personalisation: a row for each update, and scores of what the model draws of its subject; of a benchmark only the scores.
 
-    Errors and an example: see `blockprune.personalise`.
+    See `blockprune.personalise` for an example.
     """
 
-    personalised: Personalised
-
-    @property
-    def run(self) -> AnyRun:
-        return self.personalised.run
+    run: AnyRun
+    personalised: Personalised | None = None
 
     @property
     def leads(self) -> bool:
         """False in a process that only helped, whose rows are its own and whose run is not written."""
-        return self.personalised.leads
+        return self.personalised is None or self.personalised.leads
 
     @property
     def rows(self) -> list[TrainState]:
@@ -210,14 +207,26 @@ class PersonaliseResult:
 
     @property
     def scores(self) -> dict[str, Score]:
-        """The scores after the last update by measure, and what the training took."""
+        """The scores after the last update by measure, and what the training took; of a benchmark over its subjects."""
         from blockprune.reports.personalisations import last_scores
 
         return last_scores(self.run)
 
     @property
+    def subjects(self) -> dict[str, dict[str, Score]]:
+        """The scores of each subject of a benchmark by measure."""
+        from blockprune.reports.personalisations import by_subject
+
+        return by_subject(self.run)
+
+    @property
     def pipeline(self) -> DiffusionPipeline:
-        """The pipeline that has learnt the subject, on the device and in the precision of the one that was given."""
+        """The pipeline that has learnt the subject, on the device and in the precision of the one that was given.
+
+        UserError for a benchmark, which keeps none.
+        """
+        if self.personalised is None:
+            raise UserError("a benchmark keeps no pipeline: personalise with the one subject whose pipeline is wanted")
         return self.personalised.model.pipe
 
     def to_pandas(self) -> Any:
@@ -232,11 +241,11 @@ class PersonaliseResult:
         return _chosen(name, curves(self.run.rows()))
 
     def save(self, folder: str | Path) -> str:
-        """Writes curves, scores.json and, unless it is there already, pipeline/ or lora/ to a folder; returns what loads that."""
+        """Writes curves, scores and, unless it is there already, pipeline/ or lora/ to a folder; returns what loads that."""
         from blockprune.reports.personalisations import report_files
 
         _write(Path(folder), report_files(self.run))
-        return self.personalised.export(Path(folder))
+        return self.personalised.export(Path(folder)) if self.personalised else f"the scores are in {folder}"
 
 
 @dataclass(frozen=True)

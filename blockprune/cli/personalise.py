@@ -14,14 +14,24 @@ from blockprune.stages.personalise.request import PersonaliseRequest
 Out = Annotated[Path | None, typer.Option(help="run directory; the same command again goes on", rich_help_panel=OUTPUT)]
 
 
-def run(request: PersonaliseRequest, out: Out = None) -> None:
-    from blockprune import api
-    from blockprune.reports.personalisations import side_by_side
+Beside = Annotated[
+    list[Path] | None,
+    typer.Option(help="earlier run, such as the teacher's, shown in the same table; repeatable", rich_help_panel=OUTPUT),
+]
 
-    folder = out or options.default_out("personalise", f"{Path(request.model).name}-{Path(request.instance_data_dir or '').name}")
+
+def run(request: PersonaliseRequest, out: Out = None, beside: Beside = None) -> None:
+    from blockprune import api
+    from blockprune.reports.personalisations import last_scores, side_by_side
+    from blockprune.runs.directory import Stored
+
+    earlier = {str(path): Stored(path, "personalise") for path in beside or ()}
+    rows = {name: last_scores(stored) for name, stored in earlier.items()}
+    what = Path(request.instance_data_dir or request.dataset or "").name
+    folder = out or options.default_out("personalise", f"{Path(request.model).name}-{what}")
     found = api.personalise(request=request, out=folder)
     if found.leads:
-        print("\n".join(side_by_side({request.model: found.scores})))
+        print("\n".join(side_by_side({**rows, **found.subjects, str(folder): found.scores})))
         print(found.save(folder))
 
 

@@ -14,7 +14,7 @@ from blockprune.errors import UserError
 from blockprune.measures.measure import Kind, Measure
 from blockprune.measures.score import Score
 from blockprune.model.graph import GraphRecord
-from blockprune.runs.records import EvaluationRecord, SeenRecord, SettingScore, TrainRecord, ValidationRecord
+from blockprune.runs.records import EvaluationRecord, SeenRecord, SettingScore, SubjectScore, TrainRecord, ValidationRecord
 
 
 class Asked(msgspec.Struct, kw_only=True):
@@ -154,18 +154,11 @@ class EvaluateRun(Noted, kw_only=True):
     outside_params: Natural | None = None
 
 
-class PersonaliseAsked(Asked, kw_only=True):
-    """What a personalisation was asked for."""
-
-    token: str
-
-
 class PersonaliseRun(Noted, kw_only=True):
-    """run.json of a personalisation."""
+    """run.json of a personalisation, of one subject or of a benchmark's."""
 
-    asked: PersonaliseAsked
-    arch: list[str]
-    instance_prompt: str
+    asked: Asked
+    model: str
 
 
 RUNS: Mapping[str, type[Noted]] = {
@@ -184,7 +177,12 @@ ROWS: Mapping[str, Mapping[str | None, tuple[type, ...]]] = {
         "seen": (SeenRecord,),
     },
     "distill": {"train": (TrainRecord,), "validation": (ValidationRecord,)},
-    "personalise": {"train": (TrainRecord,), "validation": (ValidationRecord,), "cost": (ValidationRecord,)},
+    "personalise": {
+        "train": (TrainRecord,),
+        "validation": (ValidationRecord,),
+        "cost": (ValidationRecord,),
+        "subject": (SubjectScore,),
+    },
     "evaluate": {"score": (SettingScore, Score), "component": (Component,)},
 }
 

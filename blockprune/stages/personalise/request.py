@@ -25,6 +25,9 @@ class PersonaliseRequest(Stepping):
     )
     instance_data_dir: str | None = option(None, "folder with the subject's images", SUBJECT, compared=False)
     instance_prompt: str | None = option(None, "their prompt, such as 'a photo of sks dog'", SUBJECT, compared=False)
+    protocol: str | None = option(None, "dreambooth or a .toml file: many subjects, each learnt anew", SUBJECT)
+    dataset: str | None = option(None, "its folder, laid out as google/dreambooth has it", SUBJECT, compared=False)
+    subjects: tuple[str, ...] = option((), "only these of it, with commas between", SUBJECT, commas=True, compared=False)
     token: str = option("sks", "the word of the prompts that names the subject", SUBJECT)
     with_prior_preservation: bool = option(False, "train on images of the subject's class as well", CLASS)
     prior_loss_weight: float = option(1.0, "weight of their loss", CLASS, least=0, most=1000)
@@ -51,6 +54,11 @@ class PersonaliseRequest(Stepping):
         for name, given in {"rank": self.lora_alpha, "train_text_encoder": self.lora_text_encoder_alpha}.items():
             if given is not None and (self.rank is None or not getattr(self, name)):
                 raise UserError(f"a scale of a LoRA goes with --rank and, of a text encoder, --train-text-encoder: got {given}")
+        if self.protocol:
+            self._check_benchmark()
+            return
+        if self.dataset or self.subjects:
+            raise UserError("--dataset and --subjects are a protocol's: give --protocol dreambooth, or leave them out")
         if not self.instance_data_dir:
             raise UserError("no subject: give --instance-data-dir, a folder with 3 to 5 images of it")
         if not self.instance_prompt:
@@ -62,6 +70,18 @@ class PersonaliseRequest(Stepping):
             )
         if self.with_prior_preservation and not (self.class_data_dir and self.class_prompt):
             raise UserError("--with-prior-preservation needs images of the class: give --class-data-dir and --class-prompt")
+
+    def _check_benchmark(self) -> None:
+        if not self.dataset:
+            raise UserError(
+                f"--protocol {self.protocol} needs its dataset: give --dataset, the folder of google/dreambooth (git clone "
+                "https://github.com/google/dreambooth)"
+            )
+        for name in ("instance_data_dir", "instance_prompt", "class_prompt", "validation_prompts"):
+            if getattr(self, name):
+                raise UserError(f"--protocol {self.protocol} says what is learnt and drawn: leave out --{name.replace('_', '-')}")
+        if self.with_prior_preservation and not self.class_data_dir:
+            raise UserError("--with-prior-preservation needs a folder for images of the classes: give --class-data-dir")
 
     @property
     def rate(self) -> float:

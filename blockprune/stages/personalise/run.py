@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from blockprune.stages.train.trainer import Optimiser, Settings
 from blockprune.stages.train.validation import Validation
 
 SCORES = ("dino", "clip_i", "clip_t")
+Samplers = tuple[Sampler, Sampler | None]  # of the subject's images, and of its class where prior preservation is asked for
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,13 @@ class Personalised:
         return f"the pipeline is in {target}; {loads}"
 
 
-def personalise(given: Model | None, request: PersonaliseRequest, out: Path | None, progress: Listener) -> Personalised:
+def personalise(
+    given: Model | None, request: PersonaliseRequest, out: Path | None, progress: Listener, prompts: Sequence[str] = ()
+) -> Personalised:
     """Trains from the newest sound checkpoint in `out` on; `out` None keeps all in memory.
 
-    `given` is the model where it is loaded already; it stays as it was. Every process of `accelerate launch` calls this; only the
-    main one writes.
+    `prompts` are drawn and scored at the end; the request's, or the subject's own, where there are none. `given` is the model where
+    it is loaded already; it stays as it was. Every process of `accelerate launch` calls this; only the main one writes.
     """
     check_tracker(request.report_to, out)
     if request.rank is not None:
@@ -90,21 +93,20 @@ def personalise(given: Model | None, request: PersonaliseRequest, out: Path | No
         model = loading.any_model(request.model, request.resolution, place) if given is None else _own(given, place)
         request = request.filled(model.defaults)
         check_token(model.pipe, request.token, request.instance_prompt or "")
+        prompts = prompts or _prompts(model, request)
+        validation = Validation(model, request.drawing(), SCORES, prompts)
+        validation.check()
         leads = accelerator.is_main_process
         told = progress if leads else Silent()
-        validation = Validation(model, request.drawing(), SCORES, _prompts(request))
-        validation.check()
         with model.undisturbed():
             if leads and request.with_prior_preservation:
                 _draw_class_images(model, request, accelerator, told)
             accelerator.wait_for_everyone()
-            instance, prior = _samplers(model, request)
-            about = _about(model, request, instance, prior, accelerator)
-            run = open_run(out if leads else None, "personalise", *about)
-            accelerator.wait_for_everyone()
-            with run:
+            samplers = _samplers(model, request)
+            with open_run(out if leads else None, "personalise", *_about(model, request, samplers, prompts, accelerator)) as run:
+                accelerator.wait_for_everyone()
                 recorded = Recorded(request, request.max_train_steps, accelerator, run, out, told)
-                learnt = _trained(model, request, instance, prior, recorded, validation)
+                learnt = _trained(model, request, samplers, recorded, validation)
     return Personalised(run, _as_given(model, given), learnt, request.rank, leads)
 
 
@@ -142,9 +144,11 @@ def _as_given(model: Model, given: Model | None) -> Model:
     return model
 
 
-def _prompts(request: PersonaliseRequest) -> tuple[str, ...]:
-    """The subject's own prompt where no others are to be drawn."""
-    return () if request.validation_prompts else (request.instance_prompt or "",)
+def _prompts(model: Model, request: PersonaliseRequest) -> Sequence[str]:
+    """The prompts that are asked for, else the subject's own."""
+    if request.validation_prompts is None:
+        return [request.instance_prompt or ""]
+    return loading.prompts_of(request.validation_prompts, model)
 
 
 def _draw_class_images(model: Model, request: PersonaliseRequest, accelerator: Accelerator, progress: Listener) -> None:
@@ -159,8 +163,8 @@ def _draw_class_images(model: Model, request: PersonaliseRequest, accelerator: A
     images.draw(drawer, n_steps, cfg_scale, scheduler, request.sample_batch_size, progress)
 
 
-def _samplers(model: Model, request: PersonaliseRequest) -> tuple[Sampler, Sampler | None]:
-    """Samples of the subject's images, and of its class where prior preservation is asked for."""
+def _samplers(model: Model, request: PersonaliseRequest) -> Samplers:
+    """UserError for an image that is not square."""
     height, width = model.pixels
     if height != width:
         raise UserError(f"training needs a square resolution: got {height}x{width}")
@@ -176,25 +180,22 @@ def _samplers(model: Model, request: PersonaliseRequest) -> tuple[Sampler, Sampl
 
 
 def _about(
-    model: Model, request: PersonaliseRequest, instance: Sampler, prior: Sampler | None, accelerator: Accelerator
+    model: Model, request: PersonaliseRequest, samplers: Samplers, prompts: Sequence[str], accelerator: Accelerator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What must be the same for a run to go on, and what a reader of it needs besides."""
     asked = {
         **request.compared(),
         "learning_rate": request.rate,
-        "model": request.model,
         "identity": model.identity,
-        "instance": instance.data.identity,
-        "prior": prior.data.identity if prior else None,
+        "images": [sampler.data.identity for sampler in samplers if sampler is not None],
         "latent": list(model.latent),
         "batch": request.train_batch_size * request.gradient_accumulation_steps * accelerator.num_processes,
     }
-    prompts = _prompts(request) or loading.prompts_of(request.validation_prompts, model)
     return asked, {
         "made_with": made_with(accelerator.device),
-        "arch": architecture_of(model.network).terms,
         "instance_prompt": request.instance_prompt,
         "class_prompt": request.class_prompt,
+        "model": request.model,
         "teacher": request.teacher,
         "pictured_prompts": [prompts[i % len(prompts)] for i in range(min(N_PICTURES, request.n_images or 1))],
     }
@@ -214,16 +215,11 @@ def _learning(model: Model, request: PersonaliseRequest) -> dict[str, nn.Module]
 
 
 def _trained(
-    model: Model,
-    request: PersonaliseRequest,
-    instance: Sampler,
-    prior: Sampler | None,
-    recorded: Recorded,
-    validation: Validation,
+    model: Model, request: PersonaliseRequest, samplers: Samplers, recorded: Recorded, validation: Validation
 ) -> dict[str, nn.Module]:
     """The parts that learnt, for inference, after all updates; scores and costs are in the run."""
     parts, start, n_steps = _learning(model, request), recorded.start(), recorded.n_steps
-    trainer = _trainer(model, request, parts, instance, prior, recorded.accelerator, start)
+    trainer = _trainer(model, request, parts, samplers, recorded.accelerator, start)
     look = partial(_looked, validation, model, parts)
     recorded.train(trainer, n_steps, partial(recorded.validate, look))
     ended = any(row["kind"] == "cost" and row["score"]["measure"] == "train_memory" for row in recorded.run.rows())
@@ -244,8 +240,7 @@ def _trainer(
     model: Model,
     request: PersonaliseRequest,
     parts: Mapping[str, nn.Module],
-    instance: Sampler,
-    prior: Sampler | None,
+    samplers: Samplers,
     accelerator: Accelerator,
     start: Snapshot | None,
 ) -> DreamBooth:
@@ -259,7 +254,7 @@ def _trainer(
     prompts = (request.instance_prompt or "", request.class_prompt or "") if request.train_text_encoder else ()
     settings = Settings(request.train_batch_size, request.gradient_accumulation_steps, request.seed)
     weight, optimiser = request.prior_loss_weight, Optimiser(request.rate)
-    return DreamBooth(accelerator, Learner(model, parts), instance, prior, weight, prompts, optimiser, settings, start)
+    return DreamBooth(accelerator, Learner(model, parts), *samplers, weight, prompts, optimiser, settings, start)
 
 
 def _looked(validation: Validation, model: Model, parts: Mapping[str, nn.Module], label: str) -> Any:

@@ -26,7 +26,12 @@ from blockprune.model.model import Model
 
 
 class Data(Protocol):
-    """Training pairs by index, encoded: clean latents' mean and log-variance, and the condition, one row for each."""
+    """Training pairs by index, encoded: clean latents' mean and log-variance, and the condition, one row for each.
+
+    `identity` tells pairs apart.
+    """
+
+    identity: str
 
     def __len__(self) -> int: ...
 

@@ -38,6 +38,8 @@ SHAPE = (4, 8, 8)
 class Fixed:
     """Twelve pairs of noise with random conditions."""
 
+    identity = "fixed"
+
     def __len__(self) -> int:
         return 12
 

@@ -1,0 +1,214 @@
+"""`blockprune personalise` as a user runs it: all weights or a LoRA, of any student, killed and resumed, and a line for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from as_user import pictures
+from conftest import Cli
+from PIL import Image
+
+import blockprune as bp
+from blockprune.errors import UserError
+from blockprune.runs import directory
+from blockprune.stages.train import recorded
+from blockprune.stages.train.checkpoints import read_snapshot
+
+PROMPT = "a photo of sks cat"
+QUICK = ["--max-train-steps", "4", "--checkpointing-steps", "2", "--n-images", "2", "--steps", "1", "--learning-rate", "1e-3"]
+PRIOR = ["--with-prior-preservation", "--class-prompt", "a photo of a cat", "--num-class-images", "5"]
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("subject"), 3)
+
+
+@pytest.fixture
+def command(subject: Path, tiny_folder: Callable[[str], Path]) -> list[str | Path]:
+    model = tiny_folder("sd1")
+    return ["personalise", "--model", model, "--instance-data-dir", subject, "--instance-prompt", PROMPT, *QUICK]
+
+
+def losses(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(row["step"], row["losses"]) for row in directory.read_rows(folder) if row["kind"] == "train"]
+
+
+def predicted(unet: torch.nn.Module) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 24, 8, generator=g)
+    with torch.inference_mode():
+        return unet(sample, 500, text).sample
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_all_weights_beside_the_class(
+    command: list[str | Path], tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that breaks off after its first checkpoint goes on as if nothing had been, and draws no class image twice."""
+    args = [*command, *PRIOR, "--class-data-dir", tmp_path / "cats", "--validation-steps", "2"]
+    code, out, err = cli(*args, "--out", tmp_path / "whole")
+    assert code == 0, err
+    assert "train_time" in out
+    files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cats").glob("*.png")}
+    assert sorted(files) == [f"class-{i:06d}.png" for i in range(5)]
+    real = recorded.Recorded._log
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded.Recorded, "_log", lambda self, state: real(self, state) if state.step < 4 else _break())
+        assert cli(*args, "--out", tmp_path / "run")[0] == 2
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
+    assert cli(*args, "--out", tmp_path / "run")[0] == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert set(losses(tmp_path / "run")[0][1]) == {"task", "prior", "loss"}
+    parts = [read_snapshot(tmp_path / name / "checkpoints")[0] for name in ("run", "whole")]
+    assert parts[0] and parts[1]
+    assert all(torch.equal(t, parts[1].parts["student"][name]) for name, t in parts[0].parts["student"].items())
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cats").glob("*.png")} == files
+    before, after = bp.load_pipeline(tiny_folder("sd1")), bp.load_pipeline(tmp_path / "run" / "pipeline")
+    assert not torch.equal(before.unet.conv_in.weight, after.unet.conv_in.weight)
+    assert (
+        torch.equal(before.text_encoder.text_model.final_layer_norm.weight, after.text_encoder.text_model.final_layer_norm.weight)
+        if hasattr(before.text_encoder, "text_model")
+        else True
+    )
+    rows = (tmp_path / "run" / "rows.jsonl").read_bytes()
+    code, out, _ = cli(*args, "--out", tmp_path / "run")
+    assert code == 0
+    assert "already" in out
+    assert (tmp_path / "run" / "rows.jsonl").read_bytes() == rows
+
+
+def _break() -> None:
+    raise UserError("the power is gone: try again")
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_lora_of_a_slot_keeping_student(
+    kind: str, subject: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli
+) -> None:
+    """Text encoder, too: what load_weights reads back computes what was trained; a checkpoint holds only adapters."""
+    student = tmp_path / "student"
+    gone = "mid_block.resnets.1,down_blocks.1.attentions.0"
+    bp.save(bp.prune(bp.load_pipeline(tiny_folder(kind)), gone), student)
+    args = ["personalise", "--model", student, "--instance-data-dir", subject, "--instance-prompt", PROMPT, *QUICK]
+    code, out, err = cli(*args, "--rank", "2", "--train-text-encoder", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "load_lora_weights" in out
+    snapshot, _ = read_snapshot(tmp_path / "run" / "checkpoints")
+    assert snapshot is not None
+    trained = snapshot.parts["student"]
+    assert all(".lora_" in name for name in trained)
+    assert {name.partition(".")[0] for name in trained} == {"unet", "text_encoder", *(["text_encoder_2"] if kind == "sdxl" else [])}
+    assert any(t.abs().max() > 0 for name, t in trained.items() if "lora_B" in name and name.startswith("text_encoder."))
+    pipe = bp.load_pipeline(student)
+    pipe.load_lora_weights(tmp_path / "run" / "lora")
+    with torch.no_grad():
+        for name, p in pipe.unet.named_parameters():
+            if ".lora_" in name:
+                key = "unet." + ".".join("default" if part.startswith("default") else part for part in name.split("."))
+                assert torch.equal(p, trained[key]), name
+    alphas = {
+        module.scaling[next(iter(module.scaling))]
+        for module in pipe.unet.modules()
+        if hasattr(module, "scaling") and module.scaling
+    }
+    assert alphas == {pytest.approx(27 / 16)}
+
+
+def test_a_pipeline_that_is_given_stays(subject: Path, tiny_folder: Callable[[str], Path]) -> None:
+    """Whether its weights or its text encoder learn; and all of the student's weights are found in the pipeline that comes out."""
+    pipe = bp.prune(bp.load_pipeline(tiny_folder("sd1")), "mid_block.resnets.1")
+    before = {name: {k: t.clone() for k, t in getattr(pipe, name).state_dict().items()} for name in ("unet", "text_encoder")}
+    quick = {"steps": 1, "n_images": 1, "denoising_steps": 1, "learning_rate": 1e-2, "progress": bp.Silent()}
+    found = bp.personalise(pipe, subject, PROMPT, train_text_encoder=True, **quick)
+    for name, tensors in before.items():
+        now, learnt = getattr(pipe, name).state_dict(), getattr(found.pipeline, name).state_dict()
+        assert now.keys() == tensors.keys() == learnt.keys()
+        assert all(torch.equal(now[k], t) for k, t in tensors.items())
+        assert any(not torch.equal(learnt[k], t) for k, t in tensors.items())
+    assert not any(p.requires_grad for p in found.pipeline.unet.parameters())
+
+
+def test_class_images_are_the_teachers_and_depend_on_their_number(
+    command: list[str | Path], tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli
+) -> None:
+    cats = tmp_path / "cats"
+    args = [*command, *PRIOR, "--class-data-dir", cats, "--max-train-steps", "1"]
+    assert cli(*args, "--teacher", tiny_folder("sd2"), "--out", tmp_path / "a")[0] == 0
+    first = {p.name: p.read_bytes() for p in cats.glob("*.png")}
+    (cats / "class-000001.png").unlink()
+    (cats / "class-000004.png").unlink()
+    Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(cats / "mine.png")  # one of the user's own stands for number 4
+    assert cli(*args, "--teacher", tiny_folder("sd2"), "--out", tmp_path / "b")[0] == 0
+    assert {p.name for p in cats.glob("*.png")} == {*(f"class-{i:06d}.png" for i in range(4)), "mine.png"}
+    assert (cats / "class-000001.png").read_bytes() == first["class-000001.png"]
+    code, _, err = cli(*args, "--out", tmp_path / "c")
+    assert code == 2
+    assert "were drawn otherwise (model is" in err
+
+
+def test_scores_of_the_built_in_model(tmp_path: Path, cli: Cli, subject: Path) -> None:
+    """They are measures like all others: `evaluate` takes them, too, and gives the same for the same images."""
+    args = ["--instance-data-dir", subject, "--token", "three", "--dino", "tiny-digits"]
+    prompt = "bold upright: three top left"
+    code, _, err = cli("personalise", *args, "--instance-prompt", prompt, *QUICK[:-1], "1e-9", "--out", tmp_path / "run")
+    assert code == 0, err
+    scores = {s["measure"]: s["value"] for s in json.loads((tmp_path / "run" / "scores.json").read_text())}
+    assert set(scores) == {"dino", "clip_i", "clip_t", "train_time", "train_memory"}
+    assert scores["train_memory"] > 4 * 2_280_884 * 4  # weights, gradients and two moments
+    (tmp_path / "prompts.txt").write_text(prompt + "\n")
+    drawn = ["--n-images", "2", "--steps", "1", "--prompts", tmp_path / "prompts.txt", "--measures", "dino,clip_i,clip_t"]
+    assert cli("evaluate", *args, *drawn, "--out", tmp_path / "evaluate")[0] == 0
+    rows = [row for row in directory.read_rows(tmp_path / "evaluate") if row["kind"] == "score"]
+    again = {row["measure"]: row["value"] for row in rows if row["measure"] in scores}
+    assert again == pytest.approx({name: scores[name] for name in again}, rel=1e-3)
+    assert len(again) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--instance-prompt", "a photo of a cat"], "does not name the subject by its token 'sks'"),
+        (["--instance-prompt", "a photo of asks cat"], "does not name the subject by its token 'sks'"),
+        (["--token", "<|endoftext|>", "--instance-prompt", "<|endoftext|> cat"], "splits the token '<|endoftext|>' to nothing"),
+        (["--instance-prompt", "a " * 30 + "sks"], "the token 'sks' is cut off"),
+        (["--instance-data-dir", "/nowhere"], "no folder of images at '/nowhere'"),
+        (["--with-prior-preservation"], "give --class-data-dir and --class-prompt"),
+        (["--lora-alpha", "8"], "goes with --rank"),
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--teacher", "no-such-model", *PRIOR, "--class-data-dir", "cats"], "no-such-model"),
+    ],
+)
+def test_bad_options(
+    command: list[str | Path],
+    one_line: Callable[..., str],
+    tmp_path: Path,
+    args: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert says in one_line(*command, *args, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images(command: list[str | Path], subject: Path, one_line: Callable[..., str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(subject, tmp_path / "few"))
+    (folder / "000.png").unlink()
+    assert "a subject needs at least 3 images" in one_line(*command, "--instance-data-dir", folder, "--out", tmp_path / "run")
+    (folder / "000.png").write_bytes((subject / "000.png").read_bytes()[:60])
+    assert "cannot be read, such as '000.png'" in one_line(*command, "--instance-data-dir", folder, "--out", tmp_path / "run")
+    assert "no subject: give --instance-data-dir" in one_line("personalise", "--out", tmp_path / "run")
+    assert "no prompt" in one_line("personalise", "--instance-data-dir", folder, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
