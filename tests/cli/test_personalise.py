@@ -1,4 +1,4 @@
-"""`blockprune personalise` as a user runs it: all weights or a LoRA, of any student, killed and resumed, and a line for bad input."""
+"""`blockprune personalise` as a user runs it: all weights or a LoRA, of any student, resumed, and one line for bad input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from PIL import Image
 
 import blockprune as bp
 from blockprune.errors import UserError
+from blockprune.measures.detectors import Vision
+from blockprune.measures.subject import Subject
 from blockprune.runs import directory
+from blockprune.stages.personalise.dataset import BENCHMARKS
 from blockprune.stages.train import recorded
 from blockprune.stages.train.checkpoints import read_snapshot
 
@@ -76,11 +79,8 @@ def test_all_weights_beside_the_class(
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cats").glob("*.png")} == files
     before, after = bp.load_pipeline(tiny_folder("sd1")), bp.load_pipeline(tmp_path / "run" / "pipeline")
     assert not torch.equal(before.unet.conv_in.weight, after.unet.conv_in.weight)
-    assert (
-        torch.equal(before.text_encoder.text_model.final_layer_norm.weight, after.text_encoder.text_model.final_layer_norm.weight)
-        if hasattr(before.text_encoder, "text_model")
-        else True
-    )
+    texts = [pipe.text_encoder.state_dict() for pipe in (before, after)]
+    assert all(torch.equal(t, texts[1][name]) for name, t in texts[0].items())
     rows = (tmp_path / "run" / "rows.jsonl").read_bytes()
     code, out, _ = cli(*args, "--out", tmp_path / "run")
     assert code == 0
@@ -178,6 +178,7 @@ def test_scores_of_the_built_in_model(tmp_path: Path, cli: Cli, subject: Path) -
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (["--dataset", "dreambooth"], "--dataset and --subjects are a protocol's"),
         (["--instance-prompt", "a photo of a cat"], "does not name the subject by its token 'sks'"),
         (["--instance-prompt", "a photo of asks cat"], "does not name the subject by its token 'sks'"),
         (["--token", "<|endoftext|>", "--instance-prompt", "<|endoftext|> cat"], "splits the token '<|endoftext|>' to nothing"),
@@ -212,3 +213,129 @@ def test_bad_images(command: list[str | Path], subject: Path, one_line: Callable
     assert "no subject: give --instance-data-dir" in one_line("personalise", "--out", tmp_path / "run")
     assert "no prompt" in one_line("personalise", "--instance-data-dir", folder, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+LIST = """Classes
+
+subject_name,class
+vase,vase
+cat2,cat
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a {0} {1} with a hat'.format(unique_token, class_token)
+]
+"""
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> list[str | Path]:
+    """A benchmark of two subjects, two prompts each, and the command that runs it."""
+    for name in ("vase", "cat2"):
+        pictures(tmp_path / "data" / "dataset" / name, 3)
+    (tmp_path / "data" / "dataset" / "prompts_and_classes.txt").write_text(LIST)
+    rules = (BENCHMARKS / "dreambooth.toml").read_text()
+    for old, new in {"n_subjects = 30": "n_subjects = 2", "n_prompts = 25": "n_prompts = 2", "_prompt = 4": "_prompt = 1"}.items():
+        rules = rules.replace(old, new)
+    rules = "\n".join(line for line in rules.splitlines() if not line.startswith(("clip =", "dino =")))
+    (tmp_path / "two.toml").write_text(rules)
+    data, model = tmp_path / "data", "tiny-digits"
+    few = ["--max-train-steps", "1", "--steps", "1", "--learning-rate", "1e-3"]
+    return [
+        "personalise",
+        "--model",
+        model,
+        "--protocol",
+        tmp_path / "two.toml",
+        "--dataset",
+        data,
+        *few,
+        "--out",
+        tmp_path / "run",
+    ]
+
+
+def test_a_benchmark_learns_every_subject_once(benchmark: list[str | Path], tmp_path: Path, cli: Cli) -> None:
+    code, out, err = cli(*benchmark)
+    assert code == 0, err
+    assert all(f"| {name} |" in out for name in ("vase", "cat2"))
+    subjects = json.loads((tmp_path / "run" / "subjects.json").read_text())
+    values = [{s["measure"]: s["value"] for s in subjects[name]} for name in ("vase", "cat2")]
+    mean = {s["measure"]: (s["value"], s["n"]) for s in json.loads((tmp_path / "run" / "scores.json").read_text())}
+    for name in ("dino", "clip_i", "clip_t"):
+        assert mean[name] == (pytest.approx((values[0][name] + values[1][name]) / 2), 2)
+    asked = json.loads((tmp_path / "run" / "subjects" / "cat2" / "run.json").read_text())
+    assert asked["pictured_prompts"] == ["a sks cat in the snow", "a sks cat with a hat"]
+    assert asked["instance_prompt"] == "a photo of sks cat"
+    assert not (tmp_path / "run" / "subjects" / "cat2" / "checkpoints").exists()
+    rows = (tmp_path / "run" / "rows.jsonl").read_text()
+    assert cli(*benchmark)[0] == 0
+    assert (tmp_path / "run" / "rows.jsonl").read_text() == rows
+
+
+def test_what_a_dataset_lacks_is_said(benchmark: list[str | Path], tmp_path: Path, one_line: Callable[..., str]) -> None:
+    data = tmp_path / "data" / "dataset"
+    (data / "vase" / "000.png").unlink()
+    shutil.rmtree(data / "cat2")
+    assert "lacks images of 2 of its 2 subjects, at least 3 each: vase, cat2" in one_line(*benchmark)
+    assert "the dataset knows no subject 'dog'" in one_line(*benchmark, "--subjects", "dog")
+    (data / "prompts_and_classes.txt").write_text(LIST.replace("cat2,cat\n", ""))
+    assert "names 1 subjects, and the protocol has 2" in one_line(*benchmark)
+    (data / "prompts_and_classes.txt").write_text(LIST.replace("'a red {0} {1}'.format(unique_token, class_token)\n", ""))
+    assert "lists 1 under Object Prompts, and the protocol has 2" in one_line(*benchmark)
+    (data / "prompts_and_classes.txt").write_text("nothing")
+    assert "is not laid out as google/dreambooth has it" in one_line(*benchmark)
+    (data / "prompts_and_classes.txt").unlink()
+    assert "no prompts_and_classes.txt in" in one_line(*benchmark)
+    assert "leave out --instance-prompt" in one_line(*benchmark, "--instance-prompt", "sks")
+    assert "needs its dataset" in one_line("personalise", "--protocol", "dreambooth")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dinos_embedding_is_its_cls_token(tmp_path: Path) -> None:
+    """As facebook/dino-vits16 is published: without a pooling layer."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=8)
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        cls = model(images.float() / 127.5 - 1).last_hidden_state[:, 0]
+    expected = torch.nn.functional.normalize(cls, dim=-1).numpy()
+    np.testing.assert_allclose(Vision(tmp_path)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cosines_by_hand(tmp_path: Path) -> None:
+    """Of two subject images and one drawn one, with embeddings that are known."""
+
+    class Known:
+        def image(self, images: torch.Tensor) -> np.ndarray:
+            return np.stack([[np.cos(x), np.sin(x)] for x in images[:, 0, 0, 0].numpy() / 100])
+
+        __call__ = image
+
+        def text(self, prompts: list[str]) -> np.ndarray:
+            assert prompts == ["a cat, red"]
+            return np.array([[0.0, 1.0]])
+
+    def picture(angle: float) -> torch.Tensor:
+        return torch.full((1, 3, 4, 4), angle)
+
+    judge = Subject([picture(0), picture(50)], "sks", Known(), Known())  # type: ignore[arg-type]
+    drawn = picture(100)
+    seen = judge.look(drawn, ["a SKS cat, red"], {"image": Known().image(drawn)})
+    expected = {"dino": (np.cos(1) + np.cos(0.5)) / 2, "clip_i": (np.cos(1) + np.cos(0.5)) / 2, "clip_t": np.sin(1)}
+    assert {name: float(value[0]) for name, value in seen.items()} == pytest.approx(expected)
