@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -117,19 +117,19 @@ class CaptionedFolder:
 
 
 class PromptedFolder:
-    """The first `n` images of a folder (None: all), sorted by path, all under one prompt."""
+    """The first `n` images of a folder (None: all), sorted by path, under one prompt, or under several in turn."""
 
-    def __init__(self, folder: Path, prompt: str, size: int, n: int | None = None) -> None:
-        self.folder, self.prompt, self.size, self.name = folder, prompt, size, str(folder)
+    def __init__(self, folder: Path, prompts: Sequence[str], size: int, n: int | None = None) -> None:
+        self.folder, self.prompts, self.size, self.name = folder, prompts, size, str(folder)
         self.names = ImageFolder(folder).names[:n]
-        self.identity = _identity([(prompt,), *((name, _n_bytes(folder, name)) for name in self.names)])
+        self.identity = _identity([tuple(prompts), *((name, _n_bytes(folder, name)) for name in self.names)])
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:
         name = self.names[index]
-        return Pair(_square(self.folder / name, name, self.size), _checked(self.prompt, name))
+        return Pair(_square(self.folder / name, name, self.size), _checked(self.prompts[index % len(self.prompts)], name))
 
 
 class Sample(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from as_user import pictures
 from conftest import Cli
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import blockprune as bp
 from blockprune.errors import UserError
@@ -96,33 +99,47 @@ def _break() -> None:
 def test_a_lora_of_a_slot_keeping_student(
     kind: str, subject: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli
 ) -> None:
-    """Text encoder, too: what load_weights reads back computes what was trained; a checkpoint holds only adapters."""
+    """What load_lora_weights reads is what was trained, scale and all; a checkpoint holds only adapters."""
     student = tmp_path / "student"
-    gone = "mid_block.resnets.1,down_blocks.1.attentions.0"
-    bp.save(bp.prune(bp.load_pipeline(tiny_folder(kind)), gone), student)
+    bp.save(bp.prune(bp.load_pipeline(tiny_folder(kind)), "mid_block.resnets.1,down_blocks.1.attentions.0"), student)
     args = ["personalise", "--model", student, "--instance-data-dir", subject, "--instance-prompt", PROMPT, *QUICK]
     code, out, err = cli(*args, "--rank", "2", "--train-text-encoder", "--out", tmp_path / "run")
     assert code == 0, err
-    assert "load_lora_weights" in out
+    assert "the LoRA is in" in out
     snapshot, _ = read_snapshot(tmp_path / "run" / "checkpoints")
     assert snapshot is not None
     trained = snapshot.parts["student"]
+    texts = ["text_encoder", *(["text_encoder_2"] if kind == "sdxl" else [])]
     assert all(".lora_" in name for name in trained)
-    assert {name.partition(".")[0] for name in trained} == {"unet", "text_encoder", *(["text_encoder_2"] if kind == "sdxl" else [])}
-    assert any(t.abs().max() > 0 for name, t in trained.items() if "lora_B" in name and name.startswith("text_encoder."))
+    assert {name.partition(".")[0] for name in trained} == {"unet", *texts}
+    moved = {name.partition(".")[0] for name, t in trained.items() if ".lora_B." in name and t.abs().max() > 0}
+    assert moved == {"unet", *texts}
+    saved = load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")
+    assert sorted(name.replace(".default.", ".") for name in trained) == sorted(saved)
     pipe = bp.load_pipeline(student)
+    # what transformers reads of text encoders depends on peft's version
+    with safe_open(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        metadata = {key: v for key, v in json.loads(file.metadata()["lora_adapter_metadata"]).items() if key.startswith("unet.")}
+    of_unet = {"metadata": {key.removeprefix("unet."): v for key, v in metadata.items()}, "network_alphas": None}
+    pipe.load_lora_into_unet({key: t for key, t in saved.items() if key.startswith("unet.")}, unet=pipe.unet, **of_unet)
+    loaded = {name: p for name, p in pipe.unet.named_parameters() if ".lora_" in name}
+    assert len(loaded) == sum(name.startswith("unet.") for name in saved)
+    for name, p in loaded.items():
+        assert torch.equal(p, saved["unet." + re.sub(r"\.default[^.]*\.", ".", name)]), name
+    scales = {scale for module in pipe.unet.modules() for scale in getattr(module, "scaling", {}).values()}
+    assert scales == {27 / 16}
+
+
+def test_a_lora_loads_as_any_other(command: list[str | Path], tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli) -> None:
+    code, out, err = cli(*command, "--rank", "4", "--lora-alpha", "2", "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "pipe.load_lora_weights loads it" in out
+    pipe, plain = bp.load_pipeline(tiny_folder("sd1")), bp.load_pipeline(tiny_folder("sd1"))
     pipe.load_lora_weights(tmp_path / "run" / "lora")
-    with torch.no_grad():
-        for name, p in pipe.unet.named_parameters():
-            if ".lora_" in name:
-                key = "unet." + ".".join("default" if part.startswith("default") else part for part in name.split("."))
-                assert torch.equal(p, trained[key]), name
-    alphas = {
-        module.scaling[next(iter(module.scaling))]
-        for module in pipe.unet.modules()
-        if hasattr(module, "scaling") and module.scaling
-    }
-    assert alphas == {pytest.approx(27 / 16)}
+    difference = apart(predicted(pipe.unet), predicted(plain.unet))
+    assert difference > 1e-6
+    pipe.unet.disable_lora()
+    assert apart(predicted(pipe.unet), predicted(plain.unet)) < difference / 10
 
 
 def test_a_pipeline_that_is_given_stays(subject: Path, tiny_folder: Callable[[str], Path]) -> None:
@@ -152,6 +169,11 @@ def test_class_images_are_the_teachers_and_depend_on_their_number(
     assert cli(*args, "--teacher", tiny_folder("sd2"), "--out", tmp_path / "b")[0] == 0
     assert {p.name for p in cats.glob("*.png")} == {*(f"class-{i:06d}.png" for i in range(4)), "mine.png"}
     assert (cats / "class-000001.png").read_bytes() == first["class-000001.png"]
+    (tmp_path / "cats.txt").write_text("a photo of a cat\na cat\n")
+    several = [*args, "--teacher", tiny_folder("sd2"), "--class-prompt", tmp_path / "cats.txt"]
+    code, _, err = cli(*several, "--out", tmp_path / "d")
+    assert code == 2
+    assert "which of several class prompts is theirs is not known" in err
     code, _, err = cli(*args, "--out", tmp_path / "c")
     assert code == 2
     assert "were drawn otherwise (model is" in err

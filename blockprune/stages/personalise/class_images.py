@@ -27,16 +27,25 @@ ABOUT = "class_images.json"
 
 @dataclass(frozen=True)
 class ClassImages:
-    """`n` images of a prompt in a folder. Drawn ones have numbers: number i has seed i, whatever else is drawn or there already."""
+    """`n` images in a folder, under one prompt or under several in turn. Number i has the i-th prompt and seed i, whatever else is
+    drawn or there already."""
 
     folder: Path
-    prompt: str
+    prompts: Sequence[str]
     n: int
 
     def missing(self) -> list[int]:
-        """The numbers of those that must be drawn, beside the images that a user has put there."""
+        """The numbers of those that must be drawn, beside the images that a user has put there.
+
+        UserError for such images where there are several prompts, of which they would not say theirs.
+        """
         files = [p.name for p in self.folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES] if self.folder.is_dir() else []
         drawn = {int(match[1]) for name in files if (match := DRAWN.fullmatch(name))}
+        if len(files) > len(drawn) and len(self.prompts) > 1:
+            raise UserError(
+                f"{str(self.folder)!r} holds images that were not drawn here, and which of several class prompts is theirs is not "
+                "known: give one --class-prompt, or another --class-data-dir"
+            )
         return sorted({*range(self.n - len(files) + len(drawn))} - drawn)
 
     def draw(self, model: Model, n_steps: int, cfg_scale: float, scheduler: str, size: int, progress: Listener) -> None:
@@ -50,10 +59,10 @@ class ClassImages:
             return
         check_schedule(model.pipe, protocol)
         progress.plan({"class images": len(missing)})
-        condition, blank = model.encode([self.prompt])
+        condition, blank = model.encode(self.prompts)
         for start in sorted({i // size * size for i in missing}):
             block = range(start, min(start + size, self.n))
-            images = model.images(protocol, take(condition, [0] * len(block)), blank, block)
+            images = model.images(protocol, take(condition, [i % len(self.prompts) for i in block]), blank, block)
             wanted = [i for i in block if i in missing]
             for i in wanted:
                 _write(self.folder / f"class-{i:06d}.png", images[i - start].permute(1, 2, 0).numpy())
@@ -61,7 +70,7 @@ class ClassImages:
 
     def _sign(self, model: Model, protocol: Protocol) -> None:
         """Says in the folder how its images are drawn, or checks that it says the same."""
-        how: dict[str, Any] = {"model": model.identity, "prompt": self.prompt, "steps": protocol.n_steps}
+        how: dict[str, Any] = {"model": model.identity, "prompts": list(self.prompts), "steps": protocol.n_steps}
         how |= {"cfg_scale": protocol.cfg_scale, "scheduler": protocol.scheduler, "latent": list(protocol.latent)}
         file = self.folder / ABOUT
         if not file.is_file():

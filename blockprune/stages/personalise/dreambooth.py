@@ -37,7 +37,7 @@ class Learner(nn.Module):
 class DreamBooth(Trainer):
     """Training on a subject's images, each beside one of its class where `prior` has these.
 
-    `prompts` are those of the subject and of its class where text encoders learn.
+    Where text encoders learn, `prompts` are those of the subject and those of its class, each for its images in turn.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DreamBooth(Trainer):
         instance: Sampler,
         prior: Sampler | None,
         prior_weight: float,
-        prompts: Sequence[str],
+        prompts: Sequence[Sequence[str]],
         optimiser: Optimiser,
         settings: Settings,
         start: Snapshot | None = None,
@@ -64,8 +64,10 @@ class DreamBooth(Trainer):
     def terms(self, samples: range) -> dict[str, Tensor]:
         """The mean squared errors of the subject's images ("task") and of its class ("prior")."""
         device, n = self.accelerator.device, len(samples)
-        batches = [sampler.batch(samples, device) for sampler in (self.instance, self.prior) if sampler is not None]
-        prompts = [prompt for prompt in self.prompts[: len(batches)] for _ in samples]
+        samplers = [sampler for sampler in (self.instance, self.prior) if sampler is not None]
+        batches = [sampler.batch(samples, device) for sampler in samplers]
+        asked = zip(samplers, self.prompts, strict=False)  # no prompts where no text encoder learns
+        prompts = [texts[sampler.index(g) % len(texts)] for sampler, texts in asked for g in samples]
         both = batches[0] if len(batches) == 1 else _together(*batches)
         with self.accelerator.autocast():
             predicted = self.module(both.noisy, both.timesteps, both.condition, prompts)

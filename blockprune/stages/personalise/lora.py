@@ -26,7 +26,7 @@ def check_peft() -> None:
 
 def add_lora(module: Any, rank: int, alpha: float, seed: int) -> None:
     """Adds adapters that change nothing yet, and are all that is trained. UserError when there is no attention to adapt."""
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     names = [name for name, _ in module.named_modules()]
     targets = [target for target in (*NETWORK, *TEXT) if any(name.endswith(f".{target}") for name in names)]
@@ -35,7 +35,19 @@ def add_lora(module: Any, rank: int, alpha: float, seed: int) -> None:
     config: Any = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)  # type: ignore[arg-type]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        module.add_adapter(config)
+        inject_adapter_in_model(config, module)
+
+
+def unloadable() -> str:
+    """Why transformers would load no adapter of a text encoder here, in its words; "" where it would."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.peft_utils import check_peft_version
+
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as err:
+        return str(err)
+    return ""
 
 
 def save_lora(model: Model, parts: Mapping[str, nn.Module], folder: Path) -> None:

@@ -32,7 +32,9 @@ class PersonaliseRequest(Stepping):
     with_prior_preservation: bool = option(False, "train on images of the subject's class as well", CLASS)
     prior_loss_weight: float = option(1.0, "weight of their loss", CLASS, least=0, most=1000)
     class_data_dir: str | None = option(None, "their folder; those that it lacks are drawn", CLASS, compared=False)
-    class_prompt: str | None = option(None, "their prompt, such as 'a photo of a dog'", CLASS, compared=False)
+    class_prompt: str | None = option(
+        None, "their prompt, such as 'a photo of a dog', or a .txt file of several in turn", CLASS, compared=False
+    )
     num_class_images: int = option(200, "how many there must be", CLASS, least=1, most=MOST_IMAGES)
     teacher: str | None = option(None, "model that draws them; --model itself when left out", CLASS, compared=False)
     sample_batch_size: int = option(4, "how many are drawn at a time", CLASS, least=1, most=MOST_BATCH, compared=False)

@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from blockprune.data import captions
 from blockprune.data.encoded import Live, Remembered
 from blockprune.data.training_data import PromptedFolder, Reader
 from blockprune.errors import UserError
@@ -32,7 +33,7 @@ from blockprune.runs.provenance import made_with
 from blockprune.stages import loading
 from blockprune.stages.personalise.class_images import ClassImages
 from blockprune.stages.personalise.dreambooth import DreamBooth, Learner
-from blockprune.stages.personalise.lora import add_lora, check_peft, save_lora
+from blockprune.stages.personalise.lora import add_lora, check_peft, save_lora, unloadable
 from blockprune.stages.personalise.request import ALPHA, TEXT_ALPHA, PersonaliseRequest
 from blockprune.stages.plan import N_PICTURES
 from blockprune.stages.train.checkpoints import Snapshot
@@ -64,7 +65,9 @@ class Personalised:
             if not target.exists():
                 with writing_folder(target) as part, pretrained.silence():
                     save_lora(self.model, self.learnt, part)
-            return f"the LoRA is in {target}; pipe.load_lora_weights loads it"
+            refused = unloadable() if len(self.learnt) > 1 else ""
+            loads = f"the text encoder's part is refused for now: {refused}" if refused else "pipe.load_lora_weights loads it"
+            return f"the LoRA is in {target}; {loads}"
         target = folder / "pipeline"
         if target.exists():
             return f"the pipeline is in {target} already"
@@ -102,7 +105,7 @@ def personalise(
             if leads and request.with_prior_preservation:
                 _draw_class_images(model, request, accelerator, told)
             accelerator.wait_for_everyone()
-            samplers = _samplers(model, request)
+            samplers = samplers_of(model, request)
             with open_run(out if leads else None, "personalise", *_about(model, request, samplers, prompts, accelerator)) as run:
                 accelerator.wait_for_everyone()
                 recorded = Recorded(request, request.max_train_steps, accelerator, run, out, told)
@@ -153,7 +156,7 @@ def _prompts(model: Model, request: PersonaliseRequest) -> Sequence[str]:
 
 def _draw_class_images(model: Model, request: PersonaliseRequest, accelerator: Accelerator, progress: Listener) -> None:
     """Draws what the folder of class images lacks, with the teacher where one is named."""
-    images = ClassImages(Path(request.class_data_dir or ""), request.class_prompt or "", request.num_class_images)
+    images = ClassImages(Path(request.class_data_dir or ""), class_prompts(request), request.num_class_images)
     drawer = model if request.teacher is None else loading.any_model(request.teacher, request.resolution, accelerator.device)
     if request.teacher is None and images.missing():
         progress.say(f"{request.model} itself draws the class images: give --teacher for another model to draw them")
@@ -163,20 +166,26 @@ def _draw_class_images(model: Model, request: PersonaliseRequest, accelerator: A
     images.draw(drawer, n_steps, cfg_scale, scheduler, request.sample_batch_size, progress)
 
 
-def _samplers(model: Model, request: PersonaliseRequest) -> Samplers:
+def class_prompts(request: PersonaliseRequest) -> list[str]:
+    """The prompts of class images in turn: one, or those of a file."""
+    text = request.class_prompt or ""
+    return captions.read_prompts(text) if Path(text).suffix in (".txt", ".csv", ".jsonl") else [text]
+
+
+def samplers_of(model: Model, request: PersonaliseRequest) -> Samplers:
     """UserError for an image that is not square."""
     height, width = model.pixels
     if height != width:
         raise UserError(f"training needs a square resolution: got {height}x{width}")
 
-    def sampler(folder: str | None, prompt: str | None, n: int | None, seed: int) -> Sampler:
-        reader = Reader(PromptedFolder(Path(folder or ""), prompt or "", height, n))
+    def sampler(folder: str | None, prompts: Sequence[str], n: int | None, seed: int) -> Sampler:
+        reader = Reader(PromptedFolder(Path(folder or ""), prompts, height, n))
         return samples_of(model, Remembered(Live(model.pipe, reader)), seed, request.random_flip)
 
-    instance = sampler(request.instance_data_dir, request.instance_prompt, None, request.seed)
+    instance = sampler(request.instance_data_dir, [request.instance_prompt or ""], None, request.seed)
     if not request.with_prior_preservation:
         return instance, None
-    return instance, sampler(request.class_data_dir, request.class_prompt, request.num_class_images, request.seed + 1)
+    return instance, sampler(request.class_data_dir, class_prompts(request), request.num_class_images, request.seed + 1)
 
 
 def _about(
@@ -201,7 +210,7 @@ def _about(
     }
 
 
-def _learning(model: Model, request: PersonaliseRequest) -> dict[str, nn.Module]:
+def parts_of(model: Model, request: PersonaliseRequest) -> dict[str, nn.Module]:
     """The parts of the pipeline that learn, ready to: whole, or by adapters."""
     texts = [name for name in TEXT if getattr(model.pipe, name, None) is not None] if request.train_text_encoder else []
     parts: dict[str, nn.Module] = {name: getattr(model.pipe, name) for name in (model.family.network, *texts)}
@@ -218,8 +227,8 @@ def _trained(
     model: Model, request: PersonaliseRequest, samplers: Samplers, recorded: Recorded, validation: Validation
 ) -> dict[str, nn.Module]:
     """The parts that learnt, for inference, after all updates; scores and costs are in the run."""
-    parts, start, n_steps = _learning(model, request), recorded.start(), recorded.n_steps
-    trainer = _trainer(model, request, parts, samplers, recorded.accelerator, start)
+    parts, start, n_steps = parts_of(model, request), recorded.start(), recorded.n_steps
+    trainer = trainer_of(model, request, parts, samplers, recorded.accelerator, start)
     look = partial(_looked, validation, model, parts)
     recorded.train(trainer, n_steps, partial(recorded.validate, look))
     ended = any(row["kind"] == "cost" and row["score"]["measure"] == "train_memory" for row in recorded.run.rows())
@@ -236,7 +245,7 @@ def _trained(
     return parts
 
 
-def _trainer(
+def trainer_of(
     model: Model,
     request: PersonaliseRequest,
     parts: Mapping[str, nn.Module],
@@ -251,7 +260,7 @@ def _trainer(
         network.to(memory_format=torch.channels_last)
     for module in parts.values():
         module.train()
-    prompts = (request.instance_prompt or "", request.class_prompt or "") if request.train_text_encoder else ()
+    prompts = ([request.instance_prompt or ""], class_prompts(request)) if request.train_text_encoder else ()
     settings = Settings(request.train_batch_size, request.gradient_accumulation_steps, request.seed)
     weight, optimiser = request.prior_loss_weight, Optimiser(request.rate)
     return DreamBooth(accelerator, Learner(model, parts), *samplers, weight, prompts, optimiser, settings, start)
