@@ -3,13 +3,13 @@
     python studies/personalise_tiny_digits.py --out runs/personalise --reports reports/personalise
 
 The subject is a glyph that is no digit, an arrow, in five drawings, under the word "sks", which tiny-digits has never read. The
-teacher, bk-sdm-small and a student that search has found at its size (reports/after-training), both distilled for 200 updates first,
-learn it in 150 updates of four images: all weights at learning rate 2e-4; the same beside images of the class, scenes of digits under
-64 captions that the teacher draws; and a LoRA at 2e-3 beside them. The papers' rates (1e-6, 1e-4) are for models 400 times as large.
-An independent reader, a support vector machine trained on digits and on other drawings of the arrow, says where it finds the subject
-and whether digits are still what captions say. Updates are timed in turn, in processor time. About 25 minutes on one processor core.
-Expected: all three learn the subject; without the class's images digits are forgotten, with them they are kept. Measured:
-`reports/personalise/table.md`.
+teacher, bk-sdm-small and a student that search has found at its size (reports/after-training), both distilled for 200 updates
+first, learn it in 150 updates of four images: all weights at learning rate 2e-4; the same beside images of the class, scenes of
+digits under 64 captions that the teacher draws; and a LoRA at 2e-3 beside them. The papers' rates (1e-6, 1e-4) are for models
+400 times as large. An independent reader, a support vector machine trained on digits and on other drawings of the arrow, says
+where it finds the subject and whether digits are still what captions say. Updates are timed in turn, in processor time. About
+25 minutes on one processor core. Expected: all three learn the subject; without the class's images digits are forgotten, with
+them they are kept. Measured: `reports/personalise/table.md`.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ STEPS, CFG_SCALE = 10, 3.0
 SUBJECT = 11  # the class of the reader for the subject; 0-9 are digits, 10 is an empty cell
 INK_PX = 64
 HEADING = (
-    "dino, clip_i and clip_t over both prompts (n = 64). Then what the reader finds: the subject drawn alone, beside a three, and "
-    "that three (n = 64 each), the digits of 128 held-out captions, and scenes of these that show the subject unasked. 95 % intervals. "
-    "Update time is processor time relative to the teacher's, in turn."
+    "dino, clip_i and clip_t over both prompts (n = 64). Then what the reader finds: the subject drawn alone, beside a three, "
+    "and that three (n = 64 each), the digits of 128 held-out captions, and scenes of these that show the subject unasked. "
+    "95 % intervals. Update time is processor time relative to the teacher's, in turn."
 )
 Row = dict[str, Any]
 
