@@ -127,9 +127,9 @@ def test_a_lora_of_a_slot_keeping_student(
     pipe = bp.load_pipeline(student)
     # what transformers reads of text encoders depends on peft's version
     with safe_open(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
-        metadata = {key: v for key, v in json.loads(file.metadata()["lora_adapter_metadata"]).items() if key.startswith("unet.")}
-    of_unet = {"metadata": {key.removeprefix("unet."): v for key, v in metadata.items()}, "network_alphas": None}
-    pipe.load_lora_into_unet({key: t for key, t in saved.items() if key.startswith("unet.")}, unet=pipe.unet, **of_unet)
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    of_unet = {key: t for key, t in saved.items() if key.startswith("unet.")}
+    pipe.load_lora_into_unet(of_unet, network_alphas=None, unet=pipe.unet, metadata=metadata)
     loaded = {name: p for name, p in pipe.unet.named_parameters() if ".lora_" in name}
     assert len(loaded) == sum(name.startswith("unet.") for name in saved)
     for name, p in loaded.items():
