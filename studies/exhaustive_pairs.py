@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
-from blockprune.cost.components import pipeline_costs
+from blockprune.cost.components import outside_params
 from blockprune.measures.denoising import Denoiser, NoisySamples
 from blockprune.measures.runner import MeasureRunner
 from blockprune.model import pretrained
@@ -50,7 +50,7 @@ def space(*budgets: str, units: Callable[[BlockGraph], Mapping[str, Architecture
     configs = pretrained.configs("tiny-digits")
     latent = configs.latent(None)
     graph = trace(configs.unet, latent, configs.n_tokens)
-    outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
+    outside = outside_params(configs)
     return Space(graph, (units or fourteen)(graph), [parse_budget(budget, graph, outside, None) for budget in budgets])
 
 

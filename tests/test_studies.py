@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -42,10 +41,10 @@ def test_every_study_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_dry_run(name: str, tmp_path: Path) -> None:
+def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     args, says = PLANS[name]
-    command = [sys.executable, str(STUDIES / name), *(str(tmp_path) if a == OUT else a for a in args), "--dry-run"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert says in result.stdout
+    monkeypatch.syspath_prepend(STUDIES)
+    monkeypatch.setattr(sys, "argv", [name, *(str(tmp_path) if a == OUT else a for a in args), "--dry-run"])
+    runpy.run_path(str(STUDIES / name), run_name="__main__")
+    assert says in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
