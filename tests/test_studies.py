@@ -29,7 +29,7 @@ PLANS = {
     "report_screenshots.py": (["report.html", "--out", OUT], "report.html at 1280 and 375 pixels of width, light and dark"),
     "sd_folder.py": (["sd-v1-4", OUT], "1,032,071,623 random weights"),
     "sd_v1_4.py": (SD, "in all 560 h at 100 TFLOPS, 166 GB beside the data"),
-    "tiny_digits.py": (["--out", OUT, "--reports", OUT], "blockprune distill --arch bk-sdm-base --max-train-steps 1000"),
+    "tiny_digits.py": (["--out", OUT, "--reports", OUT], "blockprune distill --arch bk-sdm-base --max-train-steps 600"),
     "train_tiny_digits.py": (["--out", OUT], "vae: 1000 steps, text: 800 steps, unet: 3300 steps on 24000 scenes"),
     "train_tiny_judges.py": (["--out", OUT, "--model", OUT], "detector: 3000 steps, scorer: 2800 steps"),
 }
