@@ -361,7 +361,12 @@ def _forget(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("")
 
 
-@pytest.mark.parametrize("name", RESUMED)
+# one of each sort of file and of damage; for the others, which are read alike, `make test-all`
+QUICK = ("a row that lacks a key", "rows as a fifo", "a cut part", "a part of other shapes", "a seen part of other images")
+QUICK = (*QUICK, "a search's row", "a journal of garbage", "a journal as a directory", "a cache.json of numbers")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in RESUMED])
 def test_a_run_that_is_gone_on_with_after_damage(name: str, runs: Path, tmp_path: Path, one_line: OneLine) -> None:
     source, damage, says = RESUMED[name]
     folder = Path(shutil.copytree(runs / source, tmp_path / source))

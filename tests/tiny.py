@@ -23,6 +23,7 @@ from blockprune.model import surgery
 from blockprune.model.pretrained import silence
 
 KINDS = ("sd1", "sd2", "sdxl")  # and "sd1-v": SD v1 trained to predict the velocity
+FIRST_KIND = ("sd1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]))  # of laws that take long on the others
 N_TOKENS = 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 

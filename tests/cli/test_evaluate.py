@@ -179,7 +179,7 @@ def test_processes_share_a_run_and_draw_no_image_twice(tmp_path: Path, evaluated
     assert values(tmp_path / "run") == values(evaluated)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_batch_size_changes_no_score(evaluated: Path, tmp_path: Path, cli: Cli, batch_size: int) -> None:
     code, _, err = cli("evaluate", *QUICK[:-1], batch_size, "--no-save-images", "--seed", "0", "--out", tmp_path / "run")
     assert code == 0, err
@@ -334,7 +334,11 @@ def test_averaged_weights_are_taken(distilled: Path) -> None:
     assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
 
 
-@pytest.mark.parametrize("arch", ["mid-removed", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"], ids=["stock", "slots"])
+@pytest.mark.parametrize(
+    "arch",
+    ["mid-removed", pytest.param("down_blocks.1.resnets.0,up_blocks.1.attentions.2", marks=pytest.mark.slow)],
+    ids=["stock", "slots"],
+)
 def test_an_exported_folder_that_does_not_name_its_teacher(
     arch: str, tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path]
 ) -> None:

@@ -229,6 +229,7 @@ def test_around_a_base_and_by_timestep(cli: Cli, tmp_path: Path) -> None:
     assert cli(*command)[0] == 0 and (tmp_path / "run" / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_around_a_base_with_fits(cli: Cli, tmp_path: Path) -> None:
     shape = ["--unit", "stage", "--measures", "eps_mse", "--eps-samples", "8", "--batch-size", "8", "--fit", "linear"]
     assert cli("scan", "--base", "bk-sdm-small", *shape, "--out", tmp_path / "run")[0] == 0
@@ -250,7 +251,7 @@ def test_a_base_that_is_none(args: list[str], says: str, one_line: Callable[...,
     assert says in one_line("scan", *args, "--out", tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd1-v", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1-v", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2", "sdxl"))])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), *QUICK, "--out", tmp_path / "run", "--measures", IMAGES]
     reference = pictures(tmp_path / "real", 8, 16)

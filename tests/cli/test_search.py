@@ -145,7 +145,7 @@ def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cl
     assert after.items() >= before.items()
 
 
-@pytest.mark.parametrize("fit", ["none", "linear"])
+@pytest.mark.parametrize("fit", ["none", pytest.param("linear", marks=pytest.mark.slow)])
 def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> None:
     common = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
     scan = ["scan", "--unit", "stage", *common, "--measures", "guided_mse", "--fit", fit, "--out", tmp_path / "scan"]
@@ -255,6 +255,7 @@ def test_a_front(tmp_path: Path, cli: Cli) -> None:
     assert cli("report", tmp_path / "run", "--out", tmp_path / "page.html")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_front_within_a_budget_has_a_best(tmp_path: Path, cli: Cli) -> None:
     args = ["--pareto", "macs", "--budget", "75%params", "--unit", "stage", "--trials", "20", *SMALL]
     assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
@@ -319,7 +320,7 @@ def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> Non
     assert re.search(r"no finalist holds the budgets and clip_score>=0.99 \(\d tried, the best clip_score is 0\.\d+\)", line)
 
 
-@pytest.mark.parametrize("objective", ["eps_mse", "guided_mse", "clip_score"])
+@pytest.mark.parametrize("objective", ["guided_mse", *(pytest.param(o, marks=pytest.mark.slow) for o in ("eps_mse", "clip_score"))])
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
     args = [*QUICK[:4], "--trials", "16", *SMALL, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]
     code, _, err = cli("search", *args, "--out", tmp_path / "run")
@@ -427,7 +428,7 @@ def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tin
     assert "needs a reference: give --reference" in line
 
 
-@pytest.mark.parametrize("kind", ["sd1-v", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd1-v", marks=pytest.mark.slow), "sdxl"])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), "--unit", "pair", "--budget", "80%params", "--trials", "5", *SMALL]
     code, out, err = cli("search", *args, "--out", tmp_path / "run")
