@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python studies/bench_runtimes.py --out reports      # about half an hour on two CPU cores
 
-Times a U-Net step of the teacher and of `bk-sdm-small` in each runtime with random weights in float32 on the CPU, batch 2:
-tiny-digits at its own size, all runtimes in turn in one run; SD v1 at a small latent, each runtime in turn with PyTorch in a run of
-its own, since a runtime holds 5.4 GB of weights for the two networks, beside PyTorch's own. Writes `runtimes.md` and
+Times a U-Net step of the teacher and of `bk-sdm-small` in each runtime with random weights in float32 on the CPU, batch 2, teacher
+and student in turn: tiny-digits at its own size, all runtimes in one run; SD v1 at a small latent, each runtime in a run of its own
+but for the two of PyTorch, which share their weights: the two networks take 5.4 GB in each other one. Writes `runtimes.md` and
 `runtimes.json` after every run; `--model` and `--runtime` choose, and what was measured before stays. Runtimes that are not
 installed are left out, and named in the JSON. `--dry-run` prints the plan. Expected: about the same ratio everywhere.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from blockprune.errors import UserError
-from blockprune.export.runtimes import TORCH
+from blockprune.export.runtimes import COMPILED, TORCH
 from blockprune.export.runtimes.network import check_runtime, time_runtimes
 from blockprune.model import pretrained
 from blockprune.model.presets import preset
@@ -29,8 +29,8 @@ from blockprune.runs.atomic import writing
 
 ARCH = "bk-sdm-small"
 LATENTS = {"tiny-digits": (16, 16), "sd-v1-4": (16, 16)}
-RUNTIMES = (TORCH, "torch-compile", "onnxruntime", "openvino", "aot-inductor")  # an exported program computes as PyTorch does
-LARGE = {"sd-v1-4"}  # models of which the memory holds no more than two runtimes
+RUNTIMES = (TORCH, COMPILED, "onnxruntime", "openvino", "aot-inductor")  # an exported program computes as PyTorch does
+LARGE = {"sd-v1-4"}  # models that are measured in one runtime at a time, for their memory
 BATCH_SIZE = 2  # one image with guidance
 ROUNDS = 10
 
@@ -48,26 +48,26 @@ def installed() -> tuple[list[str], list[str]]:
 
 
 def runs(model: str, runtimes: list[str]) -> Iterator[list[str]]:
-    """The runtimes that are measured in turn with one another, run by run; PyTorch is one of them in each."""
-    others = [name for name in runtimes if name != TORCH]
-    if model in LARGE:
-        yield from ([TORCH, name] for name in others)
-    else:
-        yield [TORCH, *others]
+    """The runtimes that are measured in turn with one another, run by run."""
+    apart = [name for name in runtimes if model in LARGE and name not in (TORCH, COMPILED)]
+    if together := [name for name in runtimes if name not in apart]:
+        yield together
+    yield from ([name] for name in apart)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| model | in turn in one run | teacher, ms | student, ms | student / teacher | 95 % interval |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| model | run | runtime | teacher, ms | student, ms | student / teacher | 95 % interval |",
+        "| --- | ---: | --- | ---: | ---: | ---: | --- |",
     ]
     for model, measured in results.items():
-        for rows in measured.values():
+        for run, rows in enumerate(measured.values(), 1):
             for name, row in rows.items():
                 ms = [f"{1000 * row[who]['median_s']:.1f}" for who in ("teacher", "student")]
                 r = row["ratio"]
-                first = model if name == TORCH else ""
-                lines.append(f"| {first} | {name} | {ms[0]} | {ms[1]} | {r['value']:.3f} | {r['low']:.3f} to {r['high']:.3f} |")
+                lines.append(
+                    f"| {model} | {run} | {name} | {ms[0]} | {ms[1]} | {r['value']:.3f} | {r['low']:.3f} to {r['high']:.3f} |"
+                )
     return "\n".join(lines)
 
 
@@ -76,8 +76,8 @@ def page(known: dict[str, Any]) -> str:
     size = ", ".join(f"{model} {h} x {w}" for model, (h, w) in LATENTS.items())
     return (
         f"# A U-Net step outside PyTorch\n\nTeacher and `{ARCH}`, random weights, float32, batch {BATCH_SIZE}; latents: {size}; "
-        f"{known['machine']}, {known['threads']} thread(s), other work beside. The rows from one `torch` to the next were "
-        "measured in turn in one run: compare ratios, and times only within a run.\n"
+        f"{known['machine']}, {known['threads']} thread(s), other work beside. What has the same number was measured in turn in "
+        "one run: compare ratios, and times only within a run.\n"
         f"`OMP_NUM_THREADS={known['threads']} python studies/bench_runtimes.py --out reports`\n\n{table(known['results'])}\n"
     )
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", choices=tuple(LATENTS), action="append", help="only this; repeatable")
-    parser.add_argument("--runtime", choices=RUNTIMES, action="append", help="only this, and PyTorch; repeatable")
+    parser.add_argument("--runtime", choices=RUNTIMES, action="append", help="only this; repeatable")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
     args = parser.parse_args()

@@ -65,6 +65,11 @@ def run(request: CostRequest, macs: options.Macs = "thop", as_json: options.AsJs
     from blockprune.model.trace import trace
 
     convention = options.convention(macs)
+    if request.runtime != (TORCH,):
+        from blockprune.export.runtimes.network import check_runtime
+
+        for name in request.runtime:
+            check_runtime(name)
     parts = configs(request.model)
     graph = trace(parts.unet, parts.latent(request.resolution), parts.n_tokens)
     students = {text: parse(text, graph) for text in request.arch}
