@@ -33,6 +33,7 @@ from blockprune.model.model import Model, of_pipeline
 
 HERE = [name for name, form in FORMATS.items() if all(map(importlib.util.find_spec, form.packages))]
 QUICK = [pytest.param(name, marks=pytest.mark.slow) if name == "aot-inductor" else name for name in HERE]
+WHOLE = [name if name == "torch-export" else pytest.param(name, marks=pytest.mark.slow) for name in HERE]  # every component
 GAPS = Architecture(frozenset({"down_blocks.1.resnets.0", "mid_block"}), frozenset({("mid_block", "linear")}))
 needs_onnx = pytest.mark.skipif("onnx" not in HERE, reason="onnxruntime is not installed")
 
@@ -47,7 +48,7 @@ def student(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 @dataclass(frozen=True)
 class Written:
-    """A small student of SD v1 with every component in a format; tests must not write to its folder."""
+    """A small student of SD v1 in a format; tests must not write to its folder."""
 
     model: Model
     folder: Path
@@ -71,9 +72,9 @@ def model(small_folder: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
-    """The student in a format, made once; the graphs of its components, which take the time, are the same for all formats."""
-    made: dict[str, Written] = {}
+def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
+    """The student in a format, its U-Net or every component, made once; the graphs are the same for all formats."""
+    made: dict[tuple[str, bool], Written] = {}
     programs: dict[str, ExportedProgram] = {}
 
     def program_of(component: Component) -> ExportedProgram:
@@ -81,13 +82,13 @@ def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             programs[component.name] = formats.program_of(component)
         return programs[component.name]
 
-    def of(name: str) -> Written:
-        if name not in made:
+    def of(name: str, every: bool = False) -> Written:
+        if (name, every) not in made:
             folder = tmp_path_factory.mktemp(name) / "out"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(deploying, "program_of", program_of)
-                made[name] = Written(model, folder, list(deploy(model, name, folder, every=True)))
-        return made[name]
+                made[name, every] = Written(model, folder, list(deploy(model, name, folder, every=every)))
+        return made[name, every]
 
     return of
 
@@ -102,9 +103,9 @@ def test_the_names_are_those_of_the_formats() -> None:
     assert tuple(OTHERS) == RUNTIMES[2:]
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_every_component_of_a_student_is_written_and_compared(name: str, written: Callable[[str], Written]) -> None:
-    it = written(name)
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_component_of_a_student_is_written_and_compared(name: str, written: Callable[..., Written]) -> None:
+    it = written(name, every=True)
     assert [e.name for e in it.components] == ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
     about = json.loads((it.folder / "export.json").read_text())
     assert (about["runtime"], about["precision"], about["model"]) == (name, "float32", Path(it.model.name).name)
@@ -117,7 +118,7 @@ def test_every_component_of_a_student_is_written_and_compared(name: str, written
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_student_with_gaps_and_maps_computes_the_same_there(name: str, written: Callable[[str], Written]) -> None:
+def test_a_student_with_gaps_and_maps_computes_the_same_there(name: str, written: Callable[..., Written]) -> None:
     """Batches of one and three, and another size than the one that was exported."""
     it, unet = written(name), written(name).model.network
     network = RuntimeUNet(unet, FORMATS[name].load(it.folder / it.components[0].file))
@@ -158,7 +159,7 @@ def test_sdxl_has_two_text_encoders_and_a_pooled_output(tiny_folder: Callable[[s
 
 
 @pytest.mark.parametrize("name", [n for n in HERE if n in ("onnx", "openvino")])
-def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Callable[[str], Written], tmp_path: Path) -> None:
+def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Callable[..., Written], tmp_path: Path) -> None:
     """And nothing in the file of where it was made."""
     (half,) = deploy(model, name, tmp_path / "half", "float16")
     weights = sum(p.numel() for p in model.network.parameters())
