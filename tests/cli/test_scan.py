@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from as_user import main_in_process, pictures
+from as_user import pictures, run
 from conftest import Cli
 
 from blockprune.measures import fid_kid
@@ -44,7 +44,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small scan of the built-in model with every measure, left undisturbed."""
     out = tmp_path_factory.mktemp("scan") / "run"
-    main_in_process("scan", *QUICK, "--out", str(out))
+    run("scan", *QUICK, "--out", str(out))
     return out
 
 
@@ -68,6 +68,7 @@ def test_same_command_again_adds_nothing(scanned: Path, cli: Cli) -> None:
     assert (scanned / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "blockprune", "scan", *QUICK, "--out", str(tmp_path / "run")]
     for n_rows in (24, 60):
@@ -76,7 +77,7 @@ def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_pat
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    main_in_process("scan", *QUICK, "--out", str(tmp_path / "run"))
+    run("scan", *QUICK, "--out", str(tmp_path / "run"))
     assert rows_of(tmp_path / "run") == rows_of(scanned)
 
 

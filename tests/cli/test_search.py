@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import tiny
-from as_user import main_in_process
+from as_user import run, run_in_own_process
 from conftest import Cli
 
 from blockprune.cost import latency
@@ -36,7 +36,7 @@ QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", "20", *SMALL]
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small search of the built-in model, left undisturbed."""
     out = tmp_path_factory.mktemp("search") / "run"
-    main_in_process("search", *QUICK, "--random", "3", "--out", str(out))
+    run("search", *QUICK, "--random", "3", "--out", str(out))
     return out
 
 
@@ -108,6 +108,7 @@ def test_the_best_is_an_architecture_for_other_commands(searched: Path, cli: Cli
     assert json.loads(out)["unet"]["params"] == best["cost"]["params"]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_scores(searched: Path, tmp_path: Path) -> None:
     args = [*QUICK, "--random", "3", "--out", str(tmp_path / "run")]
     for n_rows in (3, 14):
@@ -118,7 +119,7 @@ def test_killed_and_started_again_ends_with_the_same_scores(searched: Path, tmp_
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    main_in_process("search", *args)
+    run("search", *args)
     again = scored(tmp_path / "run")
     first = {key: value for key, value in scored(searched).items() if key in again}
     assert {key: again[key] for key in first} == first
@@ -228,8 +229,9 @@ def test_solving_on_a_scan_leaves_out_what_it_lacks(searched: Path, cli: Cli, on
     assert "has guided_mse of no unit 'layer'" in line
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_search(tmp_path: Path) -> None:
-    main_in_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
+    run_in_own_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
     assert len(scored(tmp_path / "run")) == 20
     assert _best(tmp_path / "run")["holds_budget"] == "True"
 
@@ -460,6 +462,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Any:
         run("pg_ctl", "-D", str(home / "data"), "-m", "immediate", "stop")
 
 
+@pytest.mark.slow
 def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Path, tmp_path: Path) -> None:
     """Two hosts of two workers each, as one shared search over the same candidates; two workers die in mid-trial."""
     rows = [row for row in directory.read_rows(searched) if row["kind"] == "search"]
