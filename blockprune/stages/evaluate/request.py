@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockprune.errors import UserError
+from blockprune.export.runtimes import RUNTIMES, TORCH
 from blockprune.model.defaults import MOST_BATCH, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from blockprune.model.schedulers import MAX_SEED, SCHEDULERS
 from blockprune.request import LONGEST_NAME, option
 from blockprune.stages.fields import MEASURES, MODEL, REMOVE, SAMPLING, SCALE, Judging, OnModel
 
 QUANTIZED = ("none", "int8", "int8-dynamic")
-RUNTIMES = ("torch", "torch-compile", "onnxruntime", "openvino", "torch-export", "aot-inductor")
 PER_SETTING = "several with commas between; a protocol may set its own"
 
 
@@ -45,7 +45,7 @@ class EvaluateRequest(OnModel, Judging):
         ("none",), "8-bit linear layers; several with commas between", SAMPLING, choices=QUANTIZED, commas=True
     )
     runtime: str = option(
-        "torch", "what computes the U-Net, on the CPU in float32; written for it first", SCALE, choices=RUNTIMES, compared=False
+        TORCH, "what computes the U-Net, on the CPU in float32; written for it first", SCALE, choices=RUNTIMES, compared=False
     )
     seed: int = option(0, "image i uses seed + i", SAMPLING, least=0, most=MAX_SEED)
     batch_size: int | None = option(
@@ -60,7 +60,7 @@ class EvaluateRequest(OnModel, Judging):
     def check(self) -> None:
         if self.checkpoints and self.arch not in ("", "full"):
             raise UserError("--checkpoints says what is removed: leave out --arch")
-        if self.runtime != "torch":
+        if self.runtime != TORCH:
             self._check_runtime()
 
     def _check_runtime(self) -> None:
