@@ -26,6 +26,7 @@ from steps import Step
 from blockprune.data.digits import EMPTY, DigitScenes, exchanged
 from blockprune.measures.intervals import interval, mean_statistic
 from blockprune.runs.directory import Stored
+from blockprune.stages.evaluate.protocol import slug_of
 
 STRENGTHS = (0.3, 0.5, 0.8)
 STUDENT = "bk-sdm-small"
@@ -37,7 +38,7 @@ Row = dict[str, Any]
 
 def models(runs: Path) -> dict[str, list[str]]:
     """Name => how `evaluate` is told of it, the teacher first."""
-    with_teacher = ["--teacher", str(runs / "edit-teacher")]
+    with_teacher = ["--teacher", str(folder(runs, "teacher"))]
     return {
         "teacher": [],
         f"{STUDENT}, untrained": ["--arch", STUDENT, *with_teacher],
@@ -86,7 +87,7 @@ def read_row(images: np.ndarray, model: str, strength: float | None) -> Row:
 def edited(run: Stored, n: int) -> Iterator[tuple[float, np.ndarray, dict[str, float]]]:
     """(strength, images (n, 32, 32, 3), scores) of each setting."""
     for setting in run.about["settings"]:
-        files = sorted((run.path / "drawn" / setting["label"].replace(", ", "-").replace(" ", "-").lower()).glob("*.png"))
+        files = sorted((run.path / "drawn" / slug_of(setting["label"])).glob("*.png"))
         images = np.stack([np.asarray(Image.open(file)) for file in files])
         assert len(images) == n, f"{run.path} is not finished"
         rows = [row for row in run.rows() if row["kind"] == "score" and row["setting"] == setting["label"]]
@@ -145,7 +146,8 @@ def main() -> None:
             pictures.append((f"{model}, {strength}", images))
     captions = Stored(folder(args.out, "teacher")).about["pictured_prompts"][:N_SHOWN]
     args.reports.mkdir(parents=True, exist_ok=True)
-    heading = f"# Digits exchanged by caption\n\n{args.n} scenes of held-out digits, one digit of each exchanged in its caption; 10 steps, CFG 3.\n\n"
+    heading = "# Digits exchanged by caption\n\n"
+    heading += f"{args.n} scenes of held-out digits, one digit of each exchanged in its caption; 10 steps, CFG 3.\n\n"
     (args.reports / "edit-digits.md").write_text(heading + table(rows), encoding="utf-8")
     (args.reports / "edit-digits.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     sheet(pictures, captions).save(args.reports / "edit-digits.png")

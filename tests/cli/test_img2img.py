@@ -25,6 +25,10 @@ from blockprune.data.digits import DigitScenes, caption, exchanged
 from blockprune.measures import detectors, fid_kid
 from blockprune.model import families
 from blockprune.runs import directory
+from blockprune.stages.evaluate import run as evaluate_run
+from blockprune.stages.evaluate.inputs import inputs_of
+from blockprune.stages.evaluate.plan import plan_of
+from blockprune.stages.evaluate.request import EvaluateRequest
 
 N = 4
 QUICK = ["--task", "img2img", "--strength", "0.25,0.75", "--n-images", str(N), "--steps", "4", "--batch-size", "2"]
@@ -44,6 +48,12 @@ def scenes(folder: Path, n: int = N + 1) -> Path:
     return folder
 
 
+def evaluate(*args: str | Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", *map(str, args)])
+    assert left.value.code == 0
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes(tmp_path_factory.mktemp("data") / "scenes")
@@ -53,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Edits by a student, with those of its teacher, left undisturbed."""
     out = tmp_path_factory.mktemp("student") / "run"
-    main(["evaluate", *QUICK, "--data", str(data), "--arch", "bk-sdm-small", "--out", str(out)])
+    evaluate(*QUICK, "--data", data, "--arch", "bk-sdm-small", "--out", out)
     return out
 
 
@@ -61,7 +71,7 @@ def student(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of the teacher."""
     out = tmp_path_factory.mktemp("teacher") / "run"
-    main(["evaluate", *QUICK, "--data", str(data), "--out", str(out)])
+    evaluate(*QUICK, "--data", data, "--out", out)
     return out
 
 
@@ -121,20 +131,20 @@ def test_the_run_says_how_and_shows_all(student: Path, data: Path) -> None:
     assert view["settings"][0]["scores"]["clip_score"]["delta"] == scores(student)[LABELS[0], "clip_score"]["delta"]
 
 
-def test_the_hash_is_over_task_strength_and_inputs(student: Path, teacher: Path, data: Path, tmp_path: Path, cli: Cli) -> None:
-    def hash_of(*args: str | Path) -> str:
-        quick = ["--n-images", "2", "--steps", "4", "--batch-size", "2", "--measures", "input_l1", "--task", "img2img"]
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        assert cli("evaluate", *quick, *args, "--prompts", prompts, "--out", out)[0] == 0
-        return str(directory.read_run(out)["protocol"]["hash"])
+def test_the_hash_is_over_task_strength_and_inputs(student: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+    quick = {"n_images": 2, "steps": (4,), "measures": ("input_l1",), "task": "img2img", "data": str(data), "strength": (0.5,)}
+    plan = plan_of(EvaluateRequest.from_mapping(quick, "the test"))
 
-    (prompts := tmp_path / "prompts.txt").write_text("bold upright: one top left\n")
+    def hash_of(strength: tuple[float, ...], folder: Path) -> str:
+        inputs = inputs_of(str(folder), 2, plan.model)
+        return str(replace(plan, request=replace(plan.request, strength=strength), inputs=inputs).protocol["hash"])
+
     shutil.copytree(data, tmp_path / "copy")
-    first = hash_of("--data", data, "--strength", "0.5")
-    assert hash_of("--data", tmp_path / "copy", "--strength", "0.5") == first, "wherever the same images are"
-    assert hash_of("--data", data, "--strength", "0.5,0.75") != first
+    first = hash_of((0.5,), data)
+    assert first == plan.protocol["hash"] == hash_of((0.5,), tmp_path / "copy"), "wherever the same images are"
     Image.new("RGB", (32, 32)).save(tmp_path / "copy" / "1.png")
-    assert hash_of("--data", tmp_path / "copy", "--strength", "0.5") != first
+    others = [hash_of((0.5, 0.75), data), hash_of((0.5,), tmp_path / "copy"), replace(plan, inputs=None).protocol["hash"]]
+    assert len({first, *others}) == 4
     assert directory.read_run(student)["protocol"] == directory.read_run(teacher)["protocol"]
 
 
@@ -158,31 +168,30 @@ class Killed(BaseException):
     """As if the process were gone."""
 
 
-@pytest.mark.parametrize("n_files", [3, 9])
 def test_killed_and_started_again_ends_with_the_same_scores(
-    n_files: int, student: Path, data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    student: Path, data: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the teacher draws, then while the student does."""
     args = ["evaluate", *QUICK, "--data", data, "--arch", "bk-sdm-small", "--out", tmp_path / "run"]
-    real, files = directory.Run.write, list[str]()
+    real, left = directory.Run.write, [3, 7]  # files of images until the next kill
 
     def write(run: directory.Run, name: str, content: str | bytes) -> Path:
-        files.extend([name] * name.startswith("drawn/"))
-        if len(files) > n_files:
-            raise Killed
+        if name.startswith("drawn/") and left:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
         return real(run, name, content)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(directory.Run, "write", write)
-        cli(*args)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("drawn/*/*.png")}
-    assert len(before) == n_files
+    monkeypatch.setattr(directory.Run, "write", write)
+    for n_files in (3, 10):
+        with pytest.raises(Killed):
+            cli(*args)
+        left.pop(0)
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("drawn/*/*.png")}
+        assert len(before) == n_files
     assert cli(*args)[0] == 0
     assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "an image on disk was drawn again"
     assert_same_scores(tmp_path / "run", student, rel=1e-9)
-    rows = (tmp_path / "run" / "rows.jsonl").read_bytes()
-    assert cli(*args)[0] == 0
-    assert (tmp_path / "run" / "rows.jsonl").read_bytes() == rows
 
 
 @pytest.mark.slow
@@ -199,8 +208,6 @@ def test_what_another_process_draws_is_waited_for(
     data: Path, tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parts of a batch of the teacher that another process holds appear while this one waits; it draws the rest."""
-    from blockprune.stages.evaluate import run as evaluate_run
-
     theirs = f"parts/teacher-{SLUGS[0]}/000000.safetensors"
     real = evaluate_run.Share._draw_of_teacher
     drawing: list[str] = []
@@ -218,7 +225,7 @@ def test_what_another_process_draws_is_waited_for(
     monkeypatch.setattr(evaluate_run.Share, "_draw_of_teacher", draw)
     monkeypatch.setattr(evaluate_run.time, "sleep", wait)
     one = [*QUICK[:3], "0.25", *QUICK[4:]]
-    main(["evaluate", *one, "--data", str(data), "--arch", "bk-sdm-small", "--out", str(tmp_path / "run")])
+    evaluate(*one, "--data", data, "--arch", "bk-sdm-small", "--out", tmp_path / "run")
     found, others = scores(tmp_path / "run"), scores(student)
     for key in found:
         assert found[key]["value"] == pytest.approx(others[key]["value"], rel=1e-9), key
@@ -230,7 +237,7 @@ def test_a_page_has_the_grid_of_edits(student: Path, teacher: Path, tmp_path: Pa
     page = (tmp_path / "page.html").read_text()
     assert "The images in the first row, edited by the captions above them" in page
     for row in ("input", *(f"{name}, {label}" for name in ("tiny-digits", "tiny-digits without bk-sdm-small") for label in LABELS)):
-        assert f">{row}<" in page, row
+        assert f'<th scope="row">{row}' in page, row
     assert "input L1 ↓" in page
 
 

@@ -27,7 +27,7 @@ from blockprune.stages.evaluate.inputs import Inputs, inputs_of
 from blockprune.stages.evaluate.protocol import FIDS, Rules, Setting, grid, protocol_hash, read_protocol
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.subject import Subject, laid_out, reference_reader, subject_of
-from blockprune.stages.evaluate.teacher import Teacher, check_run, teacher_of
+from blockprune.stages.evaluate.teacher import Teacher, check_run, paired_teacher
 from blockprune.stages.plan import N_PICTURES
 from blockprune.stages.train.finished import Finished
 
@@ -176,7 +176,7 @@ def _paired(plan: EvaluationPlan, resolution: str | None) -> EvaluationPlan:
         return plan
     if plain and not plan.subject.arch and not request.teacher:  # the teacher itself, which its own images are paired with
         return plan
-    teacher = teacher_of(request, plan.subject, resolution, plan.finished is not None)
+    teacher = paired_teacher(request, plan.subject, resolution, plan.finished is not None)
     if teacher.run is not None:
         check_run(teacher.run, plan.protocol, plan.settings, plan.rules.suffix)
     return replace(plan, teacher=teacher)

@@ -38,7 +38,7 @@ class Teacher:
     run: Stored | None = None
 
 
-def teacher_of(request: EvaluateRequest, subject: Subject, resolution: str | None, along_training: bool) -> Teacher:
+def paired_teacher(request: EvaluateRequest, subject: Subject, resolution: str | None, along_training: bool) -> Teacher:
     """The teacher of a student, by what `--teacher` says or what the student knows; UserError where it cannot be paired."""
     model, given = subject.model, request.teacher
     known = subject.teacher_id or ("" if subject.arch else model.identity)
