@@ -15,6 +15,7 @@ from blockprune.stages.fields import MEASURES, MODEL, REMOVE, SAMPLING, SCALE, J
 
 QUANTIZED = ("none", "int8", "int8-dynamic")
 PER_SETTING = "several with commas between; a protocol may set its own"
+TASKS = ("text2img", "img2img")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,18 @@ class EvaluateRequest(OnModel, Judging):
 
     arch: str = option("full", "removed before: a preset, block names, or a JSON file", REMOVE)
     checkpoints: str | None = option(None, "a distill run: its checkpoints and its student", MODEL)
+    teacher: str | None = option(
+        None, "of a student's folder, for feature_distance: a model, or its evaluate run", MODEL, compared=False
+    )
+    task: str = option("text2img", "what is drawn", SAMPLING, choices=TASKS, compared=False)
+    strength: tuple[float, ...] = option(
+        (), "img2img: how much of the noise; several with commas between", SAMPLING, above=0, most=1, commas=True, compared=False
+    )
+    data: str | None = option(None, "img2img: a folder of images, edited by their captions; or digits", SAMPLING, compared=False)
     protocol: str = option("clean", "clean, bksdm-coco30k, or a .toml file", MEASURES)
-    measures: tuple[str, ...] = option((), "comma-separated; the protocol's when left out", MEASURES, commas=True)
+    measures: tuple[str, ...] = option(
+        (), "comma-separated; the protocol's, or those of img2img, when left out", MEASURES, commas=True
+    )
     n_images: int | None = option(
         None, "images of each setting; a protocol may set its own", SAMPLING, least=1, most=MOST_IMAGES, from_model=True
     )
@@ -62,6 +73,17 @@ class EvaluateRequest(OnModel, Judging):
             raise UserError("--checkpoints says what is removed: leave out --arch")
         if self.runtime != TORCH:
             self._check_runtime()
+        self._check_task()
+
+    def _check_task(self) -> None:
+        if self.task == "img2img":
+            if self.data is None:
+                raise UserError("--task img2img edits images: give --data DIR, a folder of them, or --data digits")
+            if not self.strength:
+                raise UserError("--task img2img needs --strength: give numbers above 0 and up to 1, such as 0.3,0.5,0.8")
+        elif self.strength or self.data is not None:
+            given = "--strength" if self.strength else "--data"
+            raise UserError(f"{given} is for images that are edited: give --task img2img, or leave it out")
 
     def _check_runtime(self) -> None:
         if self.latency or self.components or self.quantize != ("none",):
