@@ -24,6 +24,7 @@ PLANS = {
     "bench_search.py": (["table", "--out", OUT], "6 budgets x 5 methods x 10 seeds"),
     "edit_digits.py": (["--out", OUT, "--reports", OUT], "256 scenes edited by 3 models at 3 strengths"),
     "exhaustive_pairs.py": (["--out", OUT], "removal sets of 14 units within 71%params"),
+    "personalise_tiny_digits.py": (["--out", OUT, "--reports", OUT], "blockprune personalise --model tiny-digits"),
     "predictors.py": (["--reports", OUT], "shared: 0 students are left"),
     "quality_tiny_digits.py": (["--out", OUT], "1000 scenes drawn in 10 steps"),
     "removals_tiny_digits.py": (["--out", OUT], "every block removed by itself, 128 images each"),

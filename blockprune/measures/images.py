@@ -17,11 +17,13 @@ from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.measures.intervals import Statistic
 from blockprune.measures.measure import NEEDS, Measure, Seen, measure
 from blockprune.measures.score import Score
+from blockprune.measures.subject import Subject
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Who looks at the images: a detector with the reference it is compared to, and a CLIP scorer. Either may be missing.
+    """Who looks at the images: a detector with the reference it is compared to, a CLIP scorer, and a subject that they may show.
+    Each may be missing.
 
     `is_splits` is over how many parts of the images the Inception Score is averaged. `own` are a user's measures, which look at the
     images themselves. `inputs` says that the images were made from others, which are shown beside them.
@@ -33,6 +35,7 @@ class Judges:
     is_splits: int = 1
     own: tuple[Measure, ...] = ()
     inputs: bool = False
+    subject: Subject | None = None
 
     def look(self, images: Tensor, prompts: Sequence[str], inputs: Tensor | None = None) -> dict[str, NDArray[Any]]:
         """NCHW uint8, their prompts, and what they were made from => what was seen, arrays with one row per image."""
@@ -44,6 +47,8 @@ class Judges:
             seen |= {"image": self.scorer.image(images), "text": self.scorer.text(prompts)}
         if inputs is not None:
             seen["input_l1"] = pixel_l1(images, inputs)
+        if self.subject:
+            seen |= self.subject.look(images, prompts, seen)
         return seen | {m.name: m.look(images, prompts) for m in self.own if m.look}
 
     def with_own(self, wanted: Iterable[str]) -> Judges:
@@ -53,7 +58,10 @@ class Judges:
     def lacks(self, name: str) -> str:
         """What a measure needs and does not have, in words that say which option gives it; "" when nothing."""
         there = {"detector": self.detector is not None, "reference": self.reference is not None, "scorer": self.scorer is not None}
-        there |= {"input": self.inputs, "reference features": self.reference is not None and self.reference.features is not None}
+        there |= {"input": self.inputs}
+        there |= {"reference features": self.reference is not None and self.reference.features is not None}
+        there |= {"subject": self.subject is not None, "training": False}
+        there |= {"vision": self.subject is not None and self.subject.vision is not None}
         return next((NEEDS[need] for need in measure(name).needs if not there.get(need, True)), "")
 
     def check(self, wanted: Iterable[str]) -> None:

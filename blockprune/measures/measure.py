@@ -31,6 +31,9 @@ NEEDS = {
     "scorer": "a scorer: give --clip DIR or id",
     "guidance": "guidance: give --cfg-scale above 1",
     "input": "input images: give evaluate --task img2img --data DIR",
+    "subject": "a subject's images: give --instance-data-dir",
+    "vision": "a vision model: give --dino DIR or id",
+    "training": "a training: `blockprune personalise` measures it",
 }
 
 
@@ -99,21 +102,37 @@ def _inception_score(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
 
 
 def _clip_score(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import fid_kid, intervals
+    from blockprune.measures import fid_kid
 
-    return intervals.mean_statistic(fid_kid.clip_score(seen["image"], seen["text"]))
+    return _mean(fid_kid.clip_score(seen["image"], seen["text"]))
 
 
 def _feature_distance(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import fid_kid, intervals
+    from blockprune.measures import fid_kid
 
-    return intervals.mean_statistic(fid_kid.feature_distance(seen["features"], teacher["features"]))
+    return _mean(fid_kid.feature_distance(seen["features"], teacher["features"]))
 
 
 def _input_l1(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["input_l1"])
+
+
+def _dino(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["dino"])
+
+
+def _clip_i(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["clip_i"])
+
+
+def _clip_t(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["clip_t"])
+
+
+def _mean(values: Any) -> Statistic:
     from blockprune.measures import intervals
 
-    return intervals.mean_statistic(seen["input_l1"])
+    return intervals.mean_statistic(values)
 
 
 _KNOWN = (
@@ -127,12 +146,17 @@ _KNOWN = (
     Measure("clip_score", "cosine", "up", "CLIP score", "images", ("scorer",), compute=_clip_score),
     Measure("input_l1", "", "down", "L1 distance to the input image", "images", ("input",), compute=_input_l1),
     Measure("is", "", "up", "Inception Score", "images", ("detector", "classes"), compute=_inception_score),
+    Measure("dino", "cosine", "up", "DINO: cosine to the subject's images", "images", ("subject", "vision"), compute=_dino),
+    Measure("clip_i", "cosine", "up", "CLIP-I: cosine to the subject's images", "images", ("subject", "scorer"), compute=_clip_i),
+    Measure("clip_t", "cosine", "up", "CLIP-T: cosine to the prompt", "images", ("subject", "scorer"), compute=_clip_t),
     Measure("params", "parameters", "down", "U-Net parameters", "cost"),
     Measure("macs", "MACs", "down", "U-Net step MACs", "cost"),
     Measure("weight_bytes", "bytes", "down", "stored bytes of the U-Net's weights", "cost"),
     Measure("latency", "s", "down", "U-Net step latency", "timing"),
     Measure("latency_ratio", "x teacher", "down", "U-Net step latency relative to the teacher, interleaved", "timing"),
     Measure("memory", "bytes", "down", "peak memory of a U-Net step", "timing"),
+    Measure("train_time", "s", "down", "time of all updates of a training", "timing", ("training",)),
+    Measure("train_memory", "bytes", "down", "peak memory of an update", "timing", ("training",)),
 )
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in _KNOWN}  # in the order in which they are shown
 

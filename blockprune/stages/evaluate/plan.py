@@ -252,6 +252,7 @@ def _judges(request: EvaluateRequest, rules: Rules, model: Model, reference: str
         reference=reference if "reference" in needs else None,
         read=reference_reader(rules),
     )
+    judges = loading.with_subject(judges, model, request) if "subject" in needs else judges
     judges = replace(judges, is_splits=rules.is_splits, inputs=request.task == "img2img").with_own(request.measures)
     judges.check(request.measures)
     if "classes" in needs and judges.detector is not None:
