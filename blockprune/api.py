@@ -339,6 +339,7 @@ def _name(model: AnyModel) -> str:
 
 def _asked(kind: type[R], request: R | None, model: AnyModel | None, fields: dict[str, Any]) -> R:
     """The request that is given, or the one of these fields."""
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     if request is not None:
         return replace(request, **fields)
     if model is not None:

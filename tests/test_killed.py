@@ -42,6 +42,7 @@ for name in ("cli.console", "data.cache", "api", "reports.canvas", "stages.train
     importlib.import_module(f"blockprune.{name}")
 for name in ("matplotlib.pyplot", "diffusers", "transformers"):
     importlib.import_module(name)
+importlib.import_module("blockprune.api").graph("tiny-digits")  # traced once, for all that are forked
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 n_changes = 0
 
@@ -251,7 +252,10 @@ def assert_same(folder: Path, other: Path) -> None:
     assert [name for name in ours if name != "rows.jsonl" and ours[name] != theirs[name]] == []
 
 
-@pytest.mark.parametrize("name", ["scan", "evaluate", "cache", "distill"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("scan", marks=SLOW), pytest.param("evaluate", marks=SLOW), "cache", "distill"])
 def test_killed_and_started_again_ends_as_if_undisturbed(
     name: str, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:
@@ -276,7 +280,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", [pytest.param("distill", marks=SLOW), "cache"])
 def test_killed_where_it_hurts_most(
     name: str, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:
@@ -285,6 +289,20 @@ def test_killed_where_it_hurts_most(
     kill_and_finish(launcher, STAGES[name], out, [Moment(change=change.replace("run", str(out), 1)) for change in NARROW[name]])
     assert rows_of(out) == rows_of(undisturbed(name).folder)
     assert_same(out, undisturbed(name).folder)
+
+
+def test_a_killed_export_is_not_there_and_starts_anew(
+    launcher: Launcher, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Killed when all is written but its name: nothing has that name, what lay beside it is untouched, and nothing is left over."""
+    out, args = tmp_path / "out", ("export", str(tiny_folder("sd1")), "--format", "torch-export")
+    (tmp_path / "other").write_text("stays")
+    assert launcher.run(args, out, Moment(change=f"os.rename {tmp_path}/.out.part")) == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {"other", ".out.part"}
+    (tmp_path / ".out.part" / "unet" / "half.bin").write_text("of another")
+    launcher.finish(args, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "out"}
+    assert list(files(out)) == ["export.json", "unet/config.json", "unet/model.pt2"]
 
 
 def scores(folder: Path, kind: str) -> dict[tuple[str, int], float]:
@@ -323,7 +341,7 @@ def check_search(folder: Path, other: Path, tolerance: float) -> None:
     assert len(list((folder / "artifacts").iterdir())) >= len(finals)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SLOW)])
 def test_a_killed_search_scores_everything_once(
     workers: int, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ class SettingRecord(msgspec.Struct):
     scheduler: str
     quantize: str = ""
     checkpoint: Natural | None = None
+    strength: float | None = None
 
 
 class EvaluateRun(Noted, kw_only=True):

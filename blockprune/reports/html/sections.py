@@ -14,8 +14,8 @@ from blockprune.reports import figures, model_tables, search_figures, search_tex
 from blockprune.reports.captions import warning
 from blockprune.reports.curves import VALIDATED, loss_figure, trained, validated, validation_figure
 from blockprune.reports.html.parts import Drawing, Drawings, Grid, GridRow, Picture, Subhead, Text, is_small, picture, tile
-from blockprune.reports.image_grid import Rows, scan_rows, score_words, search_rows
-from blockprune.reports.model_figures import checkpoints, guidance_curves, guidance_figure, size_figure, sizes
+from blockprune.reports.image_grid import Rows, edit_rows, scan_rows, score_words, search_rows
+from blockprune.reports.model_figures import EDITED, checkpoints, guidance_curves, guidance_figure, size_figure, sizes
 from blockprune.reports.model_view import Images, ModelView
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.results import ResultTable, result_tables, results_table
@@ -197,7 +197,11 @@ def _images(data: ReportData) -> Iterator[Part]:
 
 
 def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
-    """Every model at the setting that most of them have images of, else at its own last one; a grid for each list of prompts."""
+    """Every model at the setting that most of them have images of, else at its own last one; a grid for each list of prompts. Edits
+    are shown at every setting, under what was edited."""
+    if edits := edit_rows(group):
+        yield _grid(EDITED, next(iter(group.values())).prompts, edits, list(group))
+        return
     labels = [s.label for view in group.values() for s in view.settings if s.label in view.images]
     if not labels:
         return
