@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from blockprune.measures.measure import MEASURES
+from blockprune.reports.svg import Svg
 
 INK, MUTED, FAINT = "#1c2733", "#5f6b76", "#c9d0d6"
 # Light to dark with hue from yellow to violet: luminance falls steadily, so it reads in grey and with any colour vision.
@@ -39,6 +40,11 @@ def png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     return out.getvalue()
+
+
+def encoded(figure: Figure | Svg) -> bytes:
+    """What the file of a figure holds: PNG, or SVG."""
+    return figure.encode() if isinstance(figure, Svg) else png(figure)
 
 
 @cache
@@ -91,7 +97,8 @@ def ink_on(colour: tuple[float, ...]) -> str:
 def axis_title(measure: str) -> str:
     """What a measure's axis says: its title, its name where that is long, and which way is better."""
     kind = MEASURES[measure]
-    return f"{plain(kind.title if len(kind.title) < LONG else kind.name)} ({'lower' if kind.direction == 'down' else 'higher'} is better)"
+    name = kind.title if len(kind.title) < LONG else kind.name
+    return f"{plain(name)} ({'lower' if kind.direction == 'down' else 'higher'} is better)"
 
 
 def colour_of(scale: ScalarMappable, value: float) -> tuple[float, float, float, float]:

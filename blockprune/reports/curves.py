@@ -40,7 +40,7 @@ def validated(rows: Rows) -> list[tuple[int, Score]]:
 
 
 def losses(runs: Mapping[str, Rows]) -> Sheet:
-    """A chart for each run with every term, unweighted, as a running mean over a fiftieth of the updates; logarithmic, all alike."""
+    """A chart for each run with every term, unweighted, as a running mean over a fiftieth of the updates, on one scale."""
     means = {run: {term: points for term in TERMS if (points := _mean(rows, term))} for run, rows in runs.items()}
     axis = Axis.over("", [y for of in means.values() for points in of.values() for _, y in points], log=True)
     plots = [
@@ -55,7 +55,9 @@ def losses(runs: Mapping[str, Rows]) -> Sheet:
         for run, of in means.items()
         if of
     ]
-    return Sheet("Training losses", "Unweighted; running mean over a fiftieth of the updates. Judge a student by its images.", plots)
+    return Sheet(
+        "Training losses", "Unweighted; running mean over a fiftieth of the updates. Judge a student by its images.", plots
+    )
 
 
 def _mean(rows: Rows, term: str) -> list[tuple[float, float]]:
@@ -80,7 +82,9 @@ def validations(runs: Mapping[str, Along], heading: str = "Scores along training
 
 
 def _along(runs: Mapping[str, Along], measure: str) -> Plot:
-    points = {name: [(step, s) for step, s in scores if s.measure == measure and s.finite is not None] for name, scores in runs.items()}
+    points = {
+        name: [(step, s) for step, s in scores if s.measure == measure and s.finite is not None] for name, scores in runs.items()
+    }
     points = {name: of for name, of in points.items() if of}
     marks = [
         Mark(step, s.value or 0.0, series(i), _said(name, step, s), SHAPES[i % len(SHAPES)], band=s.interval)

@@ -142,10 +142,20 @@ def _bars(view: ScanView, order: Sequence[str], measure: str) -> Plot:
     for i, label in enumerate(order):
         value, band = values.get(label), view.interval(label, measure)
         said = f"{label}\n{MEASURES[measure].title}: {with_interval(value, *(band or (None, None)))}"
-        bars.append(Bar(i, value, to_hex(colour_of(scale, value)) if value is not None else "", said, band if value is not None else None))
+        bars.append(
+            Bar(i, value, to_hex(colour_of(scale, value)) if value is not None else "", said, band if value is not None else None)
+        )
     rows = Axis("", rows=[short(label) for label in order])
     alt = f"Bars, one for each removal, with 95 % intervals; {len(order)} removals."
-    return Plot(axis_title(measure), axis, rows, bars=bars, rules=list(_of_teacher(view, measure, "x")), alt=alt, height=76 + 14 * max(len(order), 4))
+    return Plot(
+        axis_title(measure),
+        axis,
+        rows,
+        bars=bars,
+        rules=list(_of_teacher(view, measure, "x")),
+        alt=alt,
+        height=76 + 14 * max(len(order), 4),
+    )
 
 
 def correlation(view: ScanView) -> Sheet:
@@ -158,4 +168,6 @@ def correlation(view: ScanView) -> Sheet:
     axes = _axis([m.x for m in marks], "eps_mse"), _axis([m.y for m in marks], "fid")
     keys = _keys(list(xs))
     heading = "Does the cheap measure rank like FID?"
-    return Sheet(heading, sub, [Plot(heading, *axes, marks, rules=list(_of_teacher(view, "fid", "y")), keys=keys, alt=sub, height=320)])
+    return Sheet(
+        heading, sub, [Plot(heading, *axes, marks, rules=list(_of_teacher(view, "fid", "y")), keys=keys, alt=sub, height=320)]
+    )

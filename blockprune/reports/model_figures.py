@@ -57,7 +57,10 @@ def guidance(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) -> Sheet:
             place = clip.value or 0.0, fid.value or 0.0
             marks.append(Mark(*place, series(i), said, SHAPES[i % len(SHAPES)], label, fid.interval, clip.interval))
     heights = [m.y for m in marks]
-    axes = Axis.over(axis_title("clip_score"), [m.x for m in marks]), Axis.over(axis_title("fid"), heights, max(heights) > 5 * min(heights) > 0)
+    axes = (
+        Axis.over(axis_title("clip_score"), [m.x for m in marks]),
+        Axis.over(axis_title("fid"), heights, max(heights) > 5 * min(heights) > 0),
+    )
     keys = {f"{series(i)} {SHAPES[i % len(SHAPES)]}": name for i, name in enumerate(curves)}
     alt = f"One curve a model: {', '.join(curves)}."
     plot = Plot("FID against CLIP score, by guidance scale", *axes, marks, lines, keys=keys, alt=alt, width=720, height=460)

@@ -43,7 +43,7 @@ def components(models: Mapping[str, ModelView], convention: str) -> Table | None
 
 def finding(models: Mapping[str, Model]) -> str:
     """The shortest step of a student beside its teacher's, in a line."""
-    ratios = {name: ratio for name, model in models.items() if model.arch and (ratio := model.latency_ratio()) is not None}
+    ratios = {name: ratio for name, model in models.items() if model.arch and (ratio := model.latency_ratio) is not None}
     if not ratios:
         return "No step was timed."
     fastest, slowest = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)

@@ -79,11 +79,12 @@ class Model:
         score = view.scores.get(reading.setting.label, {}).get(measure) if view else None
         return score if score and score.finite is not None else None
 
-    def latency_ratio(self, reading: Reading | None = None) -> float | None:
-        """A U-Net step over the teacher's, in the reading or in any other."""
+    @property
+    def latency_ratio(self) -> float | None:
+        """A U-Net step over the teacher's, not quantised where that was timed."""
         if not self.arch:
             return 1.0
-        readings = sorted(self.readings, key=lambda r: (r != reading, bool(r.setting.quantize)))
+        readings = sorted(self.readings, key=lambda r: bool(r.setting.quantize))
         ratios = (self.views[r.protocol].step_times(r.setting)[1] for r in readings)
         return next((ratio for ratio in ratios if ratio is not None), None)
 

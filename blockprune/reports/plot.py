@@ -53,12 +53,12 @@ class Axis:
         """(place from 0 to 1, text)."""
         if self.rows:
             return [(self.at(i), name) for i, name in enumerate(self.rows)]
-        if self.log:
+        if self.log and self.high > 10 * self.low:
             return [(self.at(v), brief(v)) for v in self._round() if self.low <= v <= self.high]
         step = self._step()
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         values = [i * step for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
-        return [(self.at(v), f"{v:,.{digits}f}" if digits < 4 else brief(v)) for v in values]
+        return [(self.at(v), f"{v:,.{digits}f}" if digits < 6 else f"{v:.3g}") for v in values]
 
     def _step(self) -> float:
         rough = (self.high - self.low) / 5
@@ -209,7 +209,10 @@ class Plot:
     def page_svg(self) -> str:
         """The chart in a page that has plot.css."""
         label = " ".join(filter(None, (self.title, self.alt, "Arrow keys move between points." if self.marks or self.bars else "")))
-        size = {"viewBox": f"0 0 {self.width:g} {self.height:g}", "style": f"min-width: {min(0.8 * self.width, self.width - 60):g}px; max-width: {1.25 * self.width:g}px"}
+        size = {
+            "viewBox": f"0 0 {self.width:g} {self.height:g}",
+            "style": f"min-width: {min(0.8 * self.width, self.width - 60):g}px; max-width: {1.25 * self.width:g}px",
+        }
         root = Element("svg", {"class": "p", "role": "group", "aria-label": sound(label.replace("`", "")), **size})
         root.append(self.drawn())
         return tostring(root, encoding="unicode")
@@ -262,7 +265,12 @@ class Plot:
             if rule.band:
                 (xa, ya), (xb, yb) = (self.place(end, end) for end in rule.band)
                 area = (xa, y0, xb - xa, y1 - y0) if rule.axis == "x" else (x0, yb, x1 - x0, ya - yb)
-                add(ruled, "rect", class_="band", **dict(zip(("x", "y", "width", "height"), (round(v, 1) for v in area), strict=True)))
+                add(
+                    ruled,
+                    "rect",
+                    class_="band",
+                    **dict(zip(("x", "y", "width", "height"), (round(v, 1) for v in area), strict=True)),
+                )
             anchor, row = next(over) if rule.axis == "x" and rule.label else ("end", -1)
             top = y0 - LINE * (row + 1)
             ends = {"x1": x, "x2": x, "y1": top, "y2": y1} if rule.axis == "x" else {"x1": x0, "x2": x1, "y1": y, "y2": y}
@@ -280,7 +288,15 @@ class Plot:
             write(shown, x0 + 4, middle, "not measured", "small")
             return
         end = self.place(bar.value, bar.row)[0]
-        add(shown, "rect", x=min(x0, end), y=round(middle - high / 2, 1), width=round(abs(end - x0), 1), height=round(high, 1), fill=bar.colour)
+        add(
+            shown,
+            "rect",
+            x=min(x0, end),
+            y=round(middle - high / 2, 1),
+            width=round(abs(end - x0), 1),
+            height=round(high, 1),
+            fill=bar.colour,
+        )
         if bar.band:
             low, top = (self.place(v, bar.row)[0] for v in bar.band)
             add(shown, "line", class_="interval", x1=low, x2=top, y1=middle, y2=middle)
@@ -366,4 +382,4 @@ class Sheet:
                 content.append(shown)
                 x += plot.width
             width, y = max(width, x), y + max(plot.height for plot in row) + 8
-        return file("plot", self.heading, width, y, content)
+        return file("p", self.heading, width, y, content)

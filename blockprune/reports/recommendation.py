@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from blockprune.measures.measure import MEASURES, names
@@ -38,18 +38,19 @@ class Size:
 
     @property
     def words(self) -> str:
-        return ", ".join(f"{100 * limit:.3g} % of {WORDS[quantity]}" for quantity, limit in self.limits.items())
+        return ", ".join(f"{100 * limit:.3g}\u00a0% of {WORDS[quantity]}" for quantity, limit in self.limits.items())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of the recommended model beside its rival's: `told` is 1 where it is better, -1 where worse, 0 where intervals meet."""
+    """One measure of the recommended model beside its rival's."""
 
     mine: Score
     theirs: Score
 
     @property
     def told(self) -> int:
+        """1 where the model is better, -1 where it is worse, 0 where the intervals meet."""
         return int(self.theirs.clearly_worse(self.mine)) - int(self.mine.clearly_worse(self.theirs))
 
     @property
@@ -60,7 +61,7 @@ class Comparison:
 @dataclass(frozen=True)
 class Recommendation:
     """At a size: the model to take, None where none was evaluated, and what it is compared with: the best design by hand, or for a
-    design the best that is none."""
+    design the best that is none. `spent` are its shares of the teacher's costs."""
 
     size: Size
     reading: Reading
@@ -69,6 +70,12 @@ class Recommendation:
     scores: Sequence[Score] = ()
     comparisons: Sequence[Comparison] = ()
     answers: Sequence[str] = ()
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def spends(self) -> str:
+        """What the model takes of each limit of the size, in words."""
+        return " and ".join(f"{100 * self.spent[quantity]:.3g}\u00a0%" for quantity in self.size.limits if quantity in self.spent)
 
     @property
     def verdict(self) -> Verdict:
@@ -146,14 +153,15 @@ def recommended(size: Size, models: Sequence[Model], reading: Reading, shares: M
     candidates = [m for m in holds if m.updates != 0] or holds
     design = best([m for m in candidates if m.design], reading, measures)
     found = best([m for m in candidates if not m.design], reading, measures)
-    take = found or design
-    if design and found and not any(c.told > 0 for c in _compared(found, design, reading, measures)):
+    take = best(candidates, reading, measures)
+    if take is found and found and design and not any(c.told > 0 for c in _compared(found, design, reading, measures)):
         take = design
     if take is None:
         return Recommendation(size, reading)
     rival = design if take is found else found
     compared = _compared(take, rival, reading, measures) if rival else []
-    return Recommendation(size, reading, take, rival, [s for m in measures if (s := take.score(reading, m))], compared)
+    scores = [s for m in measures if (s := take.score(reading, m))]
+    return Recommendation(size, reading, take, rival, scores, compared, spent=shares[take.name])
 
 
 def _compared(one: Model, other: Model, reading: Reading, measures: Sequence[str]) -> list[Comparison]:
@@ -167,8 +175,9 @@ def recommendations(data: ReportData) -> list[Recommendation]:
     found = []
     for size in _sizes(data) if readings else []:
         shares = {m.name: shares_of(m, data, size.convention) for m in models}
-        answers = [f"`{e.score.label}`" for s in size.searches if data.searches[s].ranked for e in data.searches[s].chosen]
-        found.append(replace(recommended(size, models, readings[0], shares), answers=answers))
+        ended = [data.searches[name] for name in size.searches if data.searches[name].ranked]
+        answers = dict.fromkeys(f"`{e.score.label}`" for view in ended for e in view.chosen)
+        found.append(replace(recommended(size, models, readings[0], shares), answers=list(answers)))
     return found
 
 
@@ -179,7 +188,7 @@ def shares_of(model: Model, data: ReportData, convention: str) -> dict[str, floa
         outside = data.outside_params or 0
         shares["params"] = (model.cost.params + outside) / (data.graph.total.params + outside)
         shares["macs"] = model.cost.macs(convention) / data.graph.total.macs(convention)
-    if (ratio := model.latency_ratio()) is not None:
+    if (ratio := model.latency_ratio) is not None:
         shares["latency"] = ratio
     return shares
 

@@ -191,7 +191,8 @@ def to_json(
     convention: str,
     notes: Mapping[str, Sequence[str]],
 ) -> str:
-    """What to take at each size, the results, the components, the protocol of every run, what each measure means, and the notes (caveats and the like)."""
+    """What to take at each size, results, components, every run's protocol, what each measure means, and the notes (caveats and
+    the like)."""
     rows = flat(tables, convention)
     students = {" = ".join(names): {**arch.to_json(), "in_words": in_words(arch)} for arch, names in data.students.items()}
     content = {

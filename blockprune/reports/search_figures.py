@@ -26,7 +26,10 @@ def search_figures(view: SearchView) -> Iterator[tuple[str, Figure | Svg]]:
         yield "unet-best.svg", search_svg(view, view.best, "found")
     if (preset := view.nearest_preset) is not None:
         yield "unet-preset.svg", search_svg(view, preset, "preset")
-    yield "history.svg", Sheet("Best score so far", "Evaluations are charged from the first single removal on.", [history_plot(view)]).file()
+    yield (
+        "history.svg",
+        Sheet("Best score so far", "Evaluations are charged from the first single removal on.", [history_plot(view)]).file(),
+    )
     note = "Small: scores of the search. Large: finalists on fresh seeds, with 95 % intervals."
     yield "front.svg", Sheet("Quality against size", note, [front_plot(view, width=640, height=420)]).file()
     if view.prompts and view.images:
@@ -72,7 +75,7 @@ def _stages(view: SearchView) -> dict[str, float]:
 
 
 def front_plot(view: SearchView, name: str = "", width: float = 380, height: float = 300) -> Plot:
-    """Quality against size: everything scored, the presets and what was chosen by name, the budget, and the front of the finalists."""
+    """Quality against size: everything scored, presets and what was chosen by name, the budget, and the front of the finalists."""
     quantity, measure = view.quantity, view.measure
     scored = [e for e in view.search if e.score.finite is not None]
     marks = [_scored(view, e) for e in scored] + [_finalist(view, e) for e in view.finals if e.score.finite is not None]
@@ -80,7 +83,9 @@ def front_plot(view: SearchView, name: str = "", width: float = 380, height: flo
     total = {"params": view.graph.total.params + view.outside_params, "macs": view.graph.total.macs(view.convention)}
     outside = {"params": view.outside_params, "macs": 0}
     budgets = {
-        text: 100 * (limit + outside[kind]) / total[kind] for text, (kind, limit) in view.limits.items() if kind == quantity and kind in total
+        text: 100 * (limit + outside[kind]) / total[kind]
+        for text, (kind, limit) in view.limits.items()
+        if kind == quantity and kind in total
     }
     ends = [e for m in marks for e in (m.band or (m.y, m.y))]
     return Plot(

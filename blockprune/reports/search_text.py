@@ -93,7 +93,11 @@ def finding(searches: Mapping[str, SearchView]) -> str:
     pairs = [(view.judged(best), view.judged(p)) for view in ranked for p in _best_design(view) if (best := view.against(p))]
     apart = sum(p.score.clearly_worse(best.score) for best, p in pairs)
     evaluations = sum(len(view.search) for view in ranked)
-    one = f"one search of {evaluations:,} evaluations" if len(ranked) == 1 else f"{len(ranked)} searches of {evaluations:,} evaluations"
+    one = (
+        f"one search of {evaluations:,} evaluations"
+        if len(ranked) == 1
+        else f"{len(ranked)} searches of {evaluations:,} evaluations"
+    )
     if not pairs:
         return f"{one[:1].upper()}{one[1:]}; none has a design by hand to compare with."
     better = f"finds better than the design by hand, intervals apart, in {apart} of {len(pairs)}"

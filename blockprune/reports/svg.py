@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-STYLES = Path(__file__).parent
+STYLES = {"u": "unet.css", "p": "plot.css"}  # class of a drawing => its style sheet
 NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -40,15 +40,15 @@ def write(parent: Element, x: float, y: float, text: str, class_: str = "", anch
 
 
 @cache
-def style(name: str) -> str:
-    """The style sheet of a kind of drawing, whose colours are variables of a page."""
-    return (STYLES / f"{name}.css").read_text(encoding="utf-8")
+def style(kind: str) -> str:
+    """The style sheet of drawings of that class, whose colours are variables of a page."""
+    return (Path(__file__).parent / STYLES[kind]).read_text(encoding="utf-8")
 
 
 def file(kind: str, heading: str, width: float, height: float, *content: Element) -> Svg:
-    """A drawing that stands alone on white, in the colours that its style sheet names for that."""
+    """A drawing of the class `kind` that stands alone on white, in the colours that its style sheet names for that."""
     size = {"width": f"{width:g}", "height": f"{height:g}"}
-    named = {"xmlns": "http://www.w3.org/2000/svg", "class": kind[0], "viewBox": f"0 0 {width:g} {height:g}"}
+    named = {"xmlns": "http://www.w3.org/2000/svg", "class": kind, "viewBox": f"0 0 {width:g} {height:g}"}
     root = Element("svg", named | size)
     add(root, "title", heading)
     add(root, "style", re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", style(kind)))

@@ -102,7 +102,7 @@ def unet_svg(graph: BlockGraph, heading: str, removed: Architecture | None = Non
     drawn.set("transform", f"translate(0 {top})")
     legend = _legend(graph, scored, gone, any(b.kind in "RAM" and b.name not in units for b in graph))
     legend.set("transform", f"translate({EDGE} {top + height:g})")
-    return file("unet", heading, width, top + height + LEGEND_HEIGHT + LINE, _defs(), words, drawn, legend)
+    return file("u", heading, width, top + height + LEGEND_HEIGHT + LINE, _defs(), words, drawn, legend)
 
 
 def page_svg(graph: BlockGraph, removed: Architecture, scored: Sensitivity | None, convention: str, heading: str) -> str:
@@ -165,9 +165,7 @@ def _drawing(
     for kind, lines in (("skip", skips(graph, cells)), ("bend", bend(cells))):
         for start, end in lines:
             (x1, y1), (x2, y2) = at(*start), at(*end)
-            add(
-                group, "line", class_=kind, x1=x1, y1=y1, x2=x2, y2=y2, **({"marker_end": "url(#arrow)"} if kind == "bend" else {})
-            )
+            add(group, "line", class_=kind, x1=x1, y1=y1, x2=x2, y2=y2, **({"marker_end": "url(#arrow)"} if kind == "bend" else {}))
     for s in stage_names(graph, cells):
         (x, y), anchor = at(s.x, s.y), "end" if s.side < 0 else "start"
         write(group, x, y, s.name, "stage", anchor)
@@ -277,4 +275,3 @@ def _scores(scored: Sensitivity, arch: Architecture) -> Sequence[str]:
         *([f"step latency: {ratio:.3g} of the teacher's"] if ratio else []),
         *(f"{scored.measure} with a {kind} fit: {number(v)}" for kind, n in fits.items() if (v := scan.value(n, scored.measure))),
     ]
-

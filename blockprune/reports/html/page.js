@@ -57,10 +57,15 @@ function drawingOf(name) {
   return null;
 }
 
-// Above its item, or below where there is no room; again while the page scrolls, as it does when an item out of sight is focused.
+// Beside a point of the first picture where there is room; else above its item, or below where there is no room; again while the page scrolls, as it does when an item out of sight is focused.
 function place() {
   if (!pointedAt) return;
   const box = pointedAt.getBoundingClientRect(), size = tip.getBoundingClientRect(), width = document.documentElement.clientWidth;
+  if (pointedAt.closest(".picture") && box.right + size.width + 24 <= width) {
+    tip.style.left = `${box.right + 16}px`;
+    tip.style.top = `${Math.max(8, Math.min(box.top - size.height / 2, innerHeight - size.height - 8))}px`;
+    return;
+  }
   const left = Math.max(8, Math.min(box.left + box.width / 2 - size.width / 2, width - size.width - 8));
   const over = box.top - size.height - 8, under = Math.max(8, Math.min(box.bottom + 8, innerHeight - size.height - 8));
   tip.style.left = `${left}px`;

@@ -21,7 +21,7 @@ from blockprune.reports.notes import caveats, missing
 from blockprune.reports.recommendation import recommendations
 from blockprune.reports.report_data import ReportData, View
 from blockprune.reports.results import flat, result_tables, results_table, to_json, to_latex
-from blockprune.reports.svg import style
+from blockprune.reports.svg import STYLES, style
 from blockprune.reports.table import count, to_csv
 from blockprune.reports.unet import page_defs
 from blockprune.reports.view import ScanView
@@ -87,7 +87,7 @@ def _page(
         copyables={"LaTeX": texts[".tex"], "CSV": texts[".csv"]},
         # Within a script element only "<" could end or confuse it; inside JSON strings it may be written as an escape.
         data=Markup(embedded.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-        css=Markup("".join([(HERE / "page.css").read_text(encoding="utf-8"), style("unet"), style("plot")])),
+        css=Markup("".join([(HERE / "page.css").read_text(encoding="utf-8"), *map(style, STYLES)])),
         defs=Markup(page_defs()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -98,7 +98,9 @@ def _teacher(data: ReportData) -> str:
     """How large the teacher is, how many runs there are, and on what models were judged."""
     parts = []
     if data.graph is not None:
-        whole = f", {count(data.graph.total.params + data.outside_params)} in the pipeline" if data.outside_params is not None else ""
+        whole = (
+            f", {count(data.graph.total.params + data.outside_params)} in the pipeline" if data.outside_params is not None else ""
+        )
         parts.append(f"U-Net of {count(data.graph.total.params)} parameters{whole}")
     parts.append(f"{len(data.runs)} run{'s' if len(data.runs) > 1 else ''}")
     if readings := readings_of(data.models):
@@ -112,7 +114,9 @@ def _asked(data: ReportData, notes: Mapping[str, Sequence[str]]) -> str:
     versions = [f"{p} {' / '.join(v)}" for p in VERSIONS[:2] if (v := _distinct(made, p))]
     lacking = f", {len(notes['missing'])} things missing" if notes["missing"] else ""
     where = " / ".join(_distinct(made, "processor"))
-    return f"{len(data.runs)} runs, {len(notes['caveats'])} caveats{lacking}; {', '.join([*versions, *([where] if where else [])])}."
+    return (
+        f"{len(data.runs)} runs, {len(notes['caveats'])} caveats{lacking}; {', '.join([*versions, *([where] if where else [])])}."
+    )
 
 
 def _kind(view: View) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from markupsafe import Markup
 
 from blockprune.export.model_card import in_words
-from blockprune.measures.measure import MEASURES
 from blockprune.model.architecture import Architecture
 from blockprune.reports import curves, figures, model_figures, model_tables, search_figures, search_text, text
 from blockprune.reports.captions import warning
@@ -36,7 +35,9 @@ def sections(data: ReportData, tabled: Sequence[ResultTable], taken: Sequence[Re
         Section("blocks", "Blocks", "What each block costs", "".join(scans[:1]), list(_blocks(data, convention))),
         Section("remove", "Remove", "What to remove", _removal(data, taken), list(_drawn(data, convention))),
         Section("search", "Search", "How the search went", search_text.finding(data.searches), list(_search(data, by_run))),
-        Section("training", "Training", "How training went", curves.finding(_along(data)), list(_training(data, tabled, convention))),
+        Section(
+            "training", "Training", "How training went", curves.finding(_along(data)), list(_training(data, tabled, convention))
+        ),
         Section(
             "settings",
             "Settings",
@@ -52,7 +53,7 @@ def sections(data: ReportData, tabled: Sequence[ResultTable], taken: Sequence[Re
 
 def _blocks(data: ReportData, convention: str) -> Iterator[Part]:
     for name, view in data.scans.items():
-        parts = [Text(text.summary(view)), *_scan_charts(view), text.ranking_table(view, convention)]
+        parts: list[Part] = [Text(text.summary(view)), *_scan_charts(view), text.ranking_table(view, convention)]
         yield from parts if len(data.scans) == 1 else [Fold(name, text.extremes(view), parts)]
 
 
@@ -73,7 +74,9 @@ def _removal(data: ReportData, taken: Sequence[Recommendation]) -> str:
     if not models or data.graph is None:
         return f"{len(data.students)} architectures, drawn; what each lacks is hatched."
     total = data.graph.total.params
-    said = [f"`{n}` lacks {len(m.arch)} blocks, {100 - 100 * data.graph.cost(m.arch).params / total:.0f} %" for n, m in models.items()]
+    said = [
+        f"`{n}` lacks {len(m.arch)} blocks, {100 - 100 * data.graph.cost(m.arch).params / total:.0f} %" for n, m in models.items()
+    ]
     return f"{'; '.join(said)} of the U-Net's parameters. Hatched in the drawings."
 
 
@@ -87,7 +90,11 @@ def _drawn(data: ReportData, convention: str) -> Iterator[Part]:
     total = graph.total
     full = f"{count(total.params)} U-Net parameters, {count(total.macs(convention))} MACs a step ({convention})"
     teachers = [name for name, model in data.models.items() if not model.arch] or [data.teacher]
-    drawings = [Drawing(teachers, f"teacher {data.teacher}", full, Markup(page_svg(graph, Architecture(), scored, convention, "the teacher")))]
+    drawings = [
+        Drawing(
+            teachers, f"teacher {data.teacher}", full, Markup(page_svg(graph, Architecture(), scored, convention, "the teacher"))
+        )
+    ]
     for arch, names in data.students.items():
         cost = graph.cost(arch)
         macs = cost.macs(convention) / total.macs(convention)
@@ -148,7 +155,11 @@ def _training(data: ReportData, tabled: Sequence[ResultTable], convention: str) 
     for name, view in data.trainings.items():
         if view.images:
             shown = {f"after {step:,} updates": ("", images) for step, images in view.images.items()}
-            yield Fold(f"Validation images of {data.students_of[name]}", "", [_grid("The same prompts and seeds.", view.prompts, shown, [name])])
+            yield Fold(
+                f"Validation images of {data.students_of[name]}",
+                "",
+                [_grid("The same prompts and seeds.", view.prompts, shown, [name])],
+            )
 
 
 def _settings(data: ReportData) -> Iterator[Part]:
