@@ -1,4 +1,4 @@
-"""What does a report look like on a desk and on a phone, in light and in dark?
+"""What does a report look like on a desk and on a phone, in light and in dark, and how long is it?
 
     blockprune report RUN... --out report.html
     python studies/report_screenshots.py report.html --out screenshots/
@@ -19,6 +19,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 WIDTHS = {"desk": 1280, "phone": 390}
+HEIGHT = 900
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 
@@ -37,8 +38,10 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
         for device, width in WIDTHS.items():
             for scheme in SCHEMES:
-                page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                page = browser.new_page(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
                 page.goto(args.page.resolve().as_uri())
+                height = page.evaluate("document.documentElement.scrollHeight")
+                print(f"{device}, {scheme}: {height / HEIGHT:.1f} screens of {width} x {HEIGHT} pixels")
                 picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
                 picture.quantize(64, dither=Image.Dither.NONE).save(args.out / f"{device}-{scheme}.png", optimize=True)
                 page.close()

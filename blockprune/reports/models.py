@@ -90,14 +90,20 @@ class Model:
 
 
 def models_of(evaluations: Mapping[str, ModelView], trainings: Mapping[str, TrainingView]) -> dict[str, Model]:
-    """The models by name, the teacher first, then from the largest to the smallest."""
-    same: dict[tuple[str, Architecture, tuple[str, ...]], dict[str, ModelView]] = {}
+    """The models by name, the teacher first, then from the largest to the smallest.
+
+    Evaluations are of one model when label and architecture are the same, and the training or else the folder.
+    """
+    same: dict[tuple[object, ...], dict[str, ModelView]] = {}
     for name, view in evaluations.items():
-        same.setdefault((view.label, view.arch, Path(view.model).parts[-2:]), {})[name] = view
-    models = [_model(next(iter(runs)), list(runs.values()), trainings) for runs in same.values()]
-    labels = [model._first.label for model in models]
-    named = [replace(m, name=label) if labels.count(label) == 1 else m for m, label in zip(models, labels, strict=True)]
-    return {model.name: model for model in sorted(named, key=_order)}
+        origin = _training(view, trainings) or Path(view.model).parts[-2:]
+        same.setdefault((view.label, view.arch, origin), {})[name] = view
+    labels = [label for label, _, _ in same]
+    models = [
+        _model(str(label) if labels.count(label) == 1 else next(iter(runs)), list(runs.values()), trainings)
+        for (label, _, _), runs in same.items()
+    ]
+    return {model.name: model for model in sorted(models, key=_order)}
 
 
 def _model(name: str, views: Sequence[ModelView], trainings: Mapping[str, TrainingView]) -> Model:
@@ -110,8 +116,7 @@ def _model(name: str, views: Sequence[ModelView], trainings: Mapping[str, Traini
     design = next((preset for preset, arch in presets.items() if arch == first.arch), "")
     training = _training(first, trainings)
     steps = [row["step"] for row in trainings[training].rows] if training else []
-    updates = 0 if not first.arch or first.model == first.teacher else max(steps, default=None)
-    return Model(name, by_protocol, design, training, updates)
+    return Model(name, by_protocol, design, training, max(steps, default=None) if _is_trained(first) else 0)
 
 
 def merged(first: ModelView, second: ModelView) -> ModelView:
@@ -129,10 +134,15 @@ def merged(first: ModelView, second: ModelView) -> ModelView:
     )
 
 
+def _is_trained(view: ModelView) -> bool:
+    """False for the teacher, and for a student that is its teacher without blocks."""
+    return bool(view.arch) and (view.model != view.teacher or any(s.checkpoint is not None for s in view.settings))
+
+
 def _training(view: ModelView, trainings: Mapping[str, TrainingView]) -> str:
     """The distillation whose folder the model lies in, else the only one of its architecture; "" for none."""
-    alike = [name for name, training in trainings.items() if training.arch == view.arch and view.model != view.teacher]
-    inside = [name for name in alike if f"/{name}/" in f"/{view.model}/"]
+    alike = [name for name, training in trainings.items() if training.arch == view.arch] if _is_trained(view) else []
+    inside = [name for name in alike if f"/{name}/" in f"/{view.model}/" or name == view.label]
     return next(iter(inside or (alike if len(alike) == 1 else [])), "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from xml.etree.ElementTree import Element, tostring
 
 from blockprune.reports.svg import Svg, add, file, sound, write
@@ -145,12 +146,11 @@ class Plot:
     width: float = WIDTH
     height: float = HEIGHT
 
-    @property
+    @cached_property
     def box(self) -> Box:
         """Left, top, right and bottom of the axes, in pixels."""
-        named = [name for line in self.lines if (name := line.label)]
         rows = max((len(_short(name)) for name in self.y.rows), default=0)
-        right = max((len(_short(name)) for name in named), default=0)
+        right = max((len(_short(line.label)) for line in self.lines), default=0)
         left = max(LEFT, rows * LETTER + 12)
         rows_over = len(self._key_rows()) + max((row + 1 for _, row in self.over()), default=0) + bool(self.y.title)
         top = TOP - LINE + LINE * rows_over
@@ -280,7 +280,7 @@ class Plot:
                 write(ruled, *at, rule.label, "small", anchor)
 
     def _bar(self, group: Element, bar: Bar) -> None:
-        x0, y0, x1, y1 = self.box
+        x0, y0, _, y1 = self.box
         middle, high = self.place(self.x.low, bar.row)[1], 0.72 * (y1 - y0) / max(len(self.y.rows), 1)
         shown = add(group, "g", class_="mark", role="img", tabindex="-1")
         add(shown, "title", bar.text)
@@ -332,7 +332,8 @@ class Plot:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= MANY_NAMES else f"{name[: MANY_NAMES - 1]}…"
+    half = MANY_NAMES // 2
+    return name if len(name) <= MANY_NAMES else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _around(x: float, y: float) -> list[tuple[float, float, str]]:

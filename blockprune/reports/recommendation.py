@@ -96,7 +96,8 @@ class Recommendation:
             return f"no student that holds this was evaluated.{found}"
         if self.rival is None:
             scores = ", ".join(f"{MEASURES[s.measure].title} {_said(s)}" for s in self.scores)
-            other = "nothing else" if self.take.kind == "hand" else "no design by hand"
+            trained = "trained " if self.take.updates != 0 else ""
+            other = f"no other {trained}student" if self.take.kind == "hand" else f"no {trained}design by hand"
             return f"{scores}; {other} of this size was evaluated. {self._trained}"
         pairs = [f"{c.title} {_said(c.mine)} against {_said(c.theirs)}" for c in self.comparisons]
         first = f"nothing beats this design by hand, with `{self.rival.name}` next to it: " if self.take.kind == "hand" else ""

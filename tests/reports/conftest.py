@@ -22,19 +22,20 @@ from blockprune.reports.view import ScanView
 HOSTILE = "a $\\frac$ [bold]seven[/bold] | <b>&amp;</b>\n数字 " + "very long " * 12
 
 FEW = ["--n-images", "4", "--steps", "2", "--batch-size", "4"]
-SCORED = [*FEW, "--eps-samples", "4", "--unit", "stage"]
+SCORED = [*FEW, "--eps-samples", "4"]
+REMOVALS = ["--arch", "mid_block", "--arch", "down_blocks.0.resnets.1", "--arch", "up_blocks.1.attentions.1"]
+QUICK = ["--trials", "12", "--finalists", "1", "--final-factor", "1", "--score-fit", "none", "--allow", "prompt-deaf"]
 TRAINED = ["--max-train-steps", "2", "--checkpointing-steps", "1", "--train-batch-size", "2", "--n-images", "4", "--steps", "2"]
 JUDGED = ["evaluate", *FEW, "--protocol", "clean"]
 # what a user does one after another: each name is a folder that later commands may read
 COMMANDS = {
-    "scan": ["scan", *SCORED],
-    "search": ["search", *SCORED, "--budget", "80%params", "--trials", "16", "--finalists", "1"],
+    "scan": ["scan", *SCORED, *REMOVALS, "--measures", "eps_mse,fid,clip_score"],
+    "search": ["search", *SCORED, *QUICK, "--unit", "stage", "--budget", "80%params"],
     "distill": ["distill", "--arch", "{runs}/search/best.json", *TRAINED, "--data", "digits"],
     "teacher": [*JUDGED, "--label", "tiny-digits", "--components"],
     "design": [*JUDGED, "--arch", "mid-removed", "--label", "mid-removed", "--components"],
-    "evaluate": [*JUDGED, "--model", "{runs}/distill/pipeline", "--label", "found", "--components"],
-    "sweep": [*JUDGED, "--model", "{runs}/distill/pipeline", "--label", "found", "--cfg-scale", "2,3"],
-    "checkpoints": [*JUDGED, "--checkpoints", "{runs}/distill", "--label", "found, along its training"],
+    "evaluate": [*JUDGED, "--model", "{runs}/distill/pipeline", "--label", "found", "--cfg-scale", "3,2", "--components"],
+    "checkpoints": [*JUDGED, "--checkpoints", "{runs}/distill", "--label", "found"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -43,7 +43,7 @@ def test_names_at_the_ends_of_curves_stand_apart_and_their_looks_differ() -> Non
     lines = [Line([(0, 0.5), (100, 0.5)], series(i), f"run {i}") for i in range(9)]
     drawn = ElementTree.fromstring(Plot("", *AXES, lines=lines).page_svg())
     heights = sorted(float(e.get("y", 0)) for e in drawn.iter("text") if (e.text or "").startswith("run "))
-    assert all(b - a >= LINE - 0.1 for a, b in zip(heights, heights[1:], strict=False))
+    assert all(b - a >= LINE - 0.1 for a, b in pairwise(heights))
     assert len({series(i) for i in range(3 * SERIES)}) == 3 * SERIES
 
 

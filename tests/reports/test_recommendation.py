@@ -105,6 +105,11 @@ def test_without_a_student_there_is_no_model_to_take() -> None:
     assert found.sentence == "no student that holds this was evaluated."
 
 
+def pipeline_share(removed: list[str]) -> float:
+    graph, outside = report_rows.graph(), report_rows.OUTSIDE
+    return (graph.cost(Architecture(frozenset(removed))).params + outside) / (graph.total.params + outside)
+
+
 def test_a_model_has_one_name_however_often_it_is_evaluated(tmp_path: Path) -> None:
     other = {"hash": "b" * 12, "n_images": 32}
     students = [
@@ -127,9 +132,16 @@ def test_a_size_is_the_budget_of_searches(tmp_path: Path) -> None:
     (found,) = recommendations(report_data([*searches, report_rows.evaluate(tmp_path / "teacher", "tiny")]))
     assert found.size.text == "80%params" and found.size.limits == pytest.approx({"params": 0.8}, rel=1e-3)
     assert found.sentence.endswith("The search answers `mine`: distil and evaluate it.")
+
+
+def test_a_design_that_a_budget_is_for_names_no_size_of_its_own(tmp_path: Path) -> None:
+    share = pipeline_share(["mid_block"])
     mid = report_rows.evaluate(tmp_path / "mid", "mid", ["mid_block"])
-    (found,) = recommendations(report_data([*searches, mid]))
-    assert found.take and found.take.design == "mid-removed", "the design is nearly as large as the budget: it names no size"
+    for spare, n_sizes in ((0.5, 1), (2.0, 2)):
+        search = report_rows.search(tmp_path / f"search-{spare}", budget=f"{100 * share + spare:.3f}%params")
+        found = recommendations(report_data([search, mid]))
+        assert len(found) == n_sizes
+        assert {r.take.design for r in found if r.take} == {"mid-removed"}
 
 
 def test_a_size_is_that_of_a_design_by_hand_that_no_budget_is_for(tmp_path: Path) -> None:
@@ -139,6 +151,4 @@ def test_a_size_is_that_of_a_design_by_hand_that_no_budget_is_for(tmp_path: Path
     assert found.take and found.size.text == found.take.design == "mid-removed"
     assert (found.take.updates, found.take.training) == (6, "kd")
     assert found.rival is None, "the other one is not trained"
-    graph, outside = report_rows.graph(), report_rows.OUTSIDE
-    cost = graph.cost(Architecture(frozenset({"mid_block"})))
-    assert found.spent["params"] == found.size.limits["params"] == (cost.params + outside) / (graph.total.params + outside)
+    assert found.spent["params"] == found.size.limits["params"] == pipeline_share(["mid_block"])

@@ -12,6 +12,7 @@ from conftest import Cli
 
 from blockprune.reports.html.page import report_files
 from blockprune.reports.notes import missing
+from blockprune.reports.recommendation import recommendations
 from blockprune.reports.report_data import report_data
 from blockprune.runs.directory import read_rows, read_run
 
@@ -88,6 +89,12 @@ def test_labels_and_pictures_are_named_as_real_ones_are(real: Mapping[str, Path]
 def test_real_runs_are_a_report(real: Mapping[str, Path], cli: Cli, tmp_path: Path) -> None:
     data = report_data(list(real.values()), allow_mismatch=True)
     assert not data.unread
+    assert {m.name: (m.design, m.training, m.updates) for m in data.models.values()} == {
+        "tiny-digits": ("", "", 0),
+        "mid-removed": ("mid-removed", "", 0),
+        "found": ("", "distill", 2),
+    }
+    assert [r.verdict for r in recommendations(data)] in (["alone"], ["hand"], ["better"], ["mixed"])
     said = missing(data)
     assert not any("lack" in line or "No run" in line for line in said), said
     assert all(report_files(data, "thop").values())

@@ -82,7 +82,9 @@ class _Shown:
 
     def at(self, model: Model) -> str:
         """Where a model is recommended, in words."""
-        sizes = [f"{100 * next(iter(r.size.limits.values())):.0f}\u00a0%" for r in self.taken if r.take and r.take.name == model.name]
+        sizes = [
+            f"{100 * next(iter(r.size.limits.values())):.0f}\u00a0%" for r in self.taken if r.take and r.take.name == model.name
+        ]
         return f"take at {', '.join(sizes)}" if sizes else ""
 
     def plots(self, reading: Reading, measure: str, cost: str) -> dict[str, Plot]:
@@ -125,9 +127,7 @@ class _Shown:
             else []
         )
         lines = [f"{title}: {with_interval(s.value, *(s.interval or (None, None)))} (n = {s.n:,})" for title, s in scores]
-        return "\n".join(
-            [", ".join(filter(None, (model.name, kind, self.at(model)))), *lines, *costs, *trained]
-        )
+        return "\n".join([", ".join(filter(None, (model.name, kind, self.at(model)))), *lines, *costs, *trained])
 
     def table(self, reading: Reading) -> Table:
         """The teacher, what is recommended and its rivals, all of them where they are few; by the measures that decide."""
@@ -135,7 +135,7 @@ class _Shown:
         rows = (
             [m for m in self.models if not m.arch or m.name in named] if named and len(self.models) > SHOWN else list(self.models)
         )
-        rows = rows[: 2 * SHOWN]
+        rows = [m for m in rows if any(m.score(reading, measure) for measure in self.measures(reading))][: 2 * SHOWN]
         shares = [self.shares[m.name] for m in rows]
         columns = [
             (Column("model", "text"), [Cell(m.name, remark=self.at(m)) for m in rows]),
@@ -146,9 +146,7 @@ class _Shown:
             (Column("updates", "plain"), [Cell(m.updates or None) for m in rows]),
         ]
         note = "Params of the whole pipeline, MACs and time of a U-Net step: of the teacher's."
-        return Table.of_columns(
-            f"Best few at {reading.label}" if len(rows) < len(self.models) else f"Models at {reading.label}", columns, note
-        )
+        return Table.of_columns(f"Models at {reading.label}", columns, note)
 
 
 def geometry(plot: Plot) -> dict[str, Any]:
