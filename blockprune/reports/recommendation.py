@@ -17,6 +17,7 @@ from blockprune.reports.models import Model, Reading, readings_of
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import with_interval
+from blockprune.stages.search.budget import QUANTITIES
 
 LOOKS = ("fid", "kid", "is")  # of how images look, the first that was measured speaks
 NEAR = 0.01  # a design within this share of a budget is what the budget is for
@@ -28,13 +29,17 @@ Verdict = Literal["better", "mixed", "hand", "alone", "none"]
 class Size:
     """What a student may cost at most, in shares of the teacher: parameters of the whole pipeline, MACs and latency of a step.
 
-    `text` is the budget as it was given to a search, or the design by hand whose size it is.
+    `texts` say each limit as it was given to a search, or name the design by hand whose size it is.
     """
 
-    text: str
+    texts: Mapping[str, str]
     limits: Mapping[str, float]
     searches: Sequence[str] = ()
     convention: str = "thop"  # of its MACs
+
+    @property
+    def text(self) -> str:
+        return ", ".join(self.texts.values())
 
     @property
     def words(self) -> str:
@@ -198,15 +203,19 @@ def _sizes(data: ReportData) -> list[Size]:
     """The budgets of the searches, and the sizes of evaluated designs by hand that no budget is for."""
     sizes = dict[tuple[tuple[str, float], ...], Size]()
     for name, view in data.searches.items():
-        if limits := dict(_limits(view)):
-            key = tuple(limits.items())
-            known = sizes.get(key)
-            sizes[key] = Size(", ".join(view.limits), limits, [*(known.searches if known else []), name], view.convention)
+        # of two budgets on one quantity the smaller one binds
+        bounds = {q: (share, text) for q, share, text in sorted(_limits(view), key=lambda bound: -bound[1])}
+        bounds = {q: bounds[q] for q in QUANTITIES if q in bounds}
+        if bounds:
+            limits = {q: share for q, (share, _) in bounds.items()}
+            known = sizes.get(tuple(limits.items()))
+            searches = [*(known.searches if known else []), name]
+            sizes[tuple(limits.items())] = Size({q: text for q, (_, text) in bounds.items()}, limits, searches, view.convention)
     budgets = list(sizes.values())
     for model in data.models.values():
         if model.design and not any(_is_near(shares_of(model, data, size.convention), size) for size in budgets):
             share = shares_of(model, data, "thop")["params"]
-            sizes[("params", share),] = Size(model.design, {"params": share})
+            sizes[("params", share),] = Size({"params": model.design}, {"params": share})
     return sorted(sizes.values(), key=lambda size: -next(iter(size.limits.values())))
 
 
@@ -215,13 +224,13 @@ def _is_near(shares: Mapping[str, float], size: Size) -> bool:
     return all(0 <= limit - shares.get(quantity, -1.0) <= NEAR for quantity, limit in size.limits.items())
 
 
-def _limits(view: SearchView) -> Iterator[tuple[str, float]]:
-    """(quantity, share of the teacher) of each budget of a search, a latency where the teacher was timed."""
+def _limits(view: SearchView) -> Iterator[tuple[str, float, str]]:
+    """(quantity, share of the teacher, text) of each budget of a search, a latency where the teacher was timed."""
     full = view.scores.get(TEACHER, {}).get("latency")
-    for quantity, limit in view.limits.values():
+    for text, (quantity, limit) in view.limits.items():
         if quantity == "params":
-            yield quantity, (limit + view.outside_params) / (view.graph.total.params + view.outside_params)
+            yield quantity, (limit + view.outside_params) / (view.graph.total.params + view.outside_params), text
         elif quantity == "macs":
-            yield quantity, limit / view.graph.total.macs(view.convention)
+            yield quantity, limit / view.graph.total.macs(view.convention), text
         elif full and full.value:
-            yield quantity, limit / full.value
+            yield quantity, limit / full.value, text

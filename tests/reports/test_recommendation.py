@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from blockprune.reports.report_data import report_data
 
 SETTING = Setting("CFG 3, 10 steps", 10, 3.0, "ddim")
 READING = Reading("a", SETTING, 64)
-HALF = Size("50%params", {"params": 0.5})
+HALF = Size({"params": "50%params"}, {"params": 0.5})
 SHARES = {"teacher": 1.0, "small": 0.4, "design": 0.5, "large": 0.6}
 
 
@@ -77,7 +78,7 @@ def test_numbers_stand_with_their_intervals() -> None:
 def test_the_order_of_models_does_not_matter_and_what_is_too_large_is_never_taken() -> None:
     models = [DESIGN, model("small", 0.7, 30.0), model("small_2", 0.71, 12.0), model("large", 0.9, 1.0), model("teacher", 0.9, 1.0)]
     assert {taken(at(*order)) for order in permutations(models)} == {("small_2", "design", "better")}
-    assert taken(at(*models, size=Size("all", {"params": 1.0})))[0] == "large"
+    assert taken(at(*models, size=Size({"params": "all"}, {"params": 1.0})))[0] == "large"
 
 
 def test_among_those_that_captions_do_not_tell_apart_fid_decides() -> None:
@@ -132,6 +133,21 @@ def test_a_size_is_the_budget_of_searches(tmp_path: Path) -> None:
     (found,) = recommendations(report_data([*searches, report_rows.evaluate(tmp_path / "teacher", "tiny")]))
     assert found.size.text == "80%params" and found.size.limits == pytest.approx({"params": 0.8}, rel=1e-3)
     assert found.sentence.endswith("The search answers `mine`: distil and evaluate it.")
+
+
+def test_of_two_budgets_on_one_quantity_the_smaller_one_binds(tmp_path: Path) -> None:
+    search = report_rows.search(tmp_path / "search", budget="80%params")
+    view = report_data([search]).searches["search"]
+    teacher = report_rows.evaluate(tmp_path / "teacher", "tiny")
+    data = report_data([search, teacher])
+    limits = {
+        "80%params": view.limits["80%params"],
+        "0.1M": ("params", 0.5 * view.limits["80%params"][1]),
+        "90%macs": ("macs", 1.0),
+    }
+    both = replace(data, searches={"search": replace(view, limits=limits)})
+    (found,) = recommendations(both)
+    assert found.size.texts == {"params": "0.1M", "macs": "90%macs"}
 
 
 def test_a_design_that_a_budget_is_for_names_no_size_of_its_own(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Overview:
 
     recommendations: Sequence[Recommendation]
     svgs: dict[str, Markup]
-    tables: dict[str, Table]
+    tables: Sequence[Table]
     views: dict[str, Any]
 
 
@@ -45,14 +45,14 @@ def overview(data: ReportData, taken: Sequence[Recommendation], convention: str)
     shown = _Shown(models, taken, shares)
     views = {f"{i}/{m}/{c}": shown.plots(r, m, c) for i, r in enumerate(readings) for m in shown.measures(r) for c in shown.costs}
     if not views:
-        return Overview(taken, {}, {}, {})
-    first = views[next(iter(views))]
+        return Overview(taken, {}, [], {})
+    first, labels = views[next(iter(views))], [reading.label for reading in readings]
     return Overview(
         taken,
         {layout: Markup(plot.page_svg()) for layout, plot in first.items()},
-        {reading.label: shown.table(reading) for reading in readings},
+        [shown.table(reading) for reading in readings],
         {
-            "readings": [reading.label for reading in readings],
+            "readings": [r.label if labels.count(r.label) == 1 else f"{r.label}, protocol {r.protocol}" for r in readings],
             "measures": {m: MEASURES[m].title for key in views for m in [key.split("/")[1]]},
             "costs": {cost: COSTS[cost].partition(" of ")[0] for cost in shown.costs},
             "texts": [{m.name: shown.text(m, reading) for m in models} for reading in readings],
@@ -112,9 +112,8 @@ class _Shown:
     def _budgets(self, cost: str) -> Iterator[tuple[str, float]]:
         """(text, per cent of the teacher) of each budget that bounds a cost."""
         for size in (r.size for r in self.taken if r.size.searches):
-            texts = dict(zip(size.limits, size.text.split(", "), strict=True))
-            if cost in texts:
-                yield f"budget {texts[cost]}", 100 * size.limits[cost]
+            if cost in size.limits:
+                yield f"budget {size.texts[cost]}", 100 * size.limits[cost]
 
     def text(self, model: Model, reading: Reading) -> str:
         """What is known of a model, a line each."""
