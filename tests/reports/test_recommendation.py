@@ -162,7 +162,8 @@ def test_a_design_that_a_budget_is_for_names_no_size_of_its_own(tmp_path: Path) 
 
 def test_a_size_is_that_of_a_design_by_hand_that_no_budget_is_for(tmp_path: Path) -> None:
     mid = report_rows.evaluate(tmp_path / "mid", "mid", ["mid_block"], model="runs/kd/pipeline")
-    small = report_rows.evaluate(tmp_path / "small", "small", report_rows.STUDENT, model="tiny")
+    settings = [s.to_json() | {"scheduler": "ddim"} for s in report_rows.SETTINGS]
+    small = report_rows.evaluate(tmp_path / "small", "small", report_rows.STUDENT, model="tiny", settings=settings)
     (found,) = recommendations(report_data([mid, small, report_rows.distill(tmp_path / "kd", ["mid_block"])]))
     assert found.take and found.size.text == found.take.design == "mid-removed"
     assert (found.take.updates, found.take.training) == (6, "kd")

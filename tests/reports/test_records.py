@@ -94,7 +94,7 @@ def test_real_runs_are_a_report(real: Mapping[str, Path], cli: Cli, tmp_path: Pa
         "mid-removed": ("mid-removed", "", 0),
         "found": ("", "distill", 2),
     }
-    assert [r.verdict for r in recommendations(data)] in (["alone"], ["hand"], ["better"], ["mixed"])
+    assert {r.verdict for r in recommendations(data)} == {"alone"}, "the design by hand is not trained"
     said = missing(data)
     assert not any("lack" in line or "No run" in line for line in said), said
     assert all(report_files(data, "thop").values())
