@@ -4,14 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 OUT ?= runs/tiny-digits
+# a worker for each processor, which goes on with what another has left
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: scan test check
+.PHONY: scan test test-all check
 
 scan: $(VENV)/.installed
 	$(BIN)/blockprune scan --out $(OUT) $(ARGS)
 
 test: check
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: check
+	$(PYTEST) -m '' $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check

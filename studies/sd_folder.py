@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from blockprune.cost.components import pipeline_costs, random_unet
+from blockprune.cost.components import outside_params, random_unet
 from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture
 from blockprune.model.trace import trace
@@ -57,8 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.dry_run:
         configs = pretrained.configs(args.model)
-        others = pipeline_costs(configs, configs.latent(None)).values()
-        print(f"{trace(configs.unet).total.params + sum(c.params for c in others):,} random weights, without the VAE's encoder")
+        print(f"{trace(configs.unet).total.params + outside_params(configs):,} random weights, without the VAE's encoder")
         return
     n_bytes = write_random_pipeline(args.model, args.folder)
     print(f"{args.folder}: {n_bytes / 2**30:.2f} GiB of random weights")

@@ -6,7 +6,7 @@ runs the commands of this package one after another, as a user would, and each r
 every block; a search with its defaults at the parameters and MACs of each of the three BK-SDM designs; the same distillation of the
 three that were found and of the three designs; an evaluation of all beside the teacher (n = 1,000); a sweep of the guidance scale
 for all; steps and 8-bit weights; and one HTML page from all of that. `--part search --part distill` runs some of it, `--dry-run`
-prints the commands. About two hours on one CPU core.
+prints the commands. About 70 minutes on one CPU core.
 Expected, from `after_training.py`: what was found reads more of the captioned digits at every size, and the designs have the lower
 FID at their own best guidance scales. Measured: `reports/tiny-digits/`.
 """
@@ -29,8 +29,8 @@ N_IMAGES = 1000
 N_SWEEP = 256
 CFG_SCALES = (1.5, 2, 3, 4.5, 6)
 QUANTISED = ("tiny-digits", "bk-sdm-small", "small-found")
-N_STEPS = (4, 6, 10, 20)
-DISTILL = "--max-train-steps 1000 --learning-rate 5e-4 --ema --checkpointing-steps 250 --validation-steps 250 --n-images 128"
+N_STEPS = (4, 10)
+DISTILL = "--max-train-steps 600 --learning-rate 5e-4 --ema --checkpointing-steps 200 --validation-steps 200 --n-images 128"
 PARTS = ("scan", "search", "distill", "evaluate", "sweep", "quantise", "report")
 COPIED = ("report.md", "scan.csv", "scan.json", "unet.svg", "sensitivity.svg", "tradeoff.svg", "grid.png", "correlation.svg")
 

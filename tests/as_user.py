@@ -1,4 +1,4 @@
-"""What a user does and has: commands in a process of their own, folders of pictures."""
+"""What a user does and has: commands, here or in a process of their own, and folders of pictures."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from blockprune.cli import main
 
-def main_in_process(*args: str) -> None:
+
+def run(*args: str | Path) -> None:
+    """A command that must succeed."""
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in args])
+    assert not left.value.code
+
+
+def run_in_own_process(*args: str) -> None:
     result = subprocess.run([sys.executable, "-m", "blockprune", *args], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

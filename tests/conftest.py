@@ -22,6 +22,11 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as in the processes
 Cli = Callable[..., tuple[int, str, str]]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """kind => a diffusers folder with a tiny pipeline of that kind; tests must not write to it."""

@@ -42,6 +42,7 @@ for name in ("cli.console", "data.cache", "api", "reports.canvas", "stages.train
     importlib.import_module(f"blockprune.{name}")
 for name in ("matplotlib.pyplot", "diffusers", "transformers"):
     importlib.import_module(name)
+importlib.import_module("blockprune.api").graph("tiny-digits")  # traced once, for all that are forked
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 n_changes = 0
 
@@ -251,7 +252,10 @@ def assert_same(folder: Path, other: Path) -> None:
     assert [name for name in ours if name != "rows.jsonl" and ours[name] != theirs[name]] == []
 
 
-@pytest.mark.parametrize("name", ["scan", "evaluate", "cache", "distill"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("scan", marks=SLOW), pytest.param("evaluate", marks=SLOW), "cache", "distill"])
 def test_killed_and_started_again_ends_as_if_undisturbed(
     name: str, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:
@@ -276,7 +280,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", [pytest.param("distill", marks=SLOW), "cache"])
 def test_killed_where_it_hurts_most(
     name: str, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:
@@ -323,7 +327,7 @@ def check_search(folder: Path, other: Path, tolerance: float) -> None:
     assert len(list((folder / "artifacts").iterdir())) >= len(finals)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SLOW)])
 def test_a_killed_search_scores_everything_once(
     workers: int, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:

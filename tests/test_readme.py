@@ -25,7 +25,11 @@ def test_there_are_commands() -> None:
     assert {shlex.split(command)[1] for command in COMMANDS} >= {"scan", "graph", "cost"}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] in ("graph", "cost")])
+OFFLINE = [c for c in COMMANDS if c.split()[1] in ("graph", "cost")]
+SLOW = [c for c in OFFLINE if "--runtime" in c]  # each runtime is tried in tests/export
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in OFFLINE])
 def test_offline_commands_run(command: str) -> None:
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output

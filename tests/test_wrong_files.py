@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import report_rows
 import torch
-from as_user import main_in_process, pictures
+from as_user import pictures, run
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
@@ -66,10 +66,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small runs of the built-in model, to be gone on with."""
     root = tmp_path_factory.mktemp("runs")
     for command in (SCAN, SEARCH, EVALUATE):
-        main_in_process(*command, "--out", str(root / command[0]))
+        run(*command, "--out", str(root / command[0]))
     images = pictures(root / "images", 3, 16)
     (images / "metadata.jsonl").write_text("".join(f'{{"file_name": "{i:03d}.png", "text": "a"}}\n' for i in range(3)))
-    main_in_process("cache", "--data", str(images), "--out", str(root / "cache"))
+    run("cache", "--data", str(images), "--out", str(root / "cache"))
     return root
 
 
@@ -361,7 +361,12 @@ def _forget(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("")
 
 
-@pytest.mark.parametrize("name", RESUMED)
+# one of each sort of file and of damage; for the others, which are read alike, `make test-all`
+QUICK = ("a row that lacks a key", "rows as a fifo", "a cut part", "a part of other shapes", "a seen part of other images")
+QUICK = (*QUICK, "a search's row", "a journal of garbage", "a journal as a directory", "a cache.json of numbers")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in RESUMED])
 def test_a_run_that_is_gone_on_with_after_damage(name: str, runs: Path, tmp_path: Path, one_line: OneLine) -> None:
     source, damage, says = RESUMED[name]
     folder = Path(shutil.copytree(runs / source, tmp_path / source))

@@ -7,10 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from blockprune.cli import (
     cache,
@@ -65,13 +67,19 @@ app.command("report", cls=CheckedCommand)(report.report)
 app.command("stats", cls=CheckedCommand)(stats.stats)
 
 
+@lru_cache(maxsize=1)
+def _command() -> TyperGroup:
+    """The command line with all its options, made once in a process."""
+    return typer.main.get_group(app)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command and leaves with its exit code: 2 and one line for what the user can mend, 130 on Ctrl-C."""
     _quieten()
     error_line.make_printable()
     try:
         with error_line.one_line_errors():
-            code = app(args=argv, prog_name="blockprune", standalone_mode=False)
+            code = _command()(args=argv, prog_name="blockprune", standalone_mode=False)
     except typer.Abort:
         code = 130
     sys.exit(code or 0)

@@ -17,13 +17,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from blockprune.cost import crosscheck, latency
 from blockprune.errors import UserError
-from blockprune.model import pretrained, surgery
+from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.config_schema import Config
 from blockprune.model.count import count
 from blockprune.model.families import family_of
 from blockprune.model.graph import Cost
-from blockprune.model.model import Model
 from blockprune.model.pretrained import Configs
 
 TEXT_MODELS = {c.__name__: c for c in (CLIPTextModel, CLIPTextModelWithProjection)}
@@ -96,9 +95,9 @@ def pipeline_costs(configs: Configs, latent: tuple[int, int]) -> dict[str, Cost]
     return {name: part.count()[""] for name, part in other_parts(configs, latent).items()}
 
 
-def outside_params(model: Model) -> int:
-    """Parameters of a pipeline outside its denoising network, as the papers count them."""
-    return sum(cost.params for cost in pipeline_costs(pretrained.configs_of(model.pipe), model.latent).values())
+def outside_params(configs: Configs) -> int:
+    """Parameters of a pipeline outside its denoising network, as the papers count them: text encoders and VAE decoder."""
+    return sum(p.numel() for part in other_parts(configs, configs.latent()).values() for p in part.module.parameters())
 
 
 class Chain(nn.Module):

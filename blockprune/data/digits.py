@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 CELL_PX = 16
 SCENE_PX = 2 * CELL_PX
@@ -61,6 +60,8 @@ def caption(labels: Labels) -> str:
 @lru_cache(maxsize=1)
 def source_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the source: ink (1797, 8, 8) float32 in [0, 1], digit (1797,) and whether held out (1797,) bool."""
+    from sklearn.datasets import load_digits  # imported here, for it imports pandas where that is installed
+
     data = load_digits()
     held_out = np.zeros(len(data.target), dtype=bool)
     held_out[np.random.default_rng(_SPLIT_SEED).permutation(len(held_out))[:N_HELD_OUT]] = True

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import kendalltau
 
 from blockprune.errors import UserError
 
@@ -26,6 +25,8 @@ def mean_statistic(values: ArrayLike) -> Statistic:
 
 def kendall_tau(a: ArrayLike, b: ArrayLike) -> float | None:
     """Kendall's τ-b of two paired rows of values; None where it is undefined (under two pairs, or a constant side)."""
+    from scipy.stats import kendalltau  # imported here, for it takes longer than all of numpy
+
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     tau = float(kendalltau(x, y).statistic) if len(x) > 1 else np.nan
     return tau if np.isfinite(tau) else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,8 +38,15 @@ Shape = tuple[int, int, int]
 def trace(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None, n_tokens: int = 77) -> BlockGraph:
     """The graph of the U-Net that a diffusers `config` describes, costed for one latent of (height, width).
 
-    `latent_size` None means the configuration's own `sample_size`. Raises UserError for a U-Net of blocks it does not know.
+    `latent_size` None means the configuration's own `sample_size`. A graph is traced once in a process, which takes seconds. Raises
+    UserError for a U-Net of blocks it does not know.
     """
+    return _trace(json.dumps(dict(config), sort_keys=True, default=repr), latent_size, n_tokens)
+
+
+@lru_cache(maxsize=32)
+def _trace(config_json: str, latent_size: tuple[int, int] | None, n_tokens: int) -> BlockGraph:
+    config = json.loads(config_json)
     unet = surgery.skeleton(config, Architecture())
     side = config["sample_size"]
     height, width = latent_size or ((side, side) if isinstance(side, int) else side)

@@ -34,6 +34,7 @@ from blockprune.stages.search.budget import amount
 
 Cli = Callable[..., tuple[int, str, str]]
 OneLine = Callable[..., str]
+COMMAND_LINE: Any = typer.main.get_command(app)
 COMMANDS = {str(c.name): c.callback for c in app.registered_commands if c.callback}
 # what a command needs besides the option under test
 NEEDS: dict[str, list[str]] = {
@@ -79,7 +80,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def options_of(command: str) -> Iterator[tuple[str, str, Any, bool]]:
     """(parameter, its spelling, its type, whether it is repeatable) of every parameter of a command that takes a value."""
-    made = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    made = COMMAND_LINE.commands[command]
     spelt = {p.name: checks._spelt(p) for p in made.params}
     for name, hint in typing.get_type_hints(COMMANDS[command]).items():
         if name == "return":
@@ -102,8 +103,7 @@ def words(command: str, spelt: str, text: str) -> list[str]:
 
 def bounds_of(command: str, name: str) -> Bounds | None:
     """The numbers that a parameter of a command takes; None for one that takes none."""
-    made = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
-    within: Bounds | None = made._takes(name)[0]
+    within: Bounds | None = COMMAND_LINE.commands[command]._takes(name)[0]
     return within
 
 

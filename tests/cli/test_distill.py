@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
-from as_user import main_in_process
+from as_user import run
 from conftest import Cli
 from diffusers import StableDiffusionPipeline
 
@@ -39,7 +39,7 @@ QUICK = ["--train-batch-size", "2", "--n-images", "8", "--steps", "2", "--max-tr
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run on the built-in model, left undisturbed."""
     out = tmp_path_factory.mktemp("distill") / "run"
-    main_in_process("distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", str(out))
+    run("distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", str(out))
     return out
 
 
@@ -84,6 +84,7 @@ def test_same_command_again_changes_nothing(distilled: Path, cli: Cli) -> None:
     assert (distilled / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_is_the_undisturbed_run(distilled: Path, tmp_path: Path) -> None:
     args = ["--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", str(tmp_path / "run")]
     for n_rows in (1, 4):
@@ -93,13 +94,14 @@ def test_killed_and_started_again_is_the_undisturbed_run(distilled: Path, tmp_pa
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    main_in_process("distill", *args)
+    run("distill", *args)
     assert losses(tmp_path / "run") == losses(distilled)
     ours, theirs = weights(tmp_path / "run"), weights(distilled)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(distilled: Path, tmp_path: Path) -> None:
     shared = [x if x != "2" or QUICK[i - 1] != "--train-batch-size" else "1" for i, x in enumerate(QUICK)]
     args = [

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from as_user import main_in_process, pictures
+from as_user import pictures, run
 from conftest import Cli
 from PIL import Image
 from safetensors.numpy import load_file
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small evaluation of the built-in model, left undisturbed."""
     out = tmp_path_factory.mktemp("evaluate") / "run"
-    main_in_process("evaluate", *QUICK, "--out", str(out))
+    run("evaluate", *QUICK, "--out", str(out))
     return out
 
 
@@ -134,6 +134,7 @@ def test_same_command_again_adds_nothing(evaluated: Path, cli: Cli) -> None:
     assert before == ({p: p.stat().st_mtime_ns for p in (evaluated / "drawn").rglob("*")}, (evaluated / "rows.jsonl").read_bytes())
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_scores(evaluated: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "blockprune", "evaluate", *QUICK, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -143,7 +144,7 @@ def test_killed_and_started_again_ends_with_the_same_scores(evaluated: Path, tmp
     process.wait()
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("drawn/*/0*.png")}
     assert len(first) >= 3
-    main_in_process("evaluate", *QUICK, "--out", str(tmp_path / "run"))
+    run("evaluate", *QUICK, "--out", str(tmp_path / "run"))
     assert values(tmp_path / "run") == values(evaluated)
     assert all(p.stat().st_mtime_ns == at for p, at in first.items()), "an image on disk was drawn again"
     for file in (evaluated / "drawn" / SLUG).iterdir():
@@ -165,6 +166,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_run_and_draw_no_image_twice(tmp_path: Path, evaluated: Path) -> None:
     command = [sys.executable, "-c", WATCHED, str(tmp_path / "log"), "evaluate", *QUICK, "--out", str(tmp_path / "run")]
     pair = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -177,7 +179,7 @@ def test_processes_share_a_run_and_draw_no_image_twice(tmp_path: Path, evaluated
     assert values(tmp_path / "run") == values(evaluated)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_batch_size_changes_no_score(evaluated: Path, tmp_path: Path, cli: Cli, batch_size: int) -> None:
     code, _, err = cli("evaluate", *QUICK[:-1], batch_size, "--no-save-images", "--seed", "0", "--out", tmp_path / "run")
     assert code == 0, err
@@ -292,7 +294,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distillation of three updates with two checkpoints, averaged weights, and its exported pipeline."""
     out = tmp_path_factory.mktemp("distill") / "run"
     quick = ["--train-batch-size", "2", "--n-images", "4", "--steps", "1", "--max-train-steps", "3", "--checkpointing-steps", "2"]
-    main_in_process("distill", "--arch", "bk-sdm-small", *quick, "--ema", "--learning-rate", "0.001", "--out", str(out))
+    run("distill", "--arch", "bk-sdm-small", *quick, "--ema", "--learning-rate", "0.001", "--out", str(out))
     return out
 
 
@@ -332,7 +334,11 @@ def test_averaged_weights_are_taken(distilled: Path) -> None:
     assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
 
 
-@pytest.mark.parametrize("arch", ["mid-removed", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"], ids=["stock", "slots"])
+@pytest.mark.parametrize(
+    "arch",
+    ["mid-removed", pytest.param("down_blocks.1.resnets.0,up_blocks.1.attentions.2", marks=pytest.mark.slow)],
+    ids=["stock", "slots"],
+)
 def test_an_exported_folder_that_does_not_name_its_teacher(
     arch: str, tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path]
 ) -> None:

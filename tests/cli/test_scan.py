@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from as_user import main_in_process, pictures
+from as_user import pictures, run
 from conftest import Cli
 
 from blockprune.measures import fid_kid
@@ -44,7 +44,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small scan of the built-in model with every measure, left undisturbed."""
     out = tmp_path_factory.mktemp("scan") / "run"
-    main_in_process("scan", *QUICK, "--out", str(out))
+    run("scan", *QUICK, "--out", str(out))
     return out
 
 
@@ -68,6 +68,7 @@ def test_same_command_again_adds_nothing(scanned: Path, cli: Cli) -> None:
     assert (scanned / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "blockprune", "scan", *QUICK, "--out", str(tmp_path / "run")]
     for n_rows in (24, 60):
@@ -76,7 +77,7 @@ def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_pat
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    main_in_process("scan", *QUICK, "--out", str(tmp_path / "run"))
+    run("scan", *QUICK, "--out", str(tmp_path / "run"))
     assert rows_of(tmp_path / "run") == rows_of(scanned)
 
 
@@ -228,6 +229,7 @@ def test_around_a_base_and_by_timestep(cli: Cli, tmp_path: Path) -> None:
     assert cli(*command)[0] == 0 and (tmp_path / "run" / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_around_a_base_with_fits(cli: Cli, tmp_path: Path) -> None:
     shape = ["--unit", "stage", "--measures", "eps_mse", "--eps-samples", "8", "--batch-size", "8", "--fit", "linear"]
     assert cli("scan", "--base", "bk-sdm-small", *shape, "--out", tmp_path / "run")[0] == 0
@@ -249,7 +251,7 @@ def test_a_base_that_is_none(args: list[str], says: str, one_line: Callable[...,
     assert says in one_line("scan", *args, "--out", tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd1-v", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1-v", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2", "sdxl"))])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), *QUICK, "--out", tmp_path / "run", "--measures", IMAGES]
     reference = pictures(tmp_path / "real", 8, 16)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import tiny
-from as_user import main_in_process
+from as_user import run, run_in_own_process
 from conftest import Cli
 
 from blockprune.cost import latency
@@ -36,7 +36,7 @@ QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", "20", *SMALL]
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small search of the built-in model, left undisturbed."""
     out = tmp_path_factory.mktemp("search") / "run"
-    main_in_process("search", *QUICK, "--random", "3", "--out", str(out))
+    run("search", *QUICK, "--random", "3", "--out", str(out))
     return out
 
 
@@ -108,6 +108,7 @@ def test_the_best_is_an_architecture_for_other_commands(searched: Path, cli: Cli
     assert json.loads(out)["unet"]["params"] == best["cost"]["params"]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_with_the_same_scores(searched: Path, tmp_path: Path) -> None:
     args = [*QUICK, "--random", "3", "--out", str(tmp_path / "run")]
     for n_rows in (3, 14):
@@ -118,7 +119,7 @@ def test_killed_and_started_again_ends_with_the_same_scores(searched: Path, tmp_
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    main_in_process("search", *args)
+    run("search", *args)
     again = scored(tmp_path / "run")
     first = {key: value for key, value in scored(searched).items() if key in again}
     assert {key: again[key] for key in first} == first
@@ -144,7 +145,7 @@ def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cl
     assert after.items() >= before.items()
 
 
-@pytest.mark.parametrize("fit", ["none", "linear"])
+@pytest.mark.parametrize("fit", ["none", pytest.param("linear", marks=pytest.mark.slow)])
 def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> None:
     common = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
     scan = ["scan", "--unit", "stage", *common, "--measures", "guided_mse", "--fit", fit, "--out", tmp_path / "scan"]
@@ -228,8 +229,9 @@ def test_solving_on_a_scan_leaves_out_what_it_lacks(searched: Path, cli: Cli, on
     assert "has guided_mse of no unit 'layer'" in line
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_search(tmp_path: Path) -> None:
-    main_in_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
+    run_in_own_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
     assert len(scored(tmp_path / "run")) == 20
     assert _best(tmp_path / "run")["holds_budget"] == "True"
 
@@ -253,6 +255,7 @@ def test_a_front(tmp_path: Path, cli: Cli) -> None:
     assert cli("report", tmp_path / "run", "--out", tmp_path / "page.html")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_front_within_a_budget_has_a_best(tmp_path: Path, cli: Cli) -> None:
     args = ["--pareto", "macs", "--budget", "75%params", "--unit", "stage", "--trials", "20", *SMALL]
     assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
@@ -317,7 +320,7 @@ def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> Non
     assert re.search(r"no finalist holds the budgets and clip_score>=0.99 \(\d tried, the best clip_score is 0\.\d+\)", line)
 
 
-@pytest.mark.parametrize("objective", ["eps_mse", "guided_mse", "clip_score"])
+@pytest.mark.parametrize("objective", ["guided_mse", *(pytest.param(o, marks=pytest.mark.slow) for o in ("eps_mse", "clip_score"))])
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
     args = [*QUICK[:4], "--trials", "16", *SMALL, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]
     code, _, err = cli("search", *args, "--out", tmp_path / "run")
@@ -425,7 +428,7 @@ def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tin
     assert "needs a reference: give --reference" in line
 
 
-@pytest.mark.parametrize("kind", ["sd1-v", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd1-v", marks=pytest.mark.slow), "sdxl"])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), "--unit", "pair", "--budget", "80%params", "--trials", "5", *SMALL]
     code, out, err = cli("search", *args, "--out", tmp_path / "run")
@@ -460,6 +463,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Any:
         run("pg_ctl", "-D", str(home / "data"), "-m", "immediate", "stop")
 
 
+@pytest.mark.slow
 def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Path, tmp_path: Path) -> None:
     """Two hosts of two workers each, as one shared search over the same candidates; two workers die in mid-trial."""
     rows = [row for row in directory.read_rows(searched) if row["kind"] == "search"]

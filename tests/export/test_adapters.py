@@ -85,7 +85,11 @@ def blocks_of(arch: Architecture, config: dict[str, Any]) -> BlockMap:
     return found.blocks if isinstance(found, Stock) else slots(config, arch)
 
 
-@pytest.mark.parametrize("arch", [preset("bk-sdm-tiny"), preset("bk-sdm-small"), SLOTS], ids=["tiny", "small", "slots"])
+@pytest.mark.parametrize(
+    "arch",
+    [preset("bk-sdm-tiny"), pytest.param(preset("bk-sdm-small"), marks=pytest.mark.slow), SLOTS],
+    ids=["tiny", "small", "slots"],
+)
 @pytest.mark.parametrize("with_metadata", [True, False])
 def test_a_teachers_lora_arrives_in_its_student(
     arch: Architecture, with_metadata: bool, lora: Path, exported: Callable[[Architecture], Path], tmp_path: Path, cli: Cli
@@ -243,7 +247,7 @@ def trained_by_peft(unet: UNet2DConditionModel, config: Any, folder: Path) -> UN
     return unet.eval()
 
 
-@pytest.mark.parametrize("arch", [preset("bk-sdm-tiny"), SLOTS], ids=["stock", "slots"])
+@pytest.mark.parametrize("arch", [pytest.param(preset("bk-sdm-tiny"), marks=pytest.mark.slow), SLOTS], ids=["stock", "slots"])
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_a_folder_of_peft_computes_what_it_did(
     kind: str, arch: Architecture, exported: Callable[[Architecture], Path], tiny_folder: Folder, tmp_path: Path, cli: Cli
@@ -325,7 +329,11 @@ def run_with_image(pipe: Any, folder: Path, name: str, arch: Architecture | None
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "face-id"])
-@pytest.mark.parametrize("arch", [preset("bk-sdm-tiny"), preset("bk-sdm-small"), SLOTS], ids=["tiny", "small", "slots"])
+@pytest.mark.parametrize(
+    "arch",
+    [preset("bk-sdm-tiny"), pytest.param(preset("bk-sdm-small"), marks=pytest.mark.slow), SLOTS],
+    ids=["tiny", "small", "slots"],
+)
 def test_a_teachers_ip_adapter_arrives_in_its_student(
     arch: Architecture, with_lora: bool, exported: Callable[[Architecture], Path], tiny_folder: Folder, tmp_path: Path, cli: Cli
 ) -> None:

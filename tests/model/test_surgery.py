@@ -43,8 +43,16 @@ def every_removal(kind: str, units: tuple[str, ...] = UNITS, n_random: int = 6) 
     return single | fitting(graph) | mixed
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize(("size", "units"), [(8, UNITS), ((13, 8), ("stage", "block"))], ids=["even", "odd"])
+@pytest.mark.parametrize(
+    ("kind", "size", "units"),
+    [
+        ("sd1", 8, UNITS),
+        ("sd1", (13, 8), ("stage",)),
+        ("sdxl", 8, ("stage",)),
+        *(pytest.param(kind, 8, UNITS, marks=pytest.mark.slow) for kind in ("sd2", "sdxl")),
+        *(pytest.param(kind, (13, 8), ("stage", "block"), marks=pytest.mark.slow) for kind in tiny.KINDS),
+    ],
+)
 def test_every_removal_runs_alike_masked_pruned_and_replayed(
     kind: str, size: int | tuple[int, int], units: tuple[str, ...]
 ) -> None:
@@ -73,7 +81,7 @@ def test_a_layer_without_its_components_passes_on_its_input(kind: str) -> None:
             assert same_outputs(run(unet, inputs), whole, unet), name
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FIRST_KIND)
 def test_teacher_comes_back_bit_for_bit(kind: str) -> None:
     unet, inputs = tiny.unet(kind), tiny.inputs(kind)
     before, state = run(unet, inputs), {k: v.clone() for k, v in unet.state_dict().items()}
@@ -88,7 +96,7 @@ def test_teacher_comes_back_bit_for_bit(kind: str) -> None:
         assert torch.equal(run(unet, inputs), before)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FIRST_KIND)
 def test_every_removal_trains_with_checkpointing(kind: str) -> None:
     inputs, unet = tiny.inputs(kind, batch=1), tiny.unet(kind).train()
     unet.enable_gradient_checkpointing()
@@ -100,7 +108,7 @@ def test_every_removal_trains_with_checkpointing(kind: str) -> None:
         assert all(p.grad is not None for p in parameters.values()), label
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FIRST_KIND)
 def test_gradients_flow_with_checkpointing(kind: str) -> None:
     inputs = tiny.inputs(kind)
     grads = []
@@ -178,7 +186,7 @@ STOCK += [("sdxl", "ssd-1b"), ("sdxl", "vega")]
 
 
 @pytest.mark.parametrize(("kind", "label"), STOCK)
-@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("size", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_presets_equal_the_stock_models(kind: str, label: str, size: int) -> None:
     unet, inputs = tiny.unet(kind), tiny.inputs(kind, size=size)
     stock = UNet2DConditionModel(**stock_config(kind, label)).eval()

@@ -18,6 +18,7 @@ from blockprune.measures.images import Judges
 from blockprune.measures.measure import MEASURES, measure, names
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import Model
+from blockprune.model.pretrained import configs_of
 from blockprune.model.quantize import check_quantizer, quantized
 from blockprune.model.sampling import Protocol, check_schedule, scheduler_name
 from blockprune.runs.provenance import fingerprint, made_with
@@ -92,7 +93,7 @@ class EvaluationPlan:
             "teacher_id": s.teacher_id,
             "arch": s.arch.terms,
             "graph": s.graph.to_json() if s.graph else None,
-            "outside_params": outside_params(self.model),
+            "outside_params": outside_params(configs_of(self.model.pipe)),
             "protocol": self.protocol,
             "settings": resolved,
             "measures": [measure(name).to_json() for name in self.request.measures],

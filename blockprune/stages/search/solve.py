@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockprune.cost.components import pipeline_costs
+from blockprune.cost.components import outside_params
 from blockprune.errors import UserError
 from blockprune.model import pretrained
 from blockprune.model.graph import BlockGraph
@@ -66,7 +66,7 @@ def solve(request: SearchRequest) -> Solutions:
     graph = trace(configs.unet, latent, configs.n_tokens)
     if about["asked"].get("teacher") != identity(request.model):
         raise UserError(f"the scores in {str(source)!r} are of another teacher: give the --model that they were made with")
-    outside = sum(cost.params for cost in pipeline_costs(configs, latent).values())
+    outside = outside_params(configs)
     problem = Problem(graph, request, outside)
     if problem.timed:
         raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")

@@ -21,6 +21,7 @@ from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
+from blockprune.model.pretrained import configs_of
 from blockprune.model.sampling import NotFinite
 from blockprune.runs.parts import strip_png
 from blockprune.runs.records import BoundCheck, Candidate, Evaluation, deaf
@@ -150,7 +151,7 @@ class Worker:
 
     @cached_property
     def problem(self) -> Problem:
-        return Problem(self.model.graph, self.request, outside_params(self.model), self.latencies)
+        return Problem(self.model.graph, self.request, outside_params(configs_of(self.model.pipe)), self.latencies)
 
     def trials(self, kind: str = "search", updates: int = 0) -> Trials:
         """The study of the "search", of "random" sets for comparison, of its "final", or of finalists that have "recovered"

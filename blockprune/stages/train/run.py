@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from blockprune.cost.components import pipeline_costs
+from blockprune.cost.components import outside_params
 from blockprune.data.encoded import Provider
 from blockprune.errors import UserError
 from blockprune.export.pipeline import ARCHITECTURE, export_pipeline, load_student, save_student
@@ -170,7 +170,7 @@ def _about(
         "made_with": made_with(accelerator.device),
         "arch": phases[-1].arch.terms,
         "graph": model.graph.to_json(),
-        "outside_params": sum(c.params for c in pipeline_costs(pretrained.configs_of(model.pipe), model.latent).values()),
+        "outside_params": outside_params(pretrained.configs_of(model.pipe)),
         "recipe_name": request.recipe,
         "pictured_prompts": [prompts[i % len(prompts)] for i in range(min(N_PICTURES, request.n_images or 1))],
     }

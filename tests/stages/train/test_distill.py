@@ -313,6 +313,7 @@ if run.accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_whole_or_sharded_have_the_losses_and_weights_of_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[2])))
