@@ -3,7 +3,7 @@
     blockprune report RUN... --out report.html
     python studies/report_screenshots.py report.html --out screenshots/
 
-Writes PNGs of the page, its sections folded, at 1280 and 390 pixels of width, in both colour schemes, each of 64 colours. It needs
+Writes PNGs of the page, its sections folded, at 1280 and 390 pixels of width, in both colour schemes, each of 256 colours. It needs
 Chromium and the `dev` extra; about 10 seconds.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
                 height = page.evaluate("document.documentElement.scrollHeight")
                 print(f"{device}, {scheme}: {height / HEIGHT:.1f} screens of {width} x {HEIGHT} pixels")
                 picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-                picture.quantize(64, dither=Image.Dither.NONE).save(args.out / f"{device}-{scheme}.png", optimize=True)
+                picture.quantize(256, dither=Image.Dither.NONE).save(args.out / f"{device}-{scheme}.png", optimize=True)
                 page.close()
         browser.close()
     print(f"screenshots are in {args.out}")

@@ -99,7 +99,7 @@ def finding(searches: Mapping[str, SearchView]) -> str:
         else f"{len(ranked)} searches of {evaluations:,} evaluations"
     )
     if not pairs:
-        return f"{one[:1].upper()}{one[1:]}; none has a design by hand to compare with."
+        return f"{one[:1].upper()}{one[1:]}; no design by hand was small enough to compare with."
     better = f"finds better than the design by hand, intervals apart, in {apart} of {len(pairs)}"
     return f"Before any training, by {MEASURES[ranked[0].measure].title}: {one} {better}."
 

@@ -93,7 +93,7 @@ class _Shown:
         known = [m for m in marks if m.shown]
         ends = [end for m in known for end in (m.band or (m.y, m.y))]
         budgets = dict(self._budgets(cost))
-        axes = Axis.over(COSTS[cost], [*(m.x for m in known), *budgets.values()]), Axis.over("", ends, is_wide(ends))
+        axes = Axis.over(COSTS[cost], [*(m.x for m in known), *budgets.values()]), Axis.over("", ends, is_wide(m.y for m in known))
         looks = {key: text for key, text in KEYS.items() if any(key.split()[0] in m.look.split() for m in marks)}
         alt = "; ".join(f"{m.name} {m.y:.3g} at {m.x:.0f} %" for m in known)
         rules = [Rule("x", at, text) for text, at in budgets.items()]

@@ -112,7 +112,7 @@ def _asked(data: ReportData, notes: Mapping[str, Sequence[str]]) -> str:
     """The last section in a line."""
     made = [_made_with(view) for view in data.runs.values()]
     versions = [f"{p} {' / '.join(v)}" for p in VERSIONS[:2] if (v := _distinct(made, p))]
-    lacking = f", {len(notes['missing'])} things missing" if notes["missing"] else ""
+    lacking = f", missing: {len(notes['missing'])}" if notes["missing"] else ""
     where = " / ".join(_distinct(made, "processor"))
     return (
         f"{len(data.runs)} runs, {len(notes['caveats'])} caveats{lacking}; {', '.join([*versions, *([where] if where else [])])}."
