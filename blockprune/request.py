@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
@@ -111,6 +112,7 @@ class Request:
         return {name: value for name, value in self.to_json().items() if about[name].compared}
 
 
+@cache
 def hints(request: type[Request]) -> dict[str, Any]:
     """The types of a request's fields."""
     return get_type_hints(request)

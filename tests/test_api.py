@@ -186,7 +186,7 @@ def test_a_measure_of_ones_own_is_read_back_by_a_report(tmp_path: Path, cli: Cli
     [
         ({"stepps": 2}, "unknown fields stepps"),
         ({"steps": "two"}, "--steps: expected `int`, got `str`"),
-        ({"measures": ["feature_distance"]}, "evaluate does not measure 'feature_distance'"),
+        ({"measures": ["eps_mse"]}, "evaluate does not measure 'eps_mse'"),
         ({"quantize": "int3"}, "unknown --quantize 'int3'"),
         ({"checkpoints": "RUN", "arch": "mid_block"}, "--checkpoints says what is removed"),
     ],

@@ -9,18 +9,22 @@ from matplotlib.figure import Figure
 
 from blockprune.measures.score import Score
 from blockprune.reports.canvas import axis_title
-from blockprune.reports.image_grid import grid_figure, score_words
+from blockprune.reports.image_grid import edit_rows, grid_figure, score_words
 from blockprune.reports.model_view import ModelView, Setting
 from blockprune.reports.plot import SHAPES, Axis, Line, Mark, Plot, Sheet, series
 from blockprune.reports.svg import Svg
 from blockprune.reports.table import with_interval
+
+EDITED = "The images in the first row, edited by the captions above them, at common seeds."
 
 
 def varied(view: ModelView, *names: str) -> list[list[Setting]]:
     """Settings of one model that differ in `names` alone, at least two together."""
     groups: dict[tuple[Any, ...], list[Setting]] = {}
     for s in view.settings:
-        kept = {n: getattr(s, n) for n in ("steps", "cfg_scale", "scheduler", "quantize", "checkpoint") if n not in names}
+        kept = {
+            n: getattr(s, n) for n in ("steps", "cfg_scale", "scheduler", "quantize", "checkpoint", "strength") if n not in names
+        }
         groups.setdefault(tuple(kept.items()), []).append(s)
     return [group for group in groups.values() if len({tuple(getattr(s, n) for n in names) for s in group}) > 1]
 
@@ -43,6 +47,7 @@ def guidance_curves(models: Mapping[str, ModelView]) -> dict[str, list[tuple[Set
 
 def _rest(s: Setting) -> str:
     parts = [f"{s.steps} steps", s.scheduler, s.quantize, f"step {s.checkpoint}" if s.checkpoint is not None else ""]
+    parts.append(f"strength {s.strength:g}" if s.strength is not None else "")
     return ", ".join(part for part in parts if part)
 
 
@@ -82,7 +87,9 @@ def _said(score: Score) -> str:
 
 def evaluation_figures(view: ModelView) -> Iterator[tuple[str, Figure | Svg]]:
     """(name, figure) of one evaluated model: images.png, and guidance.svg where guidance scales differ."""
-    if view.images:
+    if rows := edit_rows({view.label: view}):
+        yield "images.png", grid_figure(view.label, EDITED, view.prompts, rows)
+    elif view.images:
         rows = {
             s.label: (score_words(view.scores.get(s.label, {})), view.images[s.label])
             for s in view.settings

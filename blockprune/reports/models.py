@@ -130,6 +130,8 @@ def merged(first: ModelView, second: ModelView) -> ModelView:
         scores=scores,
         components=first.components or second.components,
         images={**second.images, **first.images},
+        teacher_images={**second.teacher_images, **first.teacher_images},
+        inputs=first.inputs if first.inputs is not None else second.inputs,
         prompts=first.prompts or second.prompts,
     )
 

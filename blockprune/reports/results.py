@@ -23,8 +23,15 @@ from blockprune.reports.view import ScanView, ranking
 
 EVALUATED, DISTILLED = "Evaluated models", "Distilled students"  # titles of tables
 PAPER = ("fid", "is", "clip_score", "kid")
-NAMES = {"is": "IS", "clip_score": "CLIP", "eps_mse": "eps-MSE", "guided_mse": "guided MSE", "feature_distance": "feature distance"}
-LATER = ("kid", "feature_distance")  # after the costs, so that these stay in sight
+NAMES = {
+    "is": "IS",
+    "clip_score": "CLIP",
+    "eps_mse": "eps-MSE",
+    "guided_mse": "guided MSE",
+    "feature_distance": "feature distance",
+    "input_l1": "input L1",
+}
+LATER = ("kid", "feature_distance", "input_l1")  # after the costs, so that these stay in sight
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.reports import curves, figures, model_figures, model_tables, search_figures, search_text, text
 from blockprune.reports.captions import warning
 from blockprune.reports.html.parts import Charts, Drawing, Drawings, Fold, Grid, GridRow, Part, Section, Text, is_small, tile
-from blockprune.reports.image_grid import Rows, scan_rows, score_words, search_rows
+from blockprune.reports.image_grid import Rows, edit_rows, scan_rows, score_words, search_rows
 from blockprune.reports.model_view import Images, ModelView
 from blockprune.reports.recommendation import Recommendation
 from blockprune.reports.report_data import ReportData
@@ -183,7 +183,11 @@ def _images(data: ReportData) -> Iterator[Part]:
 
 
 def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
-    """Every model at the setting that most of them have images of, else at its own last one; a grid for each list of prompts."""
+    """Every model at the setting that most of them have images of, else at its own last one; a grid for each list of prompts. Edits
+    are shown at every setting, under what was edited."""
+    if edits := edit_rows(group):
+        yield _grid(model_figures.EDITED, next(iter(group.values())).prompts, edits, list(group))
+        return
     labels = [s.label for view in group.values() for s in view.settings if s.label in view.images]
     if not labels:
         return
