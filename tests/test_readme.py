@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type works as it stands."""
+"""What the README and the guide tell a reader to type works as it stands."""
 
 from __future__ import annotations
 
@@ -14,11 +14,24 @@ from typer.testing import CliRunner
 from blockprune.assets import ASSETS
 from blockprune.cli import app
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-COMMANDS = [
-    " ".join(found.group(1).replace("\\\n", " ").split("#")[0].split())
-    for found in re.finditer(r"^    (?:\$ )?(blockprune (?:[^\n]*\\\n)*[^\n]*)$", README, re.MULTILINE)
-]
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parent.parent / "reports" / "guide.md").read_text(encoding="utf-8")
+COMMANDS = list(
+    dict.fromkeys(
+        " ".join(found.group(1).replace("\\\n", " ").split("#")[0].split())
+        for found in re.finditer(r"^    (?:\$ )?(blockprune (?:[^\n]*\\\n)*[^\n]*)$", README + GUIDE, re.MULTILINE)
+    )
+)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1200
+
+
+def test_links_lead_somewhere() -> None:
+    root = Path(__file__).parent.parent
+    for folder, text in ((root, README), (root / "reports", GUIDE)):
+        assert [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (folder / link).exists()] == []
 
 
 def test_there_are_commands() -> None:
@@ -47,7 +60,7 @@ def test_the_case_study_says_what_its_rows_and_its_report_say() -> None:
     folder = Path(__file__).parent.parent / "reports" / "tiny-digits"
     report = json.loads((folder / "report.json").read_text())
     reported = {r["model"]: r for r in report["results"] if r["table"] == "Evaluated models" and r["fid_n"] == 1000}
-    lines = re.findall(r"^\| ([a-z-]+)(?:, the teacher)? \| [\d.]+ M \| [\d.]+ M \| (.*) \| (.*) \| (.*) \|$", README, re.MULTILINE)
+    lines = re.findall(r"^\| ([a-z-]+)(?:, the teacher)? \| [\d.]+ M \| [\d.]+ M \| (.*) \| (.*) \| (.*) \|$", GUIDE, re.MULTILINE)
     assert {name for name, *_ in lines} == reported.keys() == {p.stem for p in (folder / "rows").glob("*.jsonl")}
     for name, *cells in lines:
         rows = [json.loads(line) for line in (folder / "rows" / f"{name}.jsonl").read_text().splitlines()]

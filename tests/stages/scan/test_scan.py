@@ -206,11 +206,11 @@ def test_a_step_is_timed_in_turn_with_the_teacher(model: Model, monkeypatch: pyt
     assert not list(Scan(model, ARCHS, plan, rows.keys()))
 
 
-def test_a_measure_added_as_the_readme_says_is_computed_ranked_and_shown(
+def test_a_measure_added_as_the_guide_says_is_computed_ranked_and_shown(
     model: Model, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    assert "- a **measure**: one `Measure` in `measures/measure.py`" in readme
+    guide = (Path(__file__).parents[3] / "reports" / "guide.md").read_text(encoding="utf-8")
+    assert "- a **measure**: one `Measure` in `measures/measure.py`" in guide
     added = Measure("bright", "", "up", "brightness", "images", ("detector",), compute=lambda seen, *_: mean(seen["features"]))
     with pytest.raises(UserError, match="nothing computes the measure 'bright'"):
         monkeypatch.setitem(MEASURES, "bright", replace(added, compute=None))
