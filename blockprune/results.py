@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from blockprune.reports.model_view import ModelView
     from blockprune.reports.search_view import SearchView
-    from blockprune.reports.unet import Svg
+    from blockprune.reports.svg import Svg
     from blockprune.reports.view import ScanView
     from blockprune.stages.personalise.run import Personalised
     from blockprune.stages.train.run import Distilled
@@ -104,7 +104,7 @@ class EvaluateResult:
         """The rows as a pandas DataFrame."""
         return _pandas().DataFrame(self.rows)
 
-    def figure(self, name: str = "images") -> Figure:
+    def figure(self, name: str = "images") -> Figure | Svg:
         """A figure: images, or guidance. UserError for one there is no data for."""
         from blockprune.reports.model_figures import evaluation_figures
 
@@ -167,7 +167,7 @@ class TrainResult:
         rows = [{"step": r.step, **r.losses, "n_images": r.n_images, "seconds": r.seconds} for r in self.rows]
         return _pandas().DataFrame(rows)
 
-    def figure(self, name: str = "losses") -> Figure:
+    def figure(self, name: str = "losses") -> Svg:
         """A figure of the report: losses or validation. UserError for one there is no data for."""
         from blockprune.reports.curves import curves
 
@@ -234,7 +234,7 @@ class PersonaliseResult:
         rows = [{"step": r.step, **r.losses, "n_images": r.n_images, "seconds": r.seconds} for r in self.rows]
         return _pandas().DataFrame(rows)
 
-    def figure(self, name: str = "losses") -> Figure:
+    def figure(self, name: str = "losses") -> Svg:
         """A figure: losses. UserError for one there is no data for."""
         from blockprune.reports.curves import curves
 

@@ -28,7 +28,7 @@ PLANS = {
     "predictors.py": (["--reports", OUT], "shared: 0 students are left"),
     "quality_tiny_digits.py": (["--out", OUT], "1000 scenes drawn in 10 steps"),
     "removals_tiny_digits.py": (["--out", OUT], "every block removed by itself, 128 images each"),
-    "report_screenshots.py": (["report.html", "--out", OUT], "report.html at 1280 and 375 pixels of width, light and dark"),
+    "report_screenshots.py": (["report.html", "--out", OUT], "report.html at 1280 and 390 pixels of width, light and dark"),
     "sd_folder.py": (["sd-v1-4", OUT], "1,032,071,623 random weights"),
     "sd_v1_4.py": (SD, "in all 560 h at 100 TFLOPS, 166 GB beside the data"),
     "tiny_digits.py": (["--out", OUT, "--reports", OUT], "blockprune distill --arch bk-sdm-base --max-train-steps 600"),

@@ -47,14 +47,12 @@ def over_subjects(subjects: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
 
 
 def report_files(run: AnyRun) -> Iterator[tuple[str, bytes]]:
-    """(name, contents) of scores.json, of subjects.json where there are several, and losses.png."""
-    from blockprune.reports.canvas import png
-
+    """(name, contents) of scores.json, of subjects.json where there are several, and losses.svg."""
     yield "scores.json", _json([score.to_json() for score in last_scores(run).values()])
     if subjects := by_subject(run):
         yield "subjects.json", _json({name: [s.to_json() for s in scores.values()] for name, scores in subjects.items()})
     for name, figure in curves(run.rows()):
-        yield name, png(figure)
+        yield name, figure.encode()
 
 
 def _json(value: Any) -> bytes:
