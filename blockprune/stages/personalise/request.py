@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from blockprune.errors import UserError
-from blockprune.measures.subject import word
+from blockprune.measures.subject_token import word
 from blockprune.model.defaults import MOST_BATCH, MOST_IMAGES
 from blockprune.request import option
 from blockprune.stages.fields import MEASURES, MODEL, Measuring
