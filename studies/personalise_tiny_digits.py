@@ -182,14 +182,20 @@ def update_times(runs: Path) -> dict[str, float]:
 
 
 def trainer(runs: Path, model: str, accelerator: Accelerator) -> DreamBooth:
-    asked = {"instance_data_dir": str(runs / "subject"), "instance_prompt": PROMPTS[0], "train_batch_size": 4}
-    prior = {"class_data_dir": str(runs / "class"), "class_prompt": str(runs / "class.txt"), "num_class_images": N_CLASS}
-    request = PersonaliseRequest(**asked, with_prior_preservation=True, **prior)
+    request = PersonaliseRequest(
+        instance_data_dir=str(runs / "subject"),
+        instance_prompt=PROMPTS[0],
+        train_batch_size=4,
+        with_prior_preservation=True,
+        class_data_dir=str(runs / "class"),
+        class_prompt=str(runs / "class.txt"),
+        num_class_images=N_CLASS,
+    )
     loaded = any_model(model, None, "cpu")
     return trainer_of(loaded, request, parts_of(loaded, request), samplers_of(loaded, request), accelerator, None)
 
 
-def table(rows: dict[str, dict[str, Row]], times: dict[str, float]) -> str:
+def table(rows: dict[str, Row], times: dict[str, float]) -> str:
     """Return the report."""
     found = list(next(iter(rows.values()))["read"])
     scores = ("dino", "clip_i", "clip_t")
@@ -236,7 +242,8 @@ def picture(strips: dict[str, np.ndarray], file: Path) -> None:
 
 def judge(runs: Path, reports: Path) -> None:
     """Reads what each model draws before and after, and writes table, picture and rows."""
-    reader, rows, strips = train_reader(N_READER), {}, {}
+    reader, strips = train_reader(N_READER), {}
+    rows: dict[str, Row] = {}
     labels = {(name, way): f"{name}, {way}" for way in ("before", *WAYS) for name in models(runs)}
     for (name, way), label in sorted(labels.items(), key=lambda item: list(models(runs)).index(item[0][0])):
         model = models(runs)[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockprune.measures.detectors import Features, Scorer, Vision
+from blockprune.measures.subject_token import without
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,3 @@ class Subject:
     def _clip(self) -> Features:
         assert self.scorer is not None
         return np.concatenate([self.scorer.image(image) for image in self.images]).mean(0)
-
-
-def word(token: str) -> re.Pattern[str]:
-    """What finds a token as a word of its own, in upper or lower case."""
-    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)
-
-
-def without(token: str, prompt: str) -> str:
-    """The prompt without the token."""
-    return " ".join(word(token).sub(" ", prompt).split())

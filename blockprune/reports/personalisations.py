@@ -38,11 +38,11 @@ def over_subjects(subjects: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
     """The mean of each measure over subjects, with the interval that other subjects would give; none below four of them."""
     found = {}
     for name in subjects[0]:
-        scores = [of_subject[name] for of_subject in subjects if name in of_subject and of_subject[name].value is not None]
-        if scores:
-            statistic, n = mean_statistic([score.value for score in scores]), len(scores)
-            low, high = interval(statistic, n, scores[0].seed) or (None, None)
-            found[name] = replace(scores[0], value=value_of(statistic, n), n=n, low=low, high=high)
+        values = [score.value for of_subject in subjects if (score := of_subject.get(name)) and score.value is not None]
+        if values:
+            first, statistic, n = subjects[0][name], mean_statistic(values), len(values)
+            low, high = interval(statistic, n, first.seed) or (None, None)
+            found[name] = replace(first, value=value_of(statistic, n), n=n, low=low, high=high)
     return found
 
 

@@ -178,7 +178,8 @@ def test_class_images_are_the_teachers_and_depend_on_their_number(
     assert {p.name for p in cats.glob("*.png")} == {*(f"class-{i:06d}.png" for i in range(4)), "mine.png"}
     assert (cats / "class-000001.png").read_bytes() == first["class-000001.png"]
     (tmp_path / "cats.txt").write_text("a photo of a cat\na cat\n")
-    several = [*args, "--teacher", tiny_folder("sd2"), "--class-prompt", tmp_path / "cats.txt"]
+    shutil.copytree(cats, tmp_path / "mixed", ignore=lambda *_: ["class_images.json"])
+    several = [*args, "--class-prompt", tmp_path / "cats.txt", "--class-data-dir", tmp_path / "mixed"]
     code, _, err = cli(*several, "--out", tmp_path / "d")
     assert code == 2
     assert "which of several class prompts is theirs is not known" in err

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from blockprune.data.image_files import IMAGE_SUFFIXES
@@ -86,7 +88,7 @@ class ClassImages:
             )
 
 
-def _write(file: Path, pixels: Sequence[Any]) -> None:
+def _write(file: Path, pixels: NDArray[np.uint8]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     with writing(file) as part:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from blockprune.errors import UserError
-from blockprune.measures.subject import word
+from blockprune.measures.subject_token import word
 from blockprune.model.defaults import MOST_BATCH, MOST_IMAGES
 from blockprune.request import option
 from blockprune.stages.fields import MEASURES, MODEL, Measuring
@@ -91,5 +91,5 @@ class PersonaliseRequest(Stepping):
         return self.learning_rate or (FULL_RATE if self.rank is None else LORA_RATE)
 
     def drawing(self) -> Measuring:
-        judged = {"clip": self.clip, "dino": self.dino, "instance_data_dir": self.instance_data_dir, "token": self.token}
-        return replace(super().drawing(), **judged)
+        drawn, folder = super().drawing(), self.instance_data_dir
+        return replace(drawn, clip=self.clip, dino=self.dino, instance_data_dir=folder, token=self.token)
