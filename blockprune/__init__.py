@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockprune.api import distill, evaluate, graph, prune, removed, report, save, scan, search
+    from blockprune.api import distill, evaluate, graph, personalise, prune, removed, report, save, scan, search
     from blockprune.export.pipeline import load_pipeline
     from blockprune.model.architecture import Architecture
     from blockprune.model.graph import BlockGraph
@@ -23,6 +23,7 @@ _HOMES = {
     "evaluate": "api",
     "graph": "api",
     "load_pipeline": "export.pipeline",
+    "personalise": "api",
     "prune": "api",
     "removed": "api",
     "report": "api",
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate",
     "graph",
     "load_pipeline",
+    "personalise",
     "prune",
     "removed",
     "report",

@@ -30,13 +30,16 @@ from blockprune.model.trace import trace
 from blockprune.progress import Bars, Listener, Silent
 from blockprune.reports.report import write_report
 from blockprune.reports.request import ReportRequest
-from blockprune.results import EvaluateResult, ReportResult, ScanResult, SearchResult, TrainResult
+from blockprune.results import EvaluateResult, PersonaliseResult, ReportResult, ScanResult, SearchResult, TrainResult
 from blockprune.runs.directory import check_run_folder, read_run
 from blockprune.runs.memory import MemoryRun
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.run import evaluate as run_evaluate
 from blockprune.stages.fields import OnModel
 from blockprune.stages.fitting import fitted_weights
+from blockprune.stages.personalise.benchmark import benchmark as run_benchmark
+from blockprune.stages.personalise.request import PersonaliseRequest
+from blockprune.stages.personalise.run import personalise as run_personalise
 from blockprune.stages.scan.request import ScanRequest
 from blockprune.stages.scan.run import scan as run_scan
 from blockprune.stages.search.request import SearchRequest
@@ -278,6 +281,49 @@ def distill(
         return TrainResult(run_distill(given, asked, folder, listener, data))
 
 
+def personalise(
+    model: AnyModel | None = None,
+    instance_data_dir: str | Path | None = None,
+    instance_prompt: str | None = None,
+    *,
+    request: PersonaliseRequest | None = None,
+    steps: int | None = None,
+    out: str | Path | None = None,
+    progress: Listener | None = None,
+    **fields: Any,
+) -> PersonaliseResult:
+    """Teaches a model a subject from a few images (DreamBooth): all of its weights, or with a `rank` a LoRA.
+
+    With a `protocol` it learns every subject of a dataset, each anew.
+
+    `steps` are updates, `max_train_steps` of `PersonaliseRequest`, whose other fields are keywords, too, or come as a `request`.
+    A pipeline that is given, pruned or not, stays as it was. With `out`, a run directory with checkpoints is written, and the same
+    call again goes on.
+
+    >>> import tempfile, blockprune as bp
+    >>> from PIL import Image
+    >>> folder = tempfile.mkdtemp()
+    >>> for i in range(3):
+    ...     Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(f"{folder}/{i}.png")
+    >>> quick = dict(steps=2, n_images=2, denoising_steps=1, progress=bp.Silent())
+    >>> found = bp.personalise("tiny-digits", folder, "bold upright: sks top left", rank=2, **quick)
+    >>> [row.step for row in found.rows], sorted(found.scores)
+    ([1, 2], ['clip_i', 'clip_t', 'dino', 'train_memory', 'train_time'])
+    """
+    given = {"instance_data_dir": instance_data_dir, "instance_prompt": instance_prompt, "max_train_steps": steps}
+    given |= {"model": None if model is None else _name(model)}
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    fields |= {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if value is not None}
+    asked = replace(request, **fields) if request else PersonaliseRequest.from_mapping(fields, "PersonaliseRequest(...)")
+    opened = of_pipeline(model, asked.resolution) if isinstance(model, DiffusionPipeline) else None
+    folder = _run_folder(out)
+    with progress or (Silent() if helps() else Bars()) as listener:
+        if asked.protocol:
+            return PersonaliseResult(run_benchmark(opened, asked, folder, listener).run)
+        learnt = run_personalise(opened, asked, folder, listener)
+        return PersonaliseResult(learnt.run, learnt)
+
+
 def _run_folder(out: str | Path | None) -> Path | None:
     """The run directory, of which nothing is known that forbids writing there; None for a run in memory."""
     if out is not None:
@@ -293,6 +339,7 @@ def _name(model: AnyModel) -> str:
 
 def _asked(kind: type[R], request: R | None, model: AnyModel | None, fields: dict[str, Any]) -> R:
     """The request that is given, or the one of these fields."""
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
     if request is not None:
         return replace(request, **fields)
     if model is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
@@ -112,10 +111,14 @@ class Request:
         return {name: value for name, value in self.to_json().items() if about[name].compared}
 
 
-@cache
+_HINTS: dict[type[Request], dict[str, Any]] = {}
+
+
 def hints(request: type[Request]) -> dict[str, Any]:
-    """The types of a request's fields."""
-    return get_type_hints(request)
+    """The types of a request's fields, worked out once."""
+    if request not in _HINTS:
+        _HINTS[request] = get_type_hints(request)
+    return _HINTS[request]
 
 
 def several(request: type[Request], name: str) -> bool:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from blockprune.reports.model_view import ModelView
     from blockprune.reports.search_view import SearchView
-    from blockprune.reports.unet import Svg
+    from blockprune.reports.svg import Svg
     from blockprune.reports.view import ScanView
+    from blockprune.stages.personalise.run import Personalised
     from blockprune.stages.train.run import Distilled
 
 F = TypeVar("F")
@@ -103,7 +104,7 @@ class EvaluateResult:
         """The rows as a pandas DataFrame."""
         return _pandas().DataFrame(self.rows)
 
-    def figure(self, name: str = "images") -> Figure:
+    def figure(self, name: str = "images") -> Figure | Svg:
         """A figure: images, or guidance. UserError for one there is no data for."""
         from blockprune.reports.model_figures import evaluation_figures
 
@@ -166,7 +167,7 @@ class TrainResult:
         rows = [{"step": r.step, **r.losses, "n_images": r.n_images, "seconds": r.seconds} for r in self.rows]
         return _pandas().DataFrame(rows)
 
-    def figure(self, name: str = "losses") -> Figure:
+    def figure(self, name: str = "losses") -> Svg:
         """A figure of the report: losses or validation. UserError for one there is no data for."""
         from blockprune.reports.curves import curves
 
@@ -178,6 +179,73 @@ class TrainResult:
 
         _write(Path(folder), report_files(self.run))
         return self.distilled.export(Path(folder) / "pipeline", card_of(self.run))
+
+
+@dataclass(frozen=True)
+class PersonaliseResult:
+    """A personalisation: a row for each update, and scores of what the model draws of its subject; of a benchmark only the scores.
+
+    See `blockprune.personalise` for an example.
+    """
+
+    run: AnyRun
+    personalised: Personalised | None = None
+
+    @property
+    def leads(self) -> bool:
+        """False in a process that only helped, whose rows are its own and whose run is not written."""
+        return self.personalised is None or self.personalised.leads
+
+    @property
+    def rows(self) -> list[TrainState]:
+        return [TrainState.from_json(row) for row in self.run.rows() if row["kind"] == "train"]
+
+    @property
+    def validations(self) -> list[tuple[int, Score]]:
+        """(update, score) for each measure of each validation."""
+        return [(row["step"], Score.from_json(row["score"])) for row in self.run.rows() if row["kind"] == "validation"]
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """The scores after the last update by measure, and what the training took; of a benchmark over its subjects."""
+        from blockprune.reports.personalisations import last_scores
+
+        return last_scores(self.run)
+
+    @property
+    def subjects(self) -> dict[str, dict[str, Score]]:
+        """The scores of each subject of a benchmark by measure."""
+        from blockprune.reports.personalisations import by_subject
+
+        return by_subject(self.run)
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline that has learnt the subject, on the device and in the precision of the one that was given.
+
+        UserError for a benchmark, which keeps none.
+        """
+        if self.personalised is None:
+            raise UserError("a benchmark keeps no pipeline: personalise with the one subject whose pipeline is wanted")
+        return self.personalised.model.pipe
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with a row for each update: every term of the loss, images and seconds."""
+        rows = [{"step": r.step, **r.losses, "n_images": r.n_images, "seconds": r.seconds} for r in self.rows]
+        return _pandas().DataFrame(rows)
+
+    def figure(self, name: str = "losses") -> Svg:
+        """A figure: losses. UserError for one there is no data for."""
+        from blockprune.reports.curves import curves
+
+        return _chosen(name, curves(self.run.rows()))
+
+    def save(self, folder: str | Path) -> str:
+        """Writes curves, scores and, unless it is there already, pipeline/ or lora/ to a folder; returns what loads that."""
+        from blockprune.reports.personalisations import report_files
+
+        _write(Path(folder), report_files(self.run))
+        return self.personalised.export(Path(folder)) if self.personalised else f"the scores are in {folder}"
 
 
 @dataclass(frozen=True)

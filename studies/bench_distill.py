@@ -32,9 +32,10 @@ from blockprune.model import presets
 from blockprune.model.model import Model, load_model
 from blockprune.runs.provenance import made_with
 from blockprune.stages import loading
-from blockprune.stages.train.distill import Batch, Distiller, Sampler, Settings, student_of
+from blockprune.stages.train.distill import Distiller, student_of
 from blockprune.stages.train.recipe import read_recipe
-from blockprune.stages.train.samples import data_of, provider_of, samples_of
+from blockprune.stages.train.samples import Batch, Sampler, data_of, provider_of, samples_of
+from blockprune.stages.train.trainer import Settings
 
 Step = Callable[[], None]
 

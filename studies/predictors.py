@@ -36,9 +36,9 @@ from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.runs.atomic import writing
 from blockprune.stages.search.space import Space
-from blockprune.stages.train.distill import Batch, Sampler
 from blockprune.stages.train.losses import output_loss, task_loss
 from blockprune.stages.train.recover import LEARNING_RATE, Recovery
+from blockprune.stages.train.samples import Batch, Sampler
 
 FITS = ("none", "channel", "linear")
 DRAWN = ("fid", "clip_score", "feature_distance")

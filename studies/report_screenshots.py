@@ -1,22 +1,25 @@
-"""What does a report look like on a desk and on a phone, in light and in dark?
+"""What does a report look like on a desk and on a phone, in light and in dark, and how long is it?
 
     blockprune report RUN... --out report.html
     python studies/report_screenshots.py report.html --out screenshots/
 
-Writes PNGs of the whole page at 1280 and 375 pixels of width, in both colour schemes. It needs Chromium and the `dev` extra; about
-10 seconds.
+Writes PNGs of the page, its sections folded, at 1280 and 390 pixels of width, in both colour schemes, each of 256 colours. It needs
+Chromium and the `dev` extra; about 10 seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
-WIDTHS = {"desk": 1280, "phone": 375}
+WIDTHS = {"desk": 1280, "phone": 390}
+HEIGHT = 900
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 
@@ -35,9 +38,12 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
         for device, width in WIDTHS.items():
             for scheme in SCHEMES:
-                page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+                page = browser.new_page(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
                 page.goto(args.page.resolve().as_uri())
-                page.screenshot(path=args.out / f"{device}-{scheme}.png", full_page=True)
+                height = page.evaluate("document.documentElement.scrollHeight")
+                print(f"{device}, {scheme}: {height / HEIGHT:.1f} screens of {width} x {HEIGHT} pixels")
+                picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+                picture.quantize(256, dither=Image.Dither.NONE).save(args.out / f"{device}-{scheme}.png", optimize=True)
                 page.close()
         browser.close()
     print(f"screenshots are in {args.out}")

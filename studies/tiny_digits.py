@@ -32,7 +32,7 @@ QUANTISED = ("tiny-digits", "bk-sdm-small", "small-found")
 N_STEPS = (4, 10)
 DISTILL = "--max-train-steps 600 --learning-rate 5e-4 --ema --checkpointing-steps 200 --validation-steps 200 --n-images 128"
 PARTS = ("scan", "search", "distill", "evaluate", "sweep", "quantise", "report")
-COPIED = ("report.md", "scan.csv", "scan.json", "unet.svg", "sensitivity.png", "tradeoff.png", "grid.png", "correlation.png")
+COPIED = ("report.md", "scan.csv", "scan.json", "unet.svg", "sensitivity.svg", "tradeoff.svg", "grid.png", "correlation.svg")
 
 
 def found(design: str) -> str:

@@ -291,6 +291,20 @@ def test_killed_where_it_hurts_most(
     assert_same(out, undisturbed(name).folder)
 
 
+def test_a_killed_export_is_not_there_and_starts_anew(
+    launcher: Launcher, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Killed when all is written but its name: nothing has that name, what lay beside it is untouched, and nothing is left over."""
+    out, args = tmp_path / "out", ("export", str(tiny_folder("sd1")), "--format", "torch-export")
+    (tmp_path / "other").write_text("stays")
+    assert launcher.run(args, out, Moment(change=f"os.rename {tmp_path}/.out.part")) == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {"other", ".out.part"}
+    (tmp_path / ".out.part" / "unet" / "half.bin").write_text("of another")
+    launcher.finish(args, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "out"}
+    assert list(files(out)) == ["export.json", "unet/config.json", "unet/model.pt2"]
+
+
 def scores(folder: Path, kind: str) -> dict[tuple[str, int], float]:
     """(architecture, tier) => score."""
     tiers = [(i, tier) for row in directory.read_rows(folder) if row["kind"] == kind for i, tier in enumerate(row["tiers"])]

@@ -18,7 +18,7 @@ ROOMS = (
     *("errors", "decode", "request", "progress", "assets", "model", "cost", "measures", "runs", "data"),
     *("export", "stages", "reports", "results", "api", "cli", "__main__"),
 )
-STAGES = ("train", "evaluate", "scan", "search")
+STAGES = ("train", "personalise", "evaluate", "scan", "search")
 # What reports and help may import at their top level without waiting for torch.
 NO_TORCH = (
     "blockprune.model.architecture",

@@ -62,6 +62,17 @@ def unet(kind: str, seed: int = 0) -> UNet2DConditionModel:
         return UNet2DConditionModel(**_UNETS[kind]).eval()
 
 
+def small_unet(kind: str, seed: int = 0) -> UNet2DConditionModel:
+    """A U-Net of the kind "sd1" or "sdxl" with two stages of one layer, where the number of modules is what takes the time."""
+    plain, attention = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+    outer, inner = (plain, attention) if kind == "sdxl" else (attention, plain)
+    more: dict[str, Any] = {"attention_head_dim": (1, 2), "transformer_layers_per_block": (1, 2)} if kind == "sdxl" else {}
+    stages = {"down_block_types": (outer[0], inner[0]), "up_block_types": (inner[1], outer[1]), "layers_per_block": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(**{**_UNETS[kind], "block_out_channels": (8, 16), **stages, **more}).eval()
+
+
 def inputs(kind: str, batch: int = 2, size: int | tuple[int, int] = 8, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of the U-Net's forward: noise (batch, 4, h, w), a timestep per row, random conditions."""
     g = torch.Generator().manual_seed(seed)

@@ -24,6 +24,7 @@ from blockprune.cli import (
     graph,
     map_adapter,
     names,
+    personalise,
     report,
     scan,
     search,
@@ -59,6 +60,7 @@ app.command("cache", cls=CheckedCommand)(cache.cache)
 app.command("scan", cls=CheckedCommand)(scan.scan)
 app.command("search", cls=CheckedCommand)(search.search)
 app.command("distill", cls=CheckedCommand)(distill.distill)
+app.command("personalise", cls=CheckedCommand)(personalise.personalise)
 app.command("evaluate", cls=CheckedCommand)(evaluate.evaluate)
 app.command("export", cls=CheckedCommand)(export.export)
 app.command("map-adapter", cls=CheckedCommand)(map_adapter.map_adapter)

@@ -17,7 +17,7 @@ from blockprune.request import Option, Request, bounds, flag, kind, several
 Run = Callable[..., None]
 OUTPUT = "Output"
 # the groups of options in the order in which help shows them; others come before the last two
-GROUPS = ("Model", "Student", "What to remove", "Measures", "Sampling", "Budget", "Search", "Recovery")
+GROUPS = ("Model", "Student", "Subject", "What to remove", "Measures", "Sampling", "Budget", "Search", "Recovery")
 LAST_GROUPS = ("Scale", OUTPUT)
 CONFIG_FILE = Annotated[
     Path | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blockprune.cli import options
 from blockprune.cli.command import command
 from blockprune.errors import UserError
+from blockprune.export.runtimes import RUNTIMES, TORCH
 from blockprune.model.defaults import MOST_BATCH, MOST_STEPS
 from blockprune.request import Bounds, option
 from blockprune.stages.fields import MEASURES, REMOVE, SAMPLING, SCALE, OnModel
@@ -38,17 +39,17 @@ class CostRequest(OnModel):
     batch_size: int = option(1, "rows of the measured U-Net step; guidance takes two per image", SCALE, least=1, most=MOST_BATCH)
 
     runtime: tuple[str, ...] = option(
-        ("torch",),
+        (TORCH,),
         "what runs the measured step, several with commas between",
         MEASURES,
-        choices=("torch", "torch-compile", "onnxruntime", "openvino", "torch-export", "aot-inductor"),
+        choices=RUNTIMES,
         commas=True,
     )
 
     def check(self) -> None:
-        if self.runtime != ("torch",) and (not self.latency or self.components):
+        if self.runtime != (TORCH,) and (not self.latency or self.components):
             raise UserError("--runtime says what runs the step that --latency measures: add --latency, without --components")
-        if self.runtime != ("torch",) and (self.device not in (None, "cpu") or self.dtype != "float32"):
+        if self.runtime != (TORCH,) and (self.device not in (None, "cpu") or self.dtype != "float32"):
             raise UserError("--runtime measures on the CPU in float32: leave out --device and --dtype")
         if len(self.arch) > 1 and not self.components:
             raise UserError("several --arch are compared part by part: add --components, or give one")
@@ -64,6 +65,11 @@ def run(request: CostRequest, macs: options.Macs = "thop", as_json: options.AsJs
     from blockprune.model.trace import trace
 
     convention = options.convention(macs)
+    if request.runtime != (TORCH,):
+        from blockprune.export.runtimes.network import check_runtime
+
+        for name in request.runtime:
+            check_runtime(name)
     parts = configs(request.model)
     graph = trace(parts.unet, parts.latent(request.resolution), parts.n_tokens)
     students = {text: parse(text, graph) for text in request.arch}
@@ -113,7 +119,7 @@ def _side_by_side(
     data |= {"teacher": _to_json(full), "reduction": reductions(full, kept)}
     if request.verify:
         data["verify"] = verify(parts, student, latent)
-    if request.latency and request.runtime != ("torch",):
+    if request.latency and request.runtime != (TORCH,):
         from blockprune.export.runtimes.network import time_runtimes
 
         data["runtimes"] = time_runtimes(parts, student, latent, request.batch_size, request.runtime, request.rounds)

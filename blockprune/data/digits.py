@@ -57,6 +57,15 @@ def caption(labels: Labels) -> str:
     return f"{WEIGHT_WORDS[labels.weight]} {SLANT_WORDS[labels.slant]}: {', '.join(cells)}"
 
 
+def exchanged(labels: Labels, seed: int) -> tuple[Labels, int]:
+    """Return the labels with another digit in one cell that has one, and that cell's number."""
+    rng = np.random.default_rng(seed)
+    cell = int(rng.choice([cell for cell, digit in enumerate(labels.digits) if digit != EMPTY]))
+    digits = list(labels.digits)
+    digits[cell] = int(rng.choice([digit for digit in range(10) if digit != digits[cell]]))
+    return Labels(tuple(digits), labels.slant, labels.weight), cell  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=1)
 def source_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the source: ink (1797, 8, 8) float32 in [0, 1], digit (1797,) and whether held out (1797,) bool."""

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,7 @@ from torch import Tensor
 from blockprune.data.captions import METADATA, caption_of, flaw, metadata_of, read_metadata
 from blockprune.data.digits import DigitScenes
 from blockprune.data.image_files import MAX_ASPECT, Unreadable, read_image
-from blockprune.data.image_folder import resize_centre_crop
+from blockprune.data.image_folder import ImageFolder, resize_centre_crop
 from blockprune.errors import UserError
 from blockprune.model.presets import MAX_NAMES, expand
 
@@ -114,6 +114,22 @@ class CaptionedFolder:
         if not _inside(self.folder, name):
             raise Unreadable(f"{name} lies outside the folder")
         return Pair(_square(self.folder / name, name, self.size), _checked(caption, name))
+
+
+class PromptedFolder:
+    """The first `n` images of a folder (None: all), sorted by path, under one prompt, or under several in turn."""
+
+    def __init__(self, folder: Path, prompts: Sequence[str], size: int, n: int | None = None) -> None:
+        self.folder, self.prompts, self.size, self.name = folder, prompts, size, str(folder)
+        self.names = ImageFolder(folder).names[:n]
+        self.identity = _identity([tuple(prompts), *((name, _n_bytes(folder, name)) for name in self.names)])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Pair:
+        name = self.names[index]
+        return Pair(_square(self.folder / name, name, self.size), _checked(self.prompts[index % len(self.prompts)], name))
 
 
 class Sample(NamedTuple):

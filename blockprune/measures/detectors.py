@@ -40,13 +40,15 @@ class HubDetector:
     UserError when the model is not to be had, incomplete, or has no pooled output.
     """
 
+    unused = ""  # what the names of weights begin with that a checkpoint may lack
+
     def __init__(self, source: str | Path, device: str = "cpu", name: str | None = None) -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
         self.name = name or (Path(source).resolve().name if Path(source).is_dir() else str(source))
         self.device = device
         classifies = any("ForImageClassification" in a for a in _config(source).architectures or ())
-        self.model = _load_model(AutoModelForImageClassification if classifies else AutoModel, source, device)
+        self.model = _load_model(AutoModelForImageClassification if classifies else AutoModel, source, device, self.unused)
         self.processor = _load(AutoImageProcessor, source, "preprocessor_config.json")
         config = self.model.config
         self.head_sizes: list[int] = list(getattr(config, "head_sizes", [])) or [config.num_labels]
@@ -80,6 +82,19 @@ class HubDetector:
         width = max(self.head_sizes)
         padded = [torch.nn.functional.pad(head, (0, width - head.shape[1])) for head in heads]
         return features, _array(torch.stack(padded, dim=1), flat=False)
+
+
+class Vision(HubDetector):
+    """Embeddings of length 1: of the CLS token where the model has one, as DINO's are compared, else its pooled output."""
+
+    unused = "pooler."
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> Features:
+        if not any(name.endswith("cls_token") for name, _ in self.model.named_parameters()):
+            return _unit(torch.from_numpy(super().__call__(images)))
+        pixels = _prepare(self.processor, images, self.device)
+        return _unit(self.model.base_model(pixel_values=pixels).last_hidden_state[:, 0])
 
 
 class InceptionDetector:
@@ -251,6 +266,11 @@ class Scorer:
         return _unit(_pooled(output, self.name))
 
 
+def load_vision(source: str, device: str = "cpu") -> Vision:
+    """The built-in detector's features, or a vision model from a local folder or hub id. UserError when it is not to be had."""
+    return Vision(BUILT_IN / "detector", device, source) if source == "tiny-digits" else Vision(source, device)
+
+
 def load_scorer(source: str = "tiny-digits", device: str = "cpu") -> Scorer:
     """The built-in scorer, or a CLIP model from a local folder or hub id. UserError when it is not to be had."""
     return Scorer(BUILT_IN / "scorer", device, source) if source == "tiny-digits" else Scorer(source, device)
@@ -285,10 +305,11 @@ def _config(source: str | Path) -> Any:
     return _load(AutoConfig, source, "config.json")
 
 
-def _load_model(auto: Any, source: str | Path, device: str) -> Any:
+def _load_model(auto: Any, source: str | Path, device: str, unused: str = "") -> Any:
     model, info = _load(auto, source, "weights", output_loading_info=True)
     # transformers fills what a checkpoint lacks with random weights and only warns
     lacking = sorted({*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])})
+    lacking = [name for name in lacking if not unused or not name.startswith(unused)]
     if lacking:
         raise UserError(
             f"the weights of {str(source)!r} are incomplete ({len(lacking)} missing, such as {lacking[0]}): fetch it again"

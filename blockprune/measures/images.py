@@ -17,14 +17,16 @@ from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.measures.intervals import Statistic
 from blockprune.measures.measure import NEEDS, Measure, Seen, measure
 from blockprune.measures.score import Score
+from blockprune.measures.subject import Subject
 
 
 @dataclass(frozen=True)
 class Judges:
-    """Who looks at the images: a detector with the reference it is compared to, and a CLIP scorer. Either may be missing.
+    """Who looks at the images: a detector with the reference it is compared to, a CLIP scorer, and a subject that they may show.
+    Each may be missing.
 
     `is_splits` is over how many parts of the images the Inception Score is averaged. `own` are a user's measures, which look at the
-    images themselves.
+    images themselves. `inputs` says that the images were made from others, which are shown beside them.
     """
 
     detector: Detector | None = None
@@ -32,15 +34,21 @@ class Judges:
     scorer: Scorer | None = None
     is_splits: int = 1
     own: tuple[Measure, ...] = ()
+    inputs: bool = False
+    subject: Subject | None = None
 
-    def look(self, images: Tensor, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """NCHW uint8 and their prompts => what was seen, arrays with one row per image."""
+    def look(self, images: Tensor, prompts: Sequence[str], inputs: Tensor | None = None) -> dict[str, NDArray[Any]]:
+        """NCHW uint8, their prompts, and what they were made from => what was seen, arrays with one row per image."""
         seen: dict[str, NDArray[Any]] = {}
         if self.detector:
             features, probs = self.detector.features_and_probs(images)
             seen |= {"features": features} | ({} if probs is None else {"probs": probs})
         if self.scorer:
             seen |= {"image": self.scorer.image(images), "text": self.scorer.text(prompts)}
+        if inputs is not None:
+            seen["input_l1"] = pixel_l1(images, inputs)
+        if self.subject:
+            seen |= self.subject.look(images, prompts, seen)
         return seen | {m.name: m.look(images, prompts) for m in self.own if m.look}
 
     def with_own(self, wanted: Iterable[str]) -> Judges:
@@ -50,7 +58,10 @@ class Judges:
     def lacks(self, name: str) -> str:
         """What a measure needs and does not have, in words that say which option gives it; "" when nothing."""
         there = {"detector": self.detector is not None, "reference": self.reference is not None, "scorer": self.scorer is not None}
+        there |= {"input": self.inputs}
         there |= {"reference features": self.reference is not None and self.reference.features is not None}
+        there |= {"subject": self.subject is not None, "training": False}
+        there |= {"vision": self.subject is not None and self.subject.vision is not None}
         return next((NEEDS[need] for need in measure(name).needs if not there.get(need, True)), "")
 
     def check(self, wanted: Iterable[str]) -> None:
@@ -58,6 +69,11 @@ class Judges:
         for name in wanted:
             if need := self.lacks(name):
                 raise UserError(f"measure {name!r} needs {need}, or leave it out of --measures")
+
+
+def pixel_l1(images: Tensor, others: Tensor) -> NDArray[np.float64]:
+    """NCHW uint8 twice => (N,) mean absolute differences of their pixels, of which black and white are 1 apart."""
+    return np.asarray((images.double() - others.double()).abs().mean((1, 2, 3)) / 255)
 
 
 def stack(batches: Iterable[Seen]) -> dict[str, NDArray[Any]]:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from blockprune.measures.intervals import Statistic
 
-Seen = Mapping[str, Any]  # what judges see of images, arrays with one row per image: features, probs, image, text, and a user's own
+Seen = Mapping[
+    str, Any
+]  # what judges see of images, arrays with one row per image: features, probs, image, text, input_l1, a user's own
 Kind = Literal["denoising", "images", "cost", "timing"]
 ARROWS = {"down": "↓", "up": "↑"}
 # what a measure may need => how the command line gives it
@@ -28,6 +30,10 @@ NEEDS = {
     "reference features": "a reference with its features: make one with `blockprune stats`",
     "scorer": "a scorer: give --clip DIR or id",
     "guidance": "guidance: give --cfg-scale above 1",
+    "input": "input images: give evaluate --task img2img --data DIR",
+    "subject": "a subject's images: give --instance-data-dir",
+    "vision": "a vision model: give --dino DIR or id",
+    "training": "a training: `blockprune personalise` measures it",
 }
 
 
@@ -96,15 +102,37 @@ def _inception_score(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
 
 
 def _clip_score(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import fid_kid, intervals
+    from blockprune.measures import fid_kid
 
-    return intervals.mean_statistic(fid_kid.clip_score(seen["image"], seen["text"]))
+    return _mean(fid_kid.clip_score(seen["image"], seen["text"]))
 
 
 def _feature_distance(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
-    from blockprune.measures import fid_kid, intervals
+    from blockprune.measures import fid_kid
 
-    return intervals.mean_statistic(fid_kid.feature_distance(seen["features"], teacher["features"]))
+    return _mean(fid_kid.feature_distance(seen["features"], teacher["features"]))
+
+
+def _input_l1(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["input_l1"])
+
+
+def _dino(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["dino"])
+
+
+def _clip_i(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["clip_i"])
+
+
+def _clip_t(seen: Seen, teacher: Seen, judges: Any) -> Statistic:
+    return _mean(seen["clip_t"])
+
+
+def _mean(values: Any) -> Statistic:
+    from blockprune.measures import intervals
+
+    return intervals.mean_statistic(values)
 
 
 _KNOWN = (
@@ -116,13 +144,19 @@ _KNOWN = (
         "feature_distance", "", "down", "feature distance to the teacher's image", "images", ("detector",), True, _feature_distance
     ),
     Measure("clip_score", "cosine", "up", "CLIP score", "images", ("scorer",), compute=_clip_score),
+    Measure("input_l1", "", "down", "L1 distance to the input image", "images", ("input",), compute=_input_l1),
     Measure("is", "", "up", "Inception Score", "images", ("detector", "classes"), compute=_inception_score),
+    Measure("dino", "cosine", "up", "DINO: cosine to the subject's images", "images", ("subject", "vision"), compute=_dino),
+    Measure("clip_i", "cosine", "up", "CLIP-I: cosine to the subject's images", "images", ("subject", "scorer"), compute=_clip_i),
+    Measure("clip_t", "cosine", "up", "CLIP-T: cosine to the prompt", "images", ("subject", "scorer"), compute=_clip_t),
     Measure("params", "parameters", "down", "U-Net parameters", "cost"),
     Measure("macs", "MACs", "down", "U-Net step MACs", "cost"),
     Measure("weight_bytes", "bytes", "down", "stored bytes of the U-Net's weights", "cost"),
     Measure("latency", "s", "down", "U-Net step latency", "timing"),
     Measure("latency_ratio", "x teacher", "down", "U-Net step latency relative to the teacher, interleaved", "timing"),
     Measure("memory", "bytes", "down", "peak memory of a U-Net step", "timing"),
+    Measure("train_time", "s", "down", "time of all updates of a training", "timing", ("training",)),
+    Measure("train_memory", "bytes", "down", "peak memory of an update", "timing", ("training",)),
 )
 MEASURES: dict[str, Measure] = {measure.name: measure for measure in _KNOWN}  # in the order in which they are shown
 
@@ -142,6 +176,11 @@ def names(*kinds: Kind) -> list[str]:
 def quality() -> list[str]:
     """The measures of quality, in the order in which they are shown; the first that a run has is the one it is ranked by."""
     return names("denoising", "images")
+
+
+def of_drawings() -> list[str]:
+    """The measures of quality that need no input images: what a scan or a search can score by."""
+    return [name for name in quality() if "input" not in MEASURES[name].needs]
 
 
 def define(new: Measure) -> Measure:

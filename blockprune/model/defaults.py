@@ -16,7 +16,7 @@ BUILT_IN = {"tiny-digits": ASSETS / "models" / "tiny-digits"}
 GENERIC_PROMPTS = ASSETS / "prompts.txt"
 DEFAULTS = {"n_images": 64, "steps": 25, "cfg_scale": 7.5, "batch_size": 4, "eps_samples": 64}
 OWN = "blockprune.json"
-PATHS = ("detector", "clip", "reference", "prompts", "data")
+PATHS = ("detector", "clip", "dino", "reference", "prompts", "data")
 # the most that may be asked for, here and in a request
 MOST_IMAGES = 10**6
 MOST_STEPS = 10**4
@@ -35,6 +35,7 @@ class Defaults(msgspec.Struct, forbid_unknown_fields=True):
     eps_samples: Annotated[int, Meta(ge=1, le=MOST_SAMPLES)] = 1
     detector: str = ""
     clip: str = ""
+    dino: str = ""
     reference: str = ""
     prompts: str = ""
     data: str = ""

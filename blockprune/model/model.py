@@ -113,6 +113,10 @@ class Model:
         """Images NCHW uint8, one for each row of `condition`, each from a seed of its own. Raises NotFinite."""
         return sampling.decode(self.pipe, sampling.denoise(self.pipe, protocol, condition, blank, seeds))
 
+    def edited(self, protocol: Protocol, strength: float, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Images NCHW uint8 that `images` become by their prompts, each with a seed of its own. Raises NotFinite."""
+        return sampling.decode(self.pipe, sampling.edit(self.pipe, protocol, strength, images, prompts, seeds))
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Images NCHW uint8 => the mean of their latents (N, C, h, w), scaled as the network takes them."""
         return sampling.encode_images(self.pipe, images)

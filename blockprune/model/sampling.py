@@ -122,6 +122,34 @@ def denoise(pipe: DiffusionPipeline, protocol: Protocol, condition: Condition, b
     return latents
 
 
+@torch.inference_mode()
+def edit(
+    pipe: DiffusionPipeline, protocol: Protocol, strength: float, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]
+) -> Tensor:
+    """The latents (N, C, h, w) that images NCHW uint8 become by their prompts in diffusers' own image-to-image pipeline.
+
+    The last int(strength * n_steps) of the protocol's steps are taken, at least one. Image i has seed `seeds[i]` for its encoding,
+    its noise, and the scheduler's. Raises NotFinite.
+    """
+    img2img = family_of(pipe.unet.config).img2img
+    assert img2img is not None, "a plan has checked that the family has one"
+    editor = img2img(pipe)
+    editor.scheduler = scheduler_of(pipe, protocol.scheduler)
+    editor.set_progress_bar_config(disable=True)
+    latents: Tensor = editor(
+        prompt=list(prompts),
+        image=images.float() / 255,
+        strength=strength,
+        num_inference_steps=protocol.n_steps,
+        guidance_scale=protocol.cfg_scale,
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
+        output_type="latent",
+    ).images
+    if not torch.isfinite(latents).all():
+        raise NotFinite("the latents are not finite")
+    return latents
+
+
 def _generators(scheduler: SchedulerMixin, seeds: Sequence[int]) -> dict[str, Any]:
     """Generators of each image's own for schedulers that add noise, offset so as not to repeat the first noise."""
     if "generator" not in inspect.signature(scheduler.step).parameters:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import get_data_path, rc_context
+from matplotlib import get_data_path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -18,15 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from blockprune.measures.measure import MEASURES
+from blockprune.reports.svg import Svg
 
 INK, MUTED, FAINT = "#1c2733", "#5f6b76", "#c9d0d6"
 # Light to dark with hue from yellow to violet: luminance falls steadily, so it reads in grey and with any colour vision.
 LOSS = ["#fdf3c7", "#fcd67f", "#f7a55b", "#e66c5c", "#b93d74", "#782281", "#2e1161"]
-# Okabe and Ito's colours for several runs or models, told apart with any colour vision; markers repeat what they say.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#1c2733", "#e69f00", "#56b4e9")
-MARKERS = "osD^vP*"
 WIDE = 20
 DPI = 150
+LONG = 30  # letters of a title
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -43,12 +42,9 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def svg(figure: Figure) -> bytes:
-    """The figure as SVG with its text as outlines, the same bytes for the same figure."""
-    out = io.BytesIO()
-    with rc_context({"svg.hashsalt": "blockprune", "svg.fonttype": "path"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
+def encoded(figure: Figure | Svg) -> bytes:
+    """What the file of a figure holds: PNG, or SVG."""
+    return figure.encode() if isinstance(figure, Svg) else png(figure)
 
 
 @cache
@@ -65,18 +61,6 @@ def write(ax: Axes, x: float, y: float, text: object, **style: Any) -> None:
     """Text at a point of `ax`, taken literally: a dollar sign starts no formula. Line breaks stay."""
     lines = "\n".join(plain(line) for line in str(text).split("\n"))
     ax.text(x, y, lines, parse_math=False, **{"color": INK, "fontsize": 8, "family": "DejaVu Sans", **style})
-
-
-def named(label: object) -> str:
-    """`label` as the name of a curve: matplotlib leaves out of legends what starts with an underscore."""
-    text = plain(label)
-    return f" {text}" if text.startswith("_") else text
-
-
-def legend(host: Axes | Figure, *args: Any, **style: Any) -> None:
-    """A legend without a frame whose names are taken literally."""
-    for text in host.legend(*args, **{"fontsize": 8, "frameon": False, **style}).get_texts():
-        text.set_parse_math(False)
 
 
 def title(figure: Figure, text: object, sub: object = "") -> None:
@@ -111,9 +95,10 @@ def ink_on(colour: tuple[float, ...]) -> str:
 
 
 def axis_title(measure: str) -> str:
-    """What a measure's axis says: its title and which way is better."""
+    """What a measure's axis says: its title, its name where that is long, and which way is better."""
     kind = MEASURES[measure]
-    return f"{plain(kind.title)} ({'lower' if kind.direction == 'down' else 'higher'} is better)"
+    name = kind.title if len(kind.title) < LONG else kind.name
+    return f"{plain(name)} ({'lower' if kind.direction == 'down' else 'higher'} is better)"
 
 
 def colour_of(scale: ScalarMappable, value: float) -> tuple[float, float, float, float]:

@@ -1,4 +1,4 @@
-"""The curves of distillations: every term of the loss, and scores along training; one curve for each run."""
+"""The curves of distillations: every term of the loss, and scores along training."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from blockprune.measures.score import Score
-from blockprune.reports.canvas import INK, MARKERS, MUTED, SERIES, axis_title, legend, named, new_figure, tidy, title, write
+from blockprune.reports.canvas import axis_title
+from blockprune.reports.plot import SHAPES, Axis, Line, Mark, Plot, Rule, Sheet, series
+from blockprune.reports.svg import Svg
+from blockprune.reports.table import with_interval
 
-TERMS = {"loss": "#1c2733", "task": "#0072b2", "output": "#d55e00", "feature": "#009e73"}
+TERMS = {"loss": "s4", "task": "s0", "output": "s1", "feature": "s2"}
 VALIDATED = ("fid", "is", "clip_score")
+POINTS = 60  # of a curve
 Rows = Sequence[Mapping[str, Any]]
 Along = Sequence[tuple[int, Score]]
 
 
-def curves(rows: Rows) -> Iterator[tuple[str, Figure]]:
+def curves(rows: Rows) -> Iterator[tuple[str, Svg]]:
     """(file name, figure) of what the rows of one run have: losses, and validation scores where there are any."""
     if trained(rows):
-        yield "losses.png", loss_figure({"": trained(rows)})
+        yield "losses.svg", losses({"": trained(rows)}).file()
     scores = validated(rows)
     if any(s.measure in VALIDATED for _, s in scores):
-        yield "validation.png", validation_figure({"": scores})
+        yield "validation.svg", validations({"": scores}).file()
 
 
 def trained(rows: Rows) -> list[Mapping[str, Any]]:
@@ -38,95 +39,83 @@ def validated(rows: Rows) -> list[tuple[int, Score]]:
     return [(row["step"], Score.from_json(row["score"])) for row in rows if row["kind"] == "validation"]
 
 
-def loss_figure(runs: Mapping[str, Rows]) -> Figure:
-    """Each term, unweighted, on a logarithmic axis; a running mean over a fiftieth of the steps over the raw values.
-
-    One run has its terms in one panel; several have a panel for each term.
-    """
-    sub = "Unweighted; thin: each update, thick: running mean. Judge a student by its images."
-    if len(runs) == 1:
-        figure = new_figure(7.4, 4.4)
-        title(figure, "Training losses", sub)
-        panels = {name: figure.axes[0] if figure.axes else figure.add_axes((0.1, 0.13, 0.87, 0.7)) for name in TERMS}
-        styles = {(run, term): (TERMS[term], term) for run in runs for term in TERMS}
-    else:
-        figure = new_figure(7.4, 6.2)
-        title(figure, "Training losses, one curve a run", sub)
-        grid = figure.subplots(2, 2).ravel()
-        figure.subplots_adjust(left=0.09, right=0.98, top=0.84, bottom=0.14, hspace=0.32, wspace=0.2)
-        panels = dict(zip(TERMS, grid, strict=True))
-        styles = {(run, term): (SERIES[i % len(SERIES)], run) for i, run in enumerate(runs) for term in TERMS}
-        for term, ax in panels.items():
-            write(ax, 0.0, 1.03, term, transform=ax.transAxes, fontsize=8.5)
-    for (run, term), (colour, label) in styles.items():
-        _loss(panels[term], runs[run], term, colour, label)
-    for ax in dict.fromkeys(panels.values()):
-        tidy(ax)
-        ax.set_yscale("log")
-    for ax in list(panels.values())[-2:]:
-        ax.set_xlabel("updates", fontsize=8.5, color=INK)
-    _legend(figure, next(iter(panels.values())), len(runs) > 1)
-    return figure
+def losses(runs: Mapping[str, Rows]) -> Sheet:
+    """A chart for each run with every term, unweighted, as a running mean over a fiftieth of the updates, on one scale."""
+    means = {run: {term: points for term in TERMS if (points := _mean(rows, term))} for run, rows in runs.items()}
+    axis = Axis.over("", [y for of in means.values() for points in of.values() for _, y in points], log=True)
+    plots = [
+        Plot(
+            run or "Terms of the loss",
+            Axis.over("updates", [x for points in of.values() for x, _ in points]),
+            axis,
+            lines=[Line(points, TERMS[term]) for term, points in of.items()],
+            keys={f"{TERMS[term]} dot": term for term in of},
+            alt="Loss terms over updates: " + ", ".join(f"{term} ends at {points[-1][1]:.3g}" for term, points in of.items()),
+        )
+        for run, of in means.items()
+        if of
+    ]
+    return Sheet(
+        "Training losses", "Unweighted; running mean over a fiftieth of the updates. Judge a student by its images.", plots
+    )
 
 
-def _loss(ax: Axes, rows: Rows, term: str, colour: str, label: str) -> None:
-    x = np.array([row["step"] for row in rows])
+def _mean(rows: Rows, term: str) -> list[tuple[float, float]]:
+    """(update, running mean) of a term at up to `POINTS` updates; none for a term that is not there throughout."""
     y = np.array([row["losses"].get(term, 0.0) for row in rows])
     if not (y > 0).all():
-        return
+        return []
     width = max(1, len(rows) // 50)
-    ax.plot(x, y, color=colour, lw=0.5, alpha=0.35)
     smooth = np.convolve(y, np.ones(width) / width, "valid")
-    ax.plot(x[width - 1 :], smooth, color=colour, lw=1.7, label=named(label))
+    at = np.unique(np.linspace(0, len(smooth) - 1, min(POINTS, len(smooth))).round().astype(int))
+    return [(float(rows[i + width - 1]["step"]), float(smooth[i])) for i in at]
 
 
-def _legend(figure: Figure, ax: Axes, under: bool) -> None:
-    """One run: in its axes; several: under all of them."""
-    if under:
-        legend(figure, *ax.get_legend_handles_labels(), loc="lower left", ncols=3, bbox_to_anchor=(0.02, 0.0))
-    else:
-        legend(ax, ncols=4)
+def validations(runs: Mapping[str, Along], heading: str = "Scores along training") -> Sheet:
+    """FID, IS and CLIP score along training with their intervals, a chart each with a curve for each run."""
+    entries = [entry for scores in runs.values() for entry in scores]
+    measures = [m for m in VALIDATED if any(s.measure == m and s.finite is not None for _, s in entries)]
+    note = "95 % intervals."
+    if len(runs) == 1:
+        note += " Dotted: the best FID and the last; they need not be the same."
+    return Sheet(heading, note, [_along(runs, m) for m in measures])
 
 
-def validation_figure(runs: Mapping[str, Along], heading: str = "Scores along training") -> Figure:
-    """FID, IS and CLIP score along training with their intervals; of a single run, best FID and last checkpoint are marked."""
-    everything = [entry for scores in runs.values() for entry in scores]
-    measures = [m for m in VALIDATED if any(s.measure == m and s.value is not None for _, s in everything)]
-    several = len(runs) > 1
-    foot = 0.55 + 0.25 * several
-    height = 0.55 + foot + 2.1 * len(measures)
-    figure = new_figure(7.4, height)
-    sub = "95 % intervals." if several else "95 % intervals. Dashed: best FID; dotted: last. They need not be the same."
-    title(figure, heading, sub)
-    for i, m in enumerate(measures):
-        ax = figure.add_axes((0.1, (foot + 2.1 * (len(measures) - 1 - i)) / height, 0.87, 1.55 / height))
-        tidy(ax)
-        for k, (name, scores) in enumerate(runs.items()):
-            _along(
-                ax, [(step, s) for step, s in scores if s.measure == m], SERIES[k % len(SERIES)], MARKERS[k % len(MARKERS)], name
-            )
-        if not several:
-            _mark(ax, everything)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        write(ax, 0.0, 1.03, axis_title(m), transform=ax.transAxes, fontsize=8.5)
-    figure.axes[-1].set_xlabel("updates", fontsize=8.5, color=INK)
-    if several:
-        _legend(figure, figure.axes[0], under=True)
-    return figure
+def _along(runs: Mapping[str, Along], measure: str) -> Plot:
+    points = {
+        name: [(step, s) for step, s in scores if s.measure == measure and s.finite is not None] for name, scores in runs.items()
+    }
+    points = {name: of for name, of in points.items() if of}
+    marks = [
+        Mark(step, s.value or 0.0, series(i), _said(name, step, s), SHAPES[i % len(SHAPES)], band=s.interval)
+        for i, (name, of) in enumerate(points.items())
+        for step, s in of
+    ]
+    lines = [Line([(step, s.value or 0.0) for step, s in of], series(i), name) for i, (name, of) in enumerate(points.items())]
+    ends = [e for m in marks for e in (m.band or (m.y, m.y))]
+    rules = [Rule("x", step, text) for step, text in _told(next(iter(runs.values()))).items()] if len(runs) == 1 else []
+    return Plot(axis_title(measure), Axis.over("updates", [m.x for m in marks]), Axis.over("", ends), marks, lines, rules)
 
 
-def _along(ax: Axes, scores: Along, colour: str, marker: str, name: str) -> None:
-    points = [(step, s) for step, s in scores if s.value is not None]
-    values = [s.value or 0.0 for _, s in points]
-    ax.plot([step for step, _ in points], values, color=colour, marker=marker, ms=4, lw=1.3, label=named(name))
-    for step, s in points:
-        if s.low is not None and s.high is not None:
-            ax.vlines(step, s.low, s.high, color=colour, lw=0.8, alpha=0.5)
+def _said(name: str, step: int, score: Score) -> str:
+    value = with_interval(score.value, *(score.interval or (None, None)))
+    return f"{name or 'student'} after {step:,} updates\n{score.measure}: {value} (n = {score.n})"
 
 
-def _mark(ax: Axes, scores: Along) -> None:
-    """The best FID and the last checkpoint of one run."""
+def _told(scores: Along) -> dict[float, str]:
+    """The updates of the last scores and of the best FID of one run."""
     fid = [(s.value, step) for step, s in scores if s.measure == "fid" and s.value is not None]
-    if fid:
-        ax.axvline(min(fid)[1], color=MUTED, lw=0.9, ls="--")
-    ax.axvline(max(step for step, _ in scores), color=MUTED, lw=0.9, ls=":")
+    return {float(max(step for step, _ in scores)): "last"} | ({float(min(fid)[1]): "best FID"} if fid else {})
+
+
+def finding(runs: Mapping[str, Along]) -> str:
+    """The best and the worst of the first measure that all runs end with, in a line; "" without validations."""
+    last = {name: {s.measure: s for step, s in along if step == max(step for step, _ in along)} for name, along in runs.items()}
+    measure = next((m for m in VALIDATED if runs and all((s := of.get(m)) and s.finite is not None for of in last.values())), "")
+    if not measure:
+        return f"{len(runs)} runs have validations." if runs else "No validation was made."
+    order = sorted(last, key=lambda name: last[name][measure].loss)
+    ends = [f"{last[name][measure].value:.3g} (`{name}`)" for name in (order[0], order[-1])]
+    span = f"from {ends[0]} to {ends[1]}" if len(order) > 1 else f"at {ends[0]}"
+    n = last[order[0]][measure].n
+    return f"{axis_title(measure).partition(' (')[0]} at the last validation is {span}, on {n:,} images: for following a run only."

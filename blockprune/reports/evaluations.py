@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from blockprune.cost.table import Component
@@ -17,11 +18,12 @@ from blockprune.model.graph import BlockGraph
 from blockprune.reports.model_view import Images, ModelView, Setting
 from blockprune.reports.table import to_csv
 from blockprune.runs import Readable
+from blockprune.runs.parts import INPUTS, paired_label
 from blockprune.runs.reading import images_of, rows_of
 from blockprune.runs.schema import MeasureRecord
 
-SCORE = ("value", "low", "high", "n", "seed", "unit", "direction", "error")
-SETTING = ("steps", "cfg_scale", "scheduler", "quantize", "checkpoint")
+SCORE = ("value", "low", "high", "delta", "delta_low", "delta_high", "n", "seed", "unit", "direction", "error")
+SETTING = ("steps", "cfg_scale", "scheduler", "quantize", "checkpoint", "strength")
 
 
 def evaluation_view(run: Readable, unread: list[str] | None = None) -> ModelView:
@@ -36,6 +38,7 @@ def evaluation_view(run: Readable, unread: list[str] | None = None) -> ModelView
     components = [Component.from_json(row) for row in rows if row["kind"] == "component"]
     settings = [Setting(**{k: s[k] for k in Setting.__dataclass_fields__ if k in s}) for s in about["settings"]]
     prompts = about.get("pictured_prompts") or []
+    pictured = partial(_strip, run, n=len(prompts), unread=unread)
     return ModelView(
         label=about["label"],
         protocol=about["protocol"],
@@ -48,9 +51,11 @@ def evaluation_view(run: Readable, unread: list[str] | None = None) -> ModelView
         settings=settings,
         scores=scores,
         components=list({(c.name, c.who): c for c in components}.values()),
-        images={s.label: strip for s in settings if (strip := _strip(run, s.label, len(prompts), unread)) is not None},
+        images={s.label: strip for s in settings if (strip := pictured(s.label)) is not None},
         prompts=prompts,
         model=about.get("model") or "",
+        teacher_images={s.label: strip for s in settings if (strip := pictured(paired_label(s.label))) is not None},
+        inputs=pictured(INPUTS),
     )
 
 
@@ -61,9 +66,9 @@ def define_own(about: Mapping[str, Any]) -> None:
             define(described.value())
 
 
-def _strip(run: Readable, setting: str, n: int, unread: list[str] | None) -> Images | None:
-    """The pictures of a setting, whose file is named after the words of its label; None without one, or for a damaged one."""
-    words = re.findall(r"[a-z0-9]+", setting.lower())
+def _strip(run: Readable, label: str, n: int, unread: list[str] | None) -> Images | None:
+    """The pictures under a label, whose file is named after its words; None without one, or for a damaged one."""
+    words = re.findall(r"[a-z0-9]+", label.lower())
     files = (file for file in run.names("images") if re.findall(r"[a-z0-9]+", file.lower()) == [*words, "png"])
     file = next(files, None)
     return None if file is None else images_of(run, f"images/{file}", n, unread)

@@ -12,7 +12,7 @@ from PIL import Image
 from blockprune.measures.measure import MEASURES, names
 from blockprune.measures.score import TEACHER, Score
 from blockprune.reports.canvas import MUTED, new_figure, plain, title, write
-from blockprune.reports.model_view import Images
+from blockprune.reports.model_view import Images, ModelView
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import number
 from blockprune.reports.view import ScanView, ranked, short
@@ -42,6 +42,23 @@ def search_rows(view: SearchView) -> Rows:
     scores |= {e.score.label: {view.measure: e.score, **view.scores.get(e.score.label, {})} for e in [*view.ranked, *view.finals]}
     shown = {label: by for label, by in scores.items() if label in view.images}
     return {short(n): (score_words(by, view.measure), view.images[n]) for n, by in shown.items()}
+
+
+def edit_rows(models: Mapping[str, ModelView]) -> Rows:
+    """What was edited, then at each setting what the teacher and each model made of it; nothing where nothing was edited."""
+    views = models.values()
+    inputs = next((view.inputs for view in views if view.inputs is not None), None)
+    if inputs is None:
+        return {}
+    rows = {"input": ("", inputs)}
+    for label in dict.fromkeys(s.label for view in views for s in view.settings):
+        if all(view.arch for view in views):
+            rows |= {f"teacher, {label}": ("", view.teacher_images[label]) for view in views if label in view.teacher_images}
+        for name, view in models.items():
+            if label in view.images:
+                words = score_words(view.scores.get(label, {}), "feature_distance", "input_l1")
+                rows[f"{name}, {label}"] = (words, view.images[label])
+    return rows
 
 
 def score_words(scores: Mapping[str, Score], *first: str) -> str:

@@ -1,4 +1,4 @@
-"""The figures of evaluated models: guidance against quality, and quality against size. Nothing is shown or written here."""
+"""The figures of evaluated models: guidance against quality, and checkpoints. Nothing is shown or written here."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from blockprune.measures.measure import MEASURES
 from blockprune.measures.score import Score
-from blockprune.reports.canvas import INK, MARKERS, SERIES, axis_title, legend, named, new_figure, plain, tidy, title
-from blockprune.reports.image_grid import grid_figure, score_words
+from blockprune.reports.canvas import axis_title
+from blockprune.reports.image_grid import edit_rows, grid_figure, score_words
 from blockprune.reports.model_view import ModelView, Setting
+from blockprune.reports.plot import SHAPES, Axis, Line, Mark, Plot, Sheet, series
+from blockprune.reports.svg import Svg
+from blockprune.reports.table import with_interval
+
+EDITED = "The images in the first row, edited by the captions above them, at common seeds."
 
 
 def varied(view: ModelView, *names: str) -> list[list[Setting]]:
     """Settings of one model that differ in `names` alone, at least two together."""
     groups: dict[tuple[Any, ...], list[Setting]] = {}
     for s in view.settings:
-        kept = {n: getattr(s, n) for n in ("steps", "cfg_scale", "scheduler", "quantize", "checkpoint") if n not in names}
+        kept = {
+            n: getattr(s, n) for n in ("steps", "cfg_scale", "scheduler", "quantize", "checkpoint", "strength") if n not in names
+        }
         groups.setdefault(tuple(kept.items()), []).append(s)
     return [group for group in groups.values() if len({tuple(getattr(s, n) for n in names) for s in group}) > 1]
 
@@ -41,33 +47,49 @@ def guidance_curves(models: Mapping[str, ModelView]) -> dict[str, list[tuple[Set
 
 def _rest(s: Setting) -> str:
     parts = [f"{s.steps} steps", s.scheduler, s.quantize, f"step {s.checkpoint}" if s.checkpoint is not None else ""]
+    parts.append(f"strength {s.strength:g}" if s.strength is not None else "")
     return ", ".join(part for part in parts if part)
 
 
-def guidance_figure(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) -> Figure:
-    """FID against CLIP score, one curve a model, each point labelled with its guidance scale; down and to the right is better."""
-    figure = new_figure(7.4, 5.2)
-    title(figure, "Guidance: FID against CLIP score", "Labels: guidance scale. Down and to the right is better.")
-    ax = figure.add_axes((0.1, 0.2, 0.87, 0.66))
-    tidy(ax)
+def guidance(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) -> Sheet:
+    """FID against CLIP score, one curve a model, a mark for each guidance scale; down and to the right is better."""
+    marks, lines = list[Mark](), list[Line]()
     for i, (name, points) in enumerate(curves.items()):
-        colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
-        xs, ys = [clip.value or 0.0 for _, _, clip in points], [fid.value or 0.0 for _, fid, _ in points]
-        ax.plot(xs, ys, color=colour, marker=marker, ms=5, lw=1.4, label=named(name), mec="white", mew=0.5)
-        for (s, fid, _), x, y in zip(points, xs, ys, strict=True):
-            if fid.low is not None and fid.high is not None:
-                ax.vlines(x, fid.low, fid.high, color=colour, lw=0.8, alpha=0.35)
-            style: dict[str, Any] = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7, "color": INK}
-            ax.annotate(f"{s.cfg_scale:g}", (x, y), parse_math=False, **style)
-    ax.set_xlabel(axis_title("clip_score"), fontsize=8.5, color=INK)
-    ax.set_ylabel(axis_title("fid"), fontsize=8.5, color=INK)
-    legend(figure, *ax.get_legend_handles_labels(), loc="lower left", ncols=3, bbox_to_anchor=(0.02, 0.0))
-    return figure
+        lines.append(Line([(clip.value or 0.0, fid.value or 0.0) for _, fid, clip in points], series(i)))
+        for s, fid, clip in points:
+            said = f"{name}, CFG {s.cfg_scale:g}\nFID {_said(fid)}\nCLIP score {_said(clip)}"
+            label = f"{s.cfg_scale:g}" if s in (points[0][0], points[-1][0]) else ""
+            place = clip.value or 0.0, fid.value or 0.0
+            marks.append(Mark(*place, series(i), said, SHAPES[i % len(SHAPES)], label, fid.interval, clip.interval))
+    heights = [m.y for m in marks]
+    axes = (
+        Axis.over(axis_title("clip_score"), [m.x for m in marks]),
+        Axis.over(axis_title("fid"), heights, max(heights) > 5 * min(heights) > 0),
+    )
+    keys = {f"{series(i)} {SHAPES[i % len(SHAPES)]}": name for i, name in enumerate(curves)}
+    alt = f"One curve a model: {', '.join(curves)}."
+    plot = Plot("FID against CLIP score, by guidance scale", *axes, marks, lines, keys=keys, alt=alt, width=720, height=460)
+    return Sheet("Guidance: FID against CLIP score", "Labels: guidance scale. Down and to the right is better.", [plot])
 
 
-def evaluation_figures(view: ModelView) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of one evaluated model: images.png, and guidance.png where guidance scales differ."""
-    if view.images:
+def finding(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) -> str:
+    """The guidance scale of the best FID and of the best CLIP score of each curve, in a line; "" without curves."""
+    best: dict[str, list[str]] = {}
+    for name, points in curves.items():
+        scales = min(points, key=lambda p: p[1].loss)[0].cfg_scale, min(points, key=lambda p: p[2].loss)[0].cfg_scale
+        best.setdefault("FID is best at CFG {:g}, CLIP score at {:g}".format(*scales), []).append(f"`{name}`")
+    return "; ".join(f"{words} for {', '.join(names)}" for words, names in best.items()) + "." * bool(best)
+
+
+def _said(score: Score) -> str:
+    return f"{with_interval(score.value, *(score.interval or (None, None)))} (n = {score.n})"
+
+
+def evaluation_figures(view: ModelView) -> Iterator[tuple[str, Figure | Svg]]:
+    """(name, figure) of one evaluated model: images.png, and guidance.svg where guidance scales differ."""
+    if rows := edit_rows({view.label: view}):
+        yield "images.png", grid_figure(view.label, EDITED, view.prompts, rows)
+    elif view.images:
         rows = {
             s.label: (score_words(view.scores.get(s.label, {})), view.images[s.label])
             for s in view.settings
@@ -75,43 +97,7 @@ def evaluation_figures(view: ModelView) -> Iterator[tuple[str, Figure]]:
         }
         yield "images.png", grid_figure(view.label, "Images at common prompts and seeds.", view.prompts, rows)
     if curves := guidance_curves({view.label: view}):
-        yield "guidance.png", guidance_figure(curves)
-
-
-def sizes(models: Mapping[str, ModelView]) -> dict[str, tuple[float, Score]]:
-    """Model => (parameters of the whole pipeline in millions, its first score) at the first setting that all models share."""
-    shared = [s for s in next(iter(models.values())).settings if all(s in view.settings for view in models.values())]
-    measures = ("fid", "clip_score", "is")
-    for setting in shared:
-        for m in measures:
-            sized = {n: v for n, v in models.items() if v.value(setting, m) is not None and v.whole_params is not None}
-            if len({v.whole_params for v in sized.values()}) > 1:
-                return {n: ((v.whole_params or 0) / 1e6, v.scores[setting.label][m]) for n, v in sized.items()}
-    return {}
-
-
-def size_figure(points: Mapping[str, tuple[float, Score]], budgets: Mapping[str, float]) -> Figure:
-    """Quality against the parameters of the whole pipeline in millions; `budgets` are drawn as lines, by what they are called."""
-    measure = next(iter(points.values()))[1].measure
-    figure = new_figure(7.4, 4.6)
-    title(figure, f"{MEASURES[measure].title} against size", "Evaluated models at the same setting, with 95 % intervals.")
-    ax = figure.add_axes((0.1, 0.14, 0.87, 0.7))
-    tidy(ax)
-    ax.margins(x=0.12)
-    for i, (name, (x, score)) in enumerate(points.items()):
-        colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
-        if score.low is not None and score.high is not None:
-            ax.vlines(x, score.low, score.high, color=colour, lw=1)
-        ax.plot([x], [score.value or 0.0], ls="", marker=marker, ms=7, color=colour, mec="white", mew=0.6)
-        style: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 8, "color": INK}
-        ax.annotate(plain(name), (x, score.value or 0.0), parse_math=False, **style)
-    for text, limit in budgets.items():
-        ax.axvline(limit, color=INK, lw=1, ls=":")
-        style = {"xycoords": ax.get_xaxis_transform(), "xytext": (3, -8), "textcoords": "offset points", "fontsize": 7.5}
-        ax.annotate(plain(f"budget {text}"), (limit, 1.0), parse_math=False, color=INK, **style)
-    ax.set_xlabel("parameters of the whole pipeline (millions)", fontsize=8.5, color=INK)
-    ax.set_ylabel(axis_title(measure), fontsize=8.5, color=INK)
-    return figure
+        yield "guidance.svg", guidance(curves).file()
 
 
 def checkpoints(models: Mapping[str, ModelView]) -> Iterator[tuple[str, list[tuple[int, Score]]]]:

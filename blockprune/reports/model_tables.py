@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from blockprune.cost.table import Component
 from blockprune.reports.model_figures import varied
 from blockprune.reports.model_view import ModelView
+from blockprune.reports.models import Model
 from blockprune.reports.results import heading
 from blockprune.reports.table import Cell, Column, Table, prefix_of, share_of, step_latency
 
@@ -38,6 +39,15 @@ def components(models: Mapping[str, ModelView], convention: str) -> Table | None
     ]
     note = "One image; U-Net x N: N steps; whole: text encoder, U-Net steps and VAE decoder. One multiply-add = 1 MAC."
     return Table.of_columns("What each part of the pipeline costs", columns, note)
+
+
+def finding(models: Mapping[str, Model]) -> str:
+    """The shortest step of a student beside its teacher's, in a line."""
+    ratios = {name: ratio for name, model in models.items() if model.arch and (ratio := model.latency_ratio) is not None}
+    if not ratios:
+        return "No step was timed."
+    fastest, slowest = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+    return f"A step takes from {ratios[fastest]:.2f} (`{fastest}`) to {ratios[slowest]:.2f} (`{slowest}`) of the teacher's time."
 
 
 def steps_and_quantisation(models: Mapping[str, ModelView]) -> Table | None:

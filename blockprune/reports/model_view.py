@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Setting:
-    """How images were drawn: one line of a result table. `quantize` is "" for none, `checkpoint` the step it was taken at."""
+    """How images were drawn: one line of a result table. `quantize` is "" for none, `checkpoint` the step it was taken at,
+    `strength` that of an edit."""
 
     label: str
     steps: int
@@ -27,6 +28,7 @@ class Setting:
     scheduler: str
     quantize: str = ""
     checkpoint: int | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class ModelView:
     """What an evaluate directory says about one model.
 
     `arch` is empty for a teacher; `graph` is the teacher's, None when it is not known; `scores` maps a setting's label to its rows
-    by measure; `images` maps it to (k, H, W, 3) uint8 images at fixed seeds, captioned by `prompts`. `protocol["hash"]` is equal
-    for runs whose numbers compare. `model` is what was given to be evaluated.
+    by measure; `images` maps it to (k, H, W, 3) uint8 images at fixed seeds, captioned by `prompts`, and `teacher_images` to those
+    of the teacher that they are paired with; `inputs` are what these were made from, None for text to image. `protocol["hash"]` is
+    equal for runs whose numbers compare. `model` is what was given to be evaluated.
     """
 
     label: str
@@ -52,6 +55,8 @@ class ModelView:
     images: Mapping[str, Images]
     prompts: Sequence[str]
     model: str = ""
+    teacher_images: Mapping[str, Images] = field(default_factory=dict)
+    inputs: Images | None = None
 
     def value(self, setting: Setting, measure: str) -> float | None:
         """The number; None when it was not measured, failed, or is not finite."""

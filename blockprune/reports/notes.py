@@ -53,7 +53,7 @@ def _of_models(data: ReportData) -> Iterator[str]:
             yield f"Features come from the detector `{protocol['detector']}`; numbers of another detector do not compare."
     if len(data.groups) > 1:
         yield "Tables of evaluated models that stand apart were judged differently: compare within a table only."
-    if any(s.quantize for view in data.models.values() for s in view.settings):
+    if any(s.quantize for m in data.models.values() for r in m.readings if (s := r.setting)):
         yield "Parameters, MACs and latency are those before quantisation: quantised settings show what it does to quality."
 
 
@@ -118,28 +118,34 @@ def _of_trainings(data: ReportData) -> Iterator[str]:
 
 
 def _gaps(data: ReportData) -> Iterator[str]:
-    for name, view in data.models.items():
-        for m in VALIDATED:
-            without = [s.label for s in view.settings if view.value(s, m) is None]
-            if without:
-                many = "any setting" if len(without) == len(view.settings) else ", ".join(f"`{label}`" for label in without)
-                yield f"`{name}` has no {NAMES.get(m, MEASURES[m].title)} for {many}.{_why(view, m)}"
-        if not view.components:
+    for name, model in data.models.items():
+        for view in model.views.values():
+            yield from _unscored(name, view)
+        if not model.priced.components:
             yield f"`{name}` has no rows of component costs."
-        if view.cost is None:
+        if model.cost is None:
             yield f"`{name}` has neither a graph nor component rows: its parameters and MACs."
-        if not view.images:
+        if not any(view.images for view in model.views.values()):
             yield f"`{name}` has no images."
     if not data.models:
         return
-    if all(view.arch for view in data.models.values()):
+    groups = data.groups.values()
+    if all(model.arch for model in data.models.values()):
         yield "The teacher itself was not evaluated: nothing to compare the students with."
-    if not guidance_curves(data.models):
+    if not any(map(guidance_curves, groups)):
         yield "No model was evaluated at several guidance scales: guidance curves."
-    if not any(varied(view, "steps", "quantize") for view in data.models.values()):
+    if not any(varied(view, "steps", "quantize") for group in groups for view in group.values()):
         yield "No model was evaluated at several step counts or quantisations: that table."
-    if not dict(checkpoints(data.models)) and not data.trainings:
+    if not any(dict(checkpoints(group)) for group in groups) and not data.trainings:
         yield "No checkpoints were evaluated: scores along the training."
+
+
+def _unscored(name: str, view: ModelView) -> Iterator[str]:
+    for m in VALIDATED:
+        without = [s.label for s in view.settings if view.value(s, m) is None]
+        if without:
+            many = "any setting" if len(without) == len(view.settings) else ", ".join(f"`{label}`" for label in without)
+            yield f"`{name}` has no {NAMES.get(m, MEASURES[m].title)} for {many}.{_why(view, m)}"
 
 
 def _why(view: ModelView, measure: str) -> str:

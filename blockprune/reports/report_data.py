@@ -5,9 +5,9 @@ What an older run lacks is left out, and a sentence says so.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.reports.evaluations import evaluation_view
 from blockprune.reports.model_view import ModelView, TrainingView
+from blockprune.reports.models import Model, models_of
 from blockprune.reports.scans import scan_view
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.searches import search_view
@@ -36,7 +37,7 @@ READ: Mapping[str, Callable[[Readable, list[str]], View]] = {
 
 @dataclass(frozen=True)
 class ReportData:
-    """Runs by name, about one teacher; evaluated models with the teacher first, then from the largest to the smallest.
+    """Runs by name, about one teacher; the models that evaluations are of have one name each.
 
     `unread` says what could not be read, a sentence each. Raises UserError when two runs are about different teachers, or when
     evaluated models were judged differently and `allow_mismatch` is not set.
@@ -45,12 +46,11 @@ class ReportData:
     scans: Mapping[str, ScanView] = field(default_factory=dict)
     searches: Mapping[str, SearchView] = field(default_factory=dict)
     trainings: Mapping[str, TrainingView] = field(default_factory=dict)
-    models: Mapping[str, ModelView] = field(default_factory=dict)
+    evaluations: Mapping[str, ModelView] = field(default_factory=dict)
     unread: Sequence[str] = ()
     allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "models", dict(sorted(self.models.items(), key=lambda item: _order(*item))))
         self._check_teachers()
         if not self.allow_mismatch:
             self._check_protocols()
@@ -77,14 +77,26 @@ class ReportData:
     @property
     def runs(self) -> dict[str, View]:
         """Every run by its name."""
-        return {**self.scans, **self.searches, **self.trainings, **self.models}
+        return {**self.scans, **self.searches, **self.trainings, **self.evaluations}
+
+    @cached_property
+    def models(self) -> dict[str, Model]:
+        """Evaluated models by name, the teacher first, then from the largest to the smallest."""
+        return models_of(self.evaluations, self.trainings)
+
+    @cached_property
+    def students_of(self) -> dict[str, str]:
+        """Distillation => the name of the model that came of it, its own where that was not evaluated."""
+        known = {model.training: name for name, model in self.models.items() if model.training}
+        return {name: known.get(name, name) for name in self.trainings}
 
     @property
     def groups(self) -> dict[str, dict[str, ModelView]]:
         """Evaluated models that may be compared with each other, by the hash of their protocol."""
         groups: dict[str, dict[str, ModelView]] = {}
-        for name, view in self.models.items():
-            groups.setdefault(str(view.protocol.get("hash", "")), {})[name] = view
+        for name, model in self.models.items():
+            for protocol, view in model.views.items():
+                groups.setdefault(protocol, {})[name] = view
         return groups
 
     @property
@@ -139,12 +151,6 @@ def teacher_of(view: View) -> tuple[str, str]:
     return str(view.protocol.get("teacher") or ""), str(name or "")
 
 
-def _order(name: str, view: ModelView) -> tuple[float, bool, str]:
-    """No student is larger than its teacher."""
-    size = view.whole_params or (view.cost.params if view.cost else 0)
-    return -float(size or (0 if view.arch else math.inf)), bool(view.arch), name
-
-
 def mismatch(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What two protocols say differently, a phrase each; the hashes alone when all that they spell out is equal."""
     names = [n for n in dict.fromkeys([*first, *second]) if n != "hash" and first.get(n) != second.get(n)]
@@ -172,7 +178,7 @@ def report_data(runs: Sequence[str | Path | Readable], allow_mismatch: bool = Fa
         scans={name: v for name, v in views.items() if isinstance(v, ScanView)},
         searches={name: v for name, v in views.items() if isinstance(v, SearchView)},
         trainings={name: v for name, v in views.items() if isinstance(v, TrainingView)},
-        models={name: v for name, v in views.items() if isinstance(v, ModelView)},
+        evaluations={name: v for name, v in views.items() if isinstance(v, ModelView)},
         unread=unread,
         allow_mismatch=allow_mismatch,
     )

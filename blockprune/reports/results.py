@@ -14,15 +14,24 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.graph import Cost
 from blockprune.reports.curves import validated
 from blockprune.reports.model_view import ModelView, TrainingView
+from blockprune.reports.recommendation import Recommendation
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, prefix_of, step_latency
 from blockprune.reports.table import to_latex as latex_table
 from blockprune.reports.view import ScanView, ranking
 
+EVALUATED, DISTILLED = "Evaluated models", "Distilled students"  # titles of tables
 PAPER = ("fid", "is", "clip_score", "kid")
-NAMES = {"is": "IS", "clip_score": "CLIP", "eps_mse": "eps-MSE", "guided_mse": "guided MSE", "feature_distance": "feature distance"}
-LATER = ("kid", "feature_distance")  # after the costs, so that these stay in sight
+NAMES = {
+    "is": "IS",
+    "clip_score": "CLIP",
+    "eps_mse": "eps-MSE",
+    "guided_mse": "guided MSE",
+    "feature_distance": "feature distance",
+    "input_l1": "input L1",
+}
+LATER = ("kid", "feature_distance", "input_l1")  # after the costs, so that these stay in sight
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ def _evaluated(group: Mapping[str, ModelView]) -> ResultTable:
     known = {"n_images": "images", "n_reference": "reference images"}
     counts = [f"{protocol[k]:,} {title}" for k, title in known.items() if isinstance(protocol.get(k), int)]
     parts = [f"Protocol {protocol.get('name', 'not named')}", *counts, f"seed {protocol.get('seed', 'not recorded')}"]
-    return ResultTable(", ".join(group), "Evaluated models", "; ".join(parts), rows)
+    return ResultTable(", ".join(group), EVALUATED, "; ".join(parts), rows)
 
 
 def _searched(name: str, view: SearchView) -> ResultTable:
@@ -121,7 +130,7 @@ def _trained(data: ReportData) -> Iterator[ResultTable]:
     if rows:
         rows.sort(key=lambda row: (-(row.cost.params if row.cost else 0), row.model))
         note = "The validation that ended each run: few images, for following a run rather than for comparing models"
-        yield ResultTable(", ".join(data.trainings), "Distilled students", note, rows)
+        yield ResultTable(", ".join(data.trainings), DISTILLED, note, rows)
 
 
 def _last(name: str, view: TrainingView, data: ReportData) -> Result:
@@ -182,8 +191,15 @@ def flat(tables: Sequence[ResultTable], convention: str) -> list[dict[str, Any]]
 MADE_BY = "blockprune report"
 
 
-def to_json(data: ReportData, tables: Sequence[ResultTable], convention: str, notes: Mapping[str, Sequence[str]]) -> str:
-    """The results, the components, the protocol of every run, what each measure means, and the notes (caveats and the like)."""
+def to_json(
+    data: ReportData,
+    tables: Sequence[ResultTable],
+    taken: Sequence[Recommendation],
+    convention: str,
+    notes: Mapping[str, Sequence[str]],
+) -> str:
+    """What to take at each size, results, components, every run's protocol, what each measure means, and the notes (caveats and
+    the like)."""
     rows = flat(tables, convention)
     students = {" = ".join(names): {**arch.to_json(), "in_words": in_words(arch)} for arch, names in data.students.items()}
     content = {
@@ -191,9 +207,10 @@ def to_json(data: ReportData, tables: Sequence[ResultTable], convention: str, no
         "made_by": MADE_BY,
         "teacher": {"name": data.teacher, "identity": data.teacher_id, "cost": data.graph.total.to_json() if data.graph else None},
         "macs_convention": convention,
+        "recommendations": [r.to_json() for r in taken],
         "measures": {m: MEASURES[m].to_json() for m in in_paper_order() if rows and m in rows[0]},
         "results": rows,
-        "components": [{"model": name, **vars(c)} for name, view in data.models.items() for c in view.components],
+        "components": [{"model": name, **vars(c)} for name, m in data.models.items() for c in m.priced.components],
         "students": students,
         "runs": {name: {"protocol": dict(view.protocol)} for name, view in data.runs.items()},
         **notes,

@@ -55,8 +55,8 @@ def pictures(run: Readable, archs: Mapping[str, Architecture], n: int, unread: l
 
 def report_files(view: ScanView) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of every file of a scan's report."""
+    from blockprune.reports.canvas import encoded
     from blockprune.reports.figures import figures
-    from blockprune.reports.unet import encoded
 
     drawn: list[Any] = []
     for name, figure in figures(view):

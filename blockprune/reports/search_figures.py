@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blockprune.measures.measure import MEASURES
-from blockprune.reports.canvas import FAINT, INK, MUTED, axis_title, is_wide, new_figure, plain, tidy, title, write
+from blockprune.reports.canvas import axis_title, is_wide
 from blockprune.reports.image_grid import grid_figure, search_rows
+from blockprune.reports.plot import Axis, Line, Mark, Plot, Rule, Sheet
 from blockprune.reports.search_view import SearchView, history
-from blockprune.reports.unet import Svg, search_svg
+from blockprune.reports.svg import Svg
+from blockprune.reports.table import with_interval
+from blockprune.reports.unet import search_svg
 from blockprune.runs.records import PRESET, SCAN, Evaluation
 
-# Okabe and Ito's colours; the marker repeats what the colour says.
-OURS, KNOWN, RANDOM, SINGLE = "#0072b2", "#d55e00", "#8a949c", "#c9d0d6"
 NAMES = {"params": "parameters of the whole pipeline", "macs": "MACs of a U-Net step", "latency": "latency of a U-Net step"}
 
 
@@ -27,90 +26,95 @@ def search_figures(view: SearchView) -> Iterator[tuple[str, Figure | Svg]]:
         yield "unet-best.svg", search_svg(view, view.best, "found")
     if (preset := view.nearest_preset) is not None:
         yield "unet-preset.svg", search_svg(view, preset, "preset")
-    yield "history.png", history_figure(view)
-    yield "front.png", front_figure(view)
-    if view.prompts and view.images:
-        yield (
-            "grid.png",
-            grid_figure("The same prompts and seeds", "Teacher and finalists, one-shot.", view.prompts, search_rows(view)),
-        )
-
-
-def _step(ax: Axes, evaluations: list[Evaluation], measure: str, colour: str, label: str) -> None:
-    values = [(i, MEASURES[measure].loss(v)) for i, v in enumerate(history(evaluations), 1) if math.isfinite(v)]
-    if values:
-        ax.step(*zip(*values, strict=True), where="post", color=colour, lw=1.8, label=label)
-
-
-def history_figure(view: SearchView) -> Figure:
-    """Best so far against evaluations: the search's, and random sets' where there are any; presets as lines."""
-    figure = new_figure(7.4, 4.6)
-    sub = "Evaluations are charged from the first single removal on." + (
-        " Random: sets drawn within the budget." if view.random else ""
+    yield (
+        "history.svg",
+        Sheet("Best score so far", "Evaluations are charged from the first single removal on.", [history_plot(view)]).file(),
     )
-    title(figure, "Best score so far", sub)
-    ax = figure.add_axes((0.11, 0.13, 0.86, 0.7))
-    tidy(ax)
-    _step(ax, list(view.search), view.measure, OURS, "this search")
-    _step(ax, list(view.random), view.measure, RANDOM, "random")
-    fitting = [e for e in view.search if e.fits and e.score.value is not None]
+    note = "Small: scores of the search. Large: finalists on fresh seeds, with 95 % intervals."
+    yield "front.svg", Sheet("Quality against size", note, [front_plot(view, width=640, height=420)]).file()
+    if view.prompts and view.images:
+        sub = "Teacher and finalists, one-shot."
+        yield "grid.png", grid_figure("The same prompts and seeds", sub, view.prompts, search_rows(view))
+
+
+def _best(evaluations: Sequence[Evaluation], measure: str) -> list[tuple[float, float]]:
+    """(evaluations, best value so far), from the first that fits on."""
+    return [(float(i), MEASURES[measure].loss(v)) for i, v in enumerate(history(evaluations), 1) if math.isfinite(v)]
+
+
+def history_plot(view: SearchView, name: str = "") -> Plot:
+    """Best so far against evaluations: the search's, and random sets' where there are any; presets as lines."""
+    ours, random = _best(view.search, view.measure), _best(view.random, view.measure)
+    presets = [e for e in view.search if e.fits and e.score.finite is not None and e.candidate.source == PRESET]
     lines: dict[str, list[str]] = {}
-    for e in (e for e in fitting if e.candidate.source == PRESET):
-        lines.setdefault(f"{e.score.value or 0.0:.2g}", []).append(e.score.label)
-    for text, names in lines.items():
-        ax.axhline(float(text), color=KNOWN, lw=1, ls="--")
-        style = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom", "color": KNOWN, "fontsize": 7.5}
-        write(ax, 0.99, float(text), ", ".join(names), **style)
-    if is_wide(abs(e.score.value or 0.0) for e in fitting):
-        ax.set_yscale("log")
+    for e in presets:
+        lines.setdefault(f"{e.score.value:.2g}", []).append(e.score.label)
+    values = [*(y for _, y in (*ours, *random)), *(e.score.finite for e in presets)]
+    known = [v for v in values if v is not None]
+    keys = {"found dot": "this search"} | ({"untrained dot": "random sets within the budget"} if random else {})
+    return Plot(
+        f"{name}: best so far" if name else "Best so far",
+        Axis.over("evaluations", [0.0, float(len(view.search))]),
+        Axis.over(axis_title(view.measure), known, is_wide(known)),
+        lines=[Line(points, look, step=True) for points, look in ((ours, "found"), (random, "untrained")) if points],
+        rules=[
+            *(Rule("y", float(text), ", ".join(labels), look="hand-rule") for text, labels in lines.items()),
+            *(Rule("x", at, source, look="rule step-rule") for source, at in _stages(view).items()),
+        ],
+        keys=keys,
+        alt=f"{len(view.search)} evaluations" + (f", down to {ours[-1][1]:.3g}." if ours else "."),
+    )
+
+
+def _stages(view: SearchView) -> dict[str, float]:
+    """Source => the evaluation from which on it proposes; presets left out, and what proposes from the first on."""
+    first: dict[str, float] = {}
     for i, e in enumerate(view.search, 1):
-        if i > 1 and e.candidate.source not in {PRESET, *(f.candidate.source for f in view.search[: i - 1])}:
-            ax.axvline(i - 0.5, color=FAINT, lw=0.8)
-            write(ax, i, 1.01, e.candidate.source, transform=ax.get_xaxis_transform(), fontsize=7, color=MUTED)
-    ax.set_xlabel("evaluations", fontsize=8.5, color=INK)
-    ax.set_ylabel(axis_title(view.measure), fontsize=8.5, color=INK)
-    ax.legend(fontsize=8, frameon=False, loc="center right")
-    return figure
+        first.setdefault(e.candidate.source, i - 0.5)
+    return {source: at for source, at in first.items() if source != PRESET and at > 1}
 
 
-def front_figure(view: SearchView) -> Figure:
-    """Quality against size: everything scored, the presets by name, the budget, and the front of the finalists."""
-    figure, quantity = new_figure(7.4, 5.2), view.quantity
-    title(figure, "Quality against size", "Small: scores of the search. Large: finalists on fresh seeds, with 95 % intervals.")
-    ax = figure.add_axes((0.11, 0.12, 0.86, 0.73))
-    tidy(ax)
-    scored = [e for e in view.search if e.score.value is not None]
-    for e in scored:
-        colour = SINGLE if e.candidate.source == SCAN else OURS
-        ax.plot(100 * view.share(e, quantity), (e.score.value or 0.0), ls="", marker=".", ms=4, color=colour, alpha=0.6)
-    for e in view.finals:
-        _finalist(ax, view, e, quantity)
-    front = view.front(quantity)
-    ys = [(e.score.value or 0.0) for e in front]
-    ax.plot([100 * view.share(e, quantity) for e in front], ys, color=OURS, lw=1, zorder=1)
-    total = {"params": view.graph.total.params, "macs": view.graph.total.macs(view.convention)}
+def front_plot(view: SearchView, name: str = "", width: float = 380, height: float = 300) -> Plot:
+    """Quality against size: everything scored, presets and what was chosen by name, the budget, and the front of the finalists."""
+    quantity, measure = view.quantity, view.measure
+    scored = [e for e in view.search if e.score.finite is not None]
+    marks = [_scored(view, e) for e in scored] + [_finalist(view, e) for e in view.finals if e.score.finite is not None]
+    front = [(100 * view.share(e, quantity), e.score.value or 0.0) for e in view.front(quantity)]
+    total = {"params": view.graph.total.params + view.outside_params, "macs": view.graph.total.macs(view.convention)}
     outside = {"params": view.outside_params, "macs": 0}
-    for text, (kind, limit) in view.limits.items():
-        if kind == quantity and kind in total:
-            x = 100 * (limit + outside[kind]) / (total[kind] + outside[kind])
-            ax.axvline(x, color=INK, lw=1, ls=":")
-            write(ax, x, 0.99, f" budget {text}", transform=ax.get_xaxis_transform(), va="top", fontsize=7.5)
-    positive = [e.score.value for e in scored if e.score.value is not None and e.score.value > 0]
-    if len(positive) == len(scored) and is_wide(positive):
-        ax.set_yscale("log")
-    ax.set_xlabel(f"{NAMES[quantity]}, per cent of the teacher", fontsize=8.5, color=INK)
-    ax.set_ylabel(axis_title(view.measure), fontsize=8.5, color=INK)
-    return figure
+    budgets = {
+        text: 100 * (limit + outside[kind]) / total[kind]
+        for text, (kind, limit) in view.limits.items()
+        if kind == quantity and kind in total
+    }
+    ends = [e for m in marks for e in (m.band or (m.y, m.y))]
+    return Plot(
+        f"{name}: quality against size" if name else "Quality against size",
+        Axis.over(f"{NAMES[quantity]}, % of the teacher", [*(m.x for m in marks), *budgets.values()]),
+        Axis.over(axis_title(measure), ends, is_wide(ends)),
+        marks,
+        [Line(front, "front found")] if front else [],
+        [Rule("x", at, f"budget {text}") for text, at in budgets.items()],
+        keys={"found dot": "finalist", "hand diamond": "design by hand", "found small": "scored", "single small": "single removal"},
+        alt=f"Presets by name; budget {', '.join(view.limits) or 'none'}.",
+        width=width,
+        height=height,
+    )
 
 
-def _finalist(ax: Axes, view: SearchView, e: Evaluation, quantity: str) -> None:
-    if e.score.value is None:
-        return
+def _scored(view: SearchView, e: Evaluation) -> Mark:
+    look = "single" if e.candidate.source == SCAN else "found"
+    return Mark(100 * view.share(e, view.quantity), e.score.value or 0.0, look, _said(view, e), "small")
+
+
+def _finalist(view: SearchView, e: Evaluation) -> Mark:
     known = e.candidate.source == PRESET
-    x, colour = 100 * view.share(e, quantity), KNOWN if known else OURS
-    if e.score.low is not None and e.score.high is not None:
-        ax.vlines(x, e.score.low, e.score.high, color=colour, lw=1)
-    ax.plot([x], [e.score.value], ls="", marker="D" if known else "o", ms=6.5, color=colour, mec="white", mew=0.6, zorder=3)
-    if known or e.candidate.arch in [c.candidate.arch for c in view.chosen]:
-        style: dict[str, Any] = {"xytext": (7, 6), "textcoords": "offset points", "fontsize": 7.5, "color": colour}
-        ax.annotate(plain(e.score.label), (x, e.score.value), parse_math=False, **style)
+    named = known or e.candidate.arch in [c.candidate.arch for c in (view.chosen if view.ranked else [])]
+    shape, look = ("diamond", "hand") if known else ("dot", "found")
+    x = 100 * view.share(e, view.quantity)
+    return Mark(x, e.score.value or 0.0, look, _said(view, e), shape, e.score.label if named else "", e.score.interval)
+
+
+def _said(view: SearchView, e: Evaluation) -> str:
+    score = with_interval(e.score.value, *(e.score.interval or (None, None)))
+    return f"{e.score.label} ({e.candidate.source})\n{view.measure}: {score}\n{view.share(e, view.quantity):.1%} of the teacher"

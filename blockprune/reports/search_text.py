@@ -85,6 +85,31 @@ def pareto_json(view: SearchView) -> str:
     return json.dumps({"format": 1, "quantity": view.quantity, "measure": view.measure, "front": points}, indent=2) + "\n"
 
 
+def finding(searches: Mapping[str, SearchView]) -> str:
+    """In how many searches something found beats the best design by hand within its budget, before any training, in a line."""
+    ranked = [view for view in searches.values() if view.ranked]
+    if not ranked:
+        return "No search has ended." if searches else ""
+    pairs = [(view.judged(best), view.judged(p)) for view in ranked for p in _best_design(view) if (best := view.against(p))]
+    apart = sum(p.score.clearly_worse(best.score) for best, p in pairs)
+    evaluations = sum(len(view.search) for view in ranked)
+    one = (
+        f"one search of {evaluations:,} evaluations"
+        if len(ranked) == 1
+        else f"{len(ranked)} searches of {evaluations:,} evaluations"
+    )
+    if not pairs:
+        return f"{one[:1].upper()}{one[1:]}; no design by hand was small enough to compare with."
+    better = f"finds better than the design by hand, intervals apart, in {apart} of {len(pairs)}"
+    return f"Before any training, by {MEASURES[ranked[0].measure].title}: {one} {better}."
+
+
+def _best_design(view: SearchView) -> list[Evaluation]:
+    """The best preset that holds the budgets; none where none does."""
+    sound = [e for e in view.known_designs if view.holds(e) and e.score.value is not None]
+    return sorted(sound, key=lambda e: view.judged(e).loss)[:1]
+
+
 def against(view: SearchView) -> list[str]:
     """For each preset, whether something found beats it at no larger size, with intervals that do not overlap."""
     lines, size = [], " and ".join(QUANTITIES[q] for q in view.quantities)
@@ -150,7 +175,7 @@ def _bounded(view: SearchView) -> str:
 
 def search_markdown(view: SearchView, figures: Sequence[str]) -> str:
     """The report; `figures` are the file names of the figures that lie beside it."""
-    first, rest = ([f for f in figures if f.endswith(".svg") == is_first] for is_first in (True, False))
+    first, rest = ([f for f in figures if f.startswith("unet") == is_first] for is_first in (True, False))
     removed = "\n".join(f"- {line}" for line in in_words(view.chosen[0].candidate.arch)) or "Nothing."
     if view.is_front:
         lines = [f"- `{escaped(e.score.label)}`: {'; '.join(in_words(e.candidate.arch)) or 'nothing'}" for e in view.chosen]
@@ -183,8 +208,8 @@ QUANTITIES = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 CAPTIONS: Mapping[str, str] = {
     "unet-best.svg": "The U-Net of the architecture found: what it lacks is hatched.",
     "unet-preset.svg": "The U-Net of the preset that is nearest in size.",
-    "history.png": "The best score so far against the number of evaluations; steps where the way of proposing changes are named.",
-    "front.png": "Every architecture scored: quality against size, with presets, the budget and the front of the finalists.",
+    "history.svg": "The best score so far against the number of evaluations; steps where the way of proposing changes are named.",
+    "front.svg": "Every architecture scored: quality against size, with presets, the budget and the front of the finalists.",
     "grid.png": "Teacher, presets and finalists at the same prompts and seeds.",
 }
 

@@ -53,8 +53,8 @@ def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
 def report_files(view: SearchView) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of every file of a search's report: finalists.csv, report.md and figures, pareto.json for a front, best.json
     unless there are no budgets to be best within. A search that found nothing raises UserError before the first."""
+    from blockprune.reports.canvas import encoded
     from blockprune.reports.search_figures import search_figures
-    from blockprune.reports.unet import encoded
 
     if view.chosen and not view.is_front:
         yield "best.json", search_text.best_json(view).encode()

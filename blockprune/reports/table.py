@@ -12,7 +12,7 @@ from typing import Any, Literal
 from blockprune.measures.score import Score
 from blockprune.reports.view import short
 
-Kind = Literal["text", "code", "block", "note", "score", "plain", "count", "size", "share", "ratio"]
+Kind = Literal["text", "code", "block", "note", "score", "plain", "count", "size", "share", "percent", "ratio"]
 
 
 def number(value: float | None) -> str:
@@ -67,6 +67,7 @@ FORMATS: Mapping[Kind, Callable[[Any], str]] = {
     "count": count,
     "size": _four_digits,
     "share": lambda value: f"{value:.1%}",
+    "percent": lambda value: f"{value:.0%}",
     "ratio": lambda value: f"{value:.3f}",
 }
 

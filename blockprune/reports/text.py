@@ -27,10 +27,10 @@ from blockprune.reports.view import ScanView, places_of, rank_correlation, ranke
 
 CAPTIONS = {
     "unet.svg": "The U-Net, one cell per block, coloured by what its removal costs in quality.",
-    "tradeoff.png": "Quality lost against what each removal saves.",
-    "sensitivity.png": "Every removal, ranked, with 95 % bootstrap intervals.",
+    "tradeoff.svg": "Quality lost against what each removal saves.",
+    "sensitivity.svg": "Every removal, ranked, with 95 % bootstrap intervals.",
     "grid.png": "Teacher and masks at the same prompts and seeds.",
-    "correlation.png": "The cheap measure against FID.",
+    "correlation.svg": "The cheap measure against FID.",
     "timesteps.png": "The denoising error of each removal by timestep, and the part of it that guidance by the prompt adds.",
 }
 BIAS = " FID is biased upwards at small n, by an amount that depends on the model."

@@ -55,9 +55,7 @@ def _in_short(score: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report_files(run: AnyRun) -> Iterator[tuple[str, bytes]]:
-    """(name, contents) of the card's entries, losses.png and, where there was a validation, validation.png."""
-    from blockprune.reports.canvas import png
-
+    """(name, contents) of the card's entries, losses.svg and, where there was a validation, validation.svg."""
     yield "card.json", (json.dumps(card_of(run), indent=2) + "\n").encode()
     for name, figure in curves(run.rows()):
-        yield name, png(figure)
+        yield name, figure.encode()

@@ -5,23 +5,19 @@ The same drawing stands in a page, in a file of its own and in a notebook; every
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from xml.etree.ElementTree import Element, SubElement, tostring
+from xml.etree.ElementTree import Element, tostring
 
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from blockprune.measures.measure import MEASURES, quality
 from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import FITS, Architecture
 from blockprune.model.graph import KINDS, Block, BlockGraph
-from blockprune.reports.canvas import INK, LOSS, axis_title, colour_of, ink_on, is_wide, loss_scale, png
+from blockprune.reports.canvas import INK, LOSS, axis_title, colour_of, ink_on, is_wide, loss_scale
 from blockprune.reports.layout import (
     TIMES,
     Tile,
@@ -36,6 +32,7 @@ from blockprune.reports.layout import (
     with_innermost,
 )
 from blockprune.reports.search_view import SearchView
+from blockprune.reports.svg import Svg, add, file, sound, write
 from blockprune.reports.table import brief, count, number, with_interval
 from blockprune.reports.view import ScanView
 from blockprune.runs.records import Evaluation
@@ -51,22 +48,6 @@ UNIT_NAMES = {
     "layer": "transformer layer",
     "component": "component of a transformer layer",
 }
-NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-class Svg(str):
-    """A drawing: a notebook shows it, `savefig` writes it to a file."""
-
-    def _repr_svg_(self) -> str:
-        return self
-
-    def savefig(self, path: str | Path) -> None:
-        Path(path).write_text(self, encoding="utf-8")
-
-
-def encoded(figure: Figure | Svg) -> bytes:
-    """What the file of a figure holds: PNG, or SVG."""
-    return figure.encode() if isinstance(figure, Svg) else png(figure)
 
 
 @dataclass(frozen=True)
@@ -115,28 +96,20 @@ def unet_svg(graph: BlockGraph, heading: str, removed: Architecture | None = Non
     texts = {"heading": (heading, 9.3), "small": (_explanation(gone, units), 5.6)}  # with the width of a letter
     lines = [(line, kind) for kind, (text, px) in texts.items() for line in textwrap.wrap(text, round((width - 2 * EDGE) / px))]
     top = LINE + LINE * len(lines)
-    size = {"width": f"{width:g}", "height": f"{top + height + LEGEND_HEIGHT + LINE:g}"}
-    root = Element(
-        "svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "u", "viewBox": f"0 0 {' '.join(size.values())}", **size}
-    )
-    _add(root, "title", NO_XML.sub("?", heading))
-    _add(root, "style", re.sub(r"var\(--\w+, (#\w+)\)", r"\1", style()))
-    root.append(_defs())
-    _add(root, "rect", fill="#ffffff", **size)
+    words = Element("g")
     for i, (line, kind) in enumerate(lines):
-        _text(root, EDGE, LINE * (1.2 + i), line, kind)
+        write(words, EDGE, LINE * (1.2 + i), line, kind)
     drawn.set("transform", f"translate(0 {top})")
     legend = _legend(graph, scored, gone, any(b.kind in "RAM" and b.name not in units for b in graph))
     legend.set("transform", f"translate({EDGE} {top + height:g})")
-    root.extend([drawn, legend])
-    return Svg(tostring(root, encoding="unicode"))
+    return file("u", heading, width, top + height + LEGEND_HEIGHT + LINE, _defs(), words, drawn, legend)
 
 
 def page_svg(graph: BlockGraph, removed: Architecture, scored: Sensitivity | None, convention: str, heading: str) -> str:
     """The U alone, to stand in a page that has `style` and `page_defs`; a student does not repeat the teacher's numbers."""
     drawn, width, height = _drawing(graph, removed, scored, convention, numbers=not removed)
     words = f"{len(removed)} blocks removed" if removed else "nothing removed"
-    alt = NO_XML.sub("?", f"U-Net of {heading}: {words}. Arrow keys move between blocks.")
+    alt = sound(f"U-Net of {heading}: {words}. Arrow keys move between blocks.")
     root = Element("svg", {"class": "u", "viewBox": f"0 0 {width:g} {height:g}", "role": "group", "aria-label": alt})
     root.append(drawn)
     return tostring(root, encoding="unicode")
@@ -157,27 +130,21 @@ def page_defs() -> str:
     return tostring(root, encoding="unicode")
 
 
-@cache
-def style() -> str:
-    """The style sheet of the drawings, whose colours are variables of a page."""
-    return (Path(__file__).parent / "unet.css").read_text(encoding="utf-8")
-
-
 def _defs() -> Element:
     """Hatching and dots for each ink, the head of an arrow, and the colour bars of measures where less, or more, is better."""
     defs = Element("defs", {"class": "u-defs"})
     for ink in ("dark", "light", "plain"):
         turned = {"patternUnits": "userSpaceOnUse", "patternTransform": "rotate(45)"}
-        pattern = _add(defs, "pattern", id=f"hatch-{ink}", width=7, height=7, **turned)
-        _add(pattern, "line", class_=ink, x1=1.5, y1=0, x2=1.5, y2=7)
-        dots = _add(defs, "pattern", id=f"fit-{ink}", width=7, height=7, **turned)
-        _add(dots, "circle", class_=ink, cx=3.5, cy=3.5, r=0.8)
+        pattern = add(defs, "pattern", id=f"hatch-{ink}", width=7, height=7, **turned)
+        add(pattern, "line", class_=ink, x1=1.5, y1=0, x2=1.5, y2=7)
+        dots = add(defs, "pattern", id=f"fit-{ink}", width=7, height=7, **turned)
+        add(dots, "circle", class_=ink, cx=3.5, cy=3.5, r=0.8)
     head = {"viewBox": "0 0 8 8", "refX": 7, "refY": 4, "markerWidth": 7, "markerHeight": 7}
-    _add(_add(defs, "marker", id="arrow", orient="auto", **head), "path", d="M0 0 L8 4 L0 8 z")
+    add(add(defs, "marker", id="arrow", orient="auto", **head), "path", d="M0 0 L8 4 L0 8 z")
     for direction, colours in (("down", LOSS), ("up", LOSS[::-1])):
-        bar = _add(defs, "linearGradient", id=f"loss-{direction}")
+        bar = add(defs, "linearGradient", id=f"loss-{direction}")
         for i, colour in enumerate(colours):
-            _add(bar, "stop", offset=round(i / (len(colours) - 1), 3), stop_color=colour)
+            add(bar, "stop", offset=round(i / (len(colours) - 1), 3), stop_color=colour)
     return defs
 
 
@@ -198,19 +165,17 @@ def _drawing(
     for kind, lines in (("skip", skips(graph, cells)), ("bend", bend(cells))):
         for start, end in lines:
             (x1, y1), (x2, y2) = at(*start), at(*end)
-            _add(
-                group, "line", class_=kind, x1=x1, y1=y1, x2=x2, y2=y2, **({"marker_end": "url(#arrow)"} if kind == "bend" else {})
-            )
+            add(group, "line", class_=kind, x1=x1, y1=y1, x2=x2, y2=y2, **({"marker_end": "url(#arrow)"} if kind == "bend" else {}))
     for s in stage_names(graph, cells):
         (x, y), anchor = at(s.x, s.y), "end" if s.side < 0 else "start"
-        _text(group, x, y, s.name, "stage", anchor)
-        _text(group, x, y + 13, s.size, "small", anchor)
+        write(group, x, y, s.name, "stage", anchor)
+        write(group, x, y + 13, s.size, "small", anchor)
     for cell in strip_cells(graph, cells, units, removed):
-        _text(group, *at(cell.x + 0.02, cell.y + cell.h / 2), cell.label, "label")
+        write(group, *at(cell.x + 0.02, cell.y + cell.h / 2), cell.label, "label")
     order = {b.name: i for i, b in enumerate(graph)}
     for tile in sorted(tiles(graph, cells, units, removed), key=lambda t: order.get(t.name, -1)):
         block = _block(tile, at(tile.x, tile.y + tile.h), scale, numbers)
-        _add(block, "title", _tooltip(graph, scored, convention, tile))
+        add(block, "title", _tooltip(graph, scored, convention, tile))
         group.append(block)
     return group, (right + 2 * MARGIN) * PX_X, (top + 0.35) * PX_Y
 
@@ -225,13 +190,13 @@ def _block(tile: Tile, corner: tuple[float, float], scale: ScalarMappable | None
     )
     (x, y), w, h = corner, round(tile.w * PX_X, 1), round(tile.h * PX_Y, 1)
     box = {"x": x, "y": y, "width": w, "height": h, "rx": 4 if tile.label else 0}
-    _add(group, "rect", class_="cell" if tile.label else "cell strip", **box, **({"fill": to_hex(colour)} if colour else {}))
+    add(group, "rect", class_="cell" if tile.label else "cell strip", **box, **({"fill": to_hex(colour)} if colour else {}))
     if tile.gone:
-        _add(group, "rect", class_="hatch", **box, fill=f"url(#{'fit' if tile.fit else 'hatch'}-{ink or 'plain'})")
+        add(group, "rect", class_="hatch", **box, fill=f"url(#{'fit' if tile.fit else 'hatch'}-{ink or 'plain'})")
     if tile.label:
-        _text(group, x + (w / 2 if tile.fixed else 5), y + h / 2, tile.label, "label")
+        write(group, x + (w / 2 if tile.fixed else 5), y + h / 2, tile.label, "label")
     if tile.value is not None and numbers:
-        _text(group, x + w - 4, y + h / 2, brief(tile.value), "value")
+        write(group, x + w - 4, y + h / 2, brief(tile.value), "value")
     return group
 
 
@@ -243,18 +208,18 @@ def _legend(graph: BlockGraph, scored: Sensitivity | None, removed: Architecture
         scale = loss_scale(values, scored.measure)
         title = axis_title(scored.measure) + (", logarithmic" if is_wide(values) else "")
         teacher = scored.scan.value(TEACHER, scored.measure) if scored.scan else None
-        _text(group, 0, 8, title + (f"; teacher: {number(teacher)}" if teacher is not None else ""))
-        _add(group, "rect", x=0, y=18, width=BAR_WIDTH, height=14, rx=3, fill=f"url(#loss-{MEASURES[scored.measure].direction})")
+        write(group, 0, 8, title + (f"; teacher: {number(teacher)}" if teacher is not None else ""))
+        add(group, "rect", x=0, y=18, width=BAR_WIDTH, height=14, rx=3, fill=f"url(#loss-{MEASURES[scored.measure].direction})")
         for text, x, anchor in zip(map(number, scale.get_clim()), (0, BAR_WIDTH), ("start", "end"), strict=True):
-            _text(group, x, 41, text, "small", anchor)
+            write(group, x, 41, text, "small", anchor)
     x = BAR_WIDTH + 24 if values else 0
     plain, fitted = len(removed) > len(removed.fits), bool(removed.fits)
     for name, pattern in [("removed", "hatch")] * plain + [("fitted map", "fit")] * fitted + [("not scored", "")] * unscored:
-        key = _add(group, "g", class_="unscored")
-        _add(key, "rect", class_="cell", x=x, y=18, width=26, height=14, rx=3)
+        key = add(group, "g", class_="unscored")
+        add(key, "rect", class_="cell", x=x, y=18, width=26, height=14, rx=3)
         if pattern:
-            _add(key, "rect", class_="hatch", x=x, y=18, width=26, height=14, rx=3, fill=f"url(#{pattern}-plain)")
-        _text(group, x + 32, 25, name)
+            add(key, "rect", class_="hatch", x=x, y=18, width=26, height=14, rx=3, fill=f"url(#{pattern}-plain)")
+        write(group, x + 32, 25, name)
         x += 100
     return group
 
@@ -310,16 +275,3 @@ def _scores(scored: Sensitivity, arch: Architecture) -> Sequence[str]:
         *([f"step latency: {ratio:.3g} of the teacher's"] if ratio else []),
         *(f"{scored.measure} with a {kind} fit: {number(v)}" for kind, n in fits.items() if (v := scan.value(n, scored.measure))),
     ]
-
-
-def _add(parent: Element, tag: str, text: str = "", /, **attributes: object) -> Element:
-    """A new element in `parent`; `class_` is its class, other underscores are hyphens."""
-    node = SubElement(parent, tag, {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items()})
-    node.text = text or None
-    return node
-
-
-def _text(parent: Element, x: float, y: float, text: str, class_: str = "", anchor: str = "") -> None:
-    """Text whose middle is at the height `y`."""
-    style = {name: value for name, value in (("class_", class_), ("text_anchor", anchor)) if value}
-    _add(parent, "text", NO_XML.sub("?", text), x=round(x, 1), y=round(y, 1), dy=".35em", **style)

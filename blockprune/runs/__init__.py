@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from blockprune.runs.directory import Run, Stored
-from blockprune.runs.memory import MemoryRun
+from blockprune.runs.lock import Claims
+from blockprune.runs.memory import MemoryRun, Unshared
 
 AnyRun = Run | MemoryRun
 Readable = Stored | MemoryRun
+AnyClaims = Claims | Unshared
 
 
 def open_run(out: Path | None, command: str, asked: Mapping[str, Any], note: Mapping[str, Any], shared: bool = False) -> AnyRun:

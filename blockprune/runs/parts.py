@@ -16,6 +16,12 @@ from blockprune.runs.directory import MAKE_AGAIN, Run, Stored
 from blockprune.runs.memory import MemoryRun
 
 Arrays = dict[str, NDArray[Any]]
+INPUTS = "inputs"  # what the images of an evaluation were made from, under this label among its settings
+
+
+def paired_label(label: str) -> str:
+    """The label of the teacher's images that those of a setting are paired with."""
+    return f"teacher, {label}"
 
 
 def keep_arrays(run: Run | MemoryRun, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -161,6 +161,12 @@ class ValidationRecord(msgspec.Struct):
     score: Score
 
 
+class SubjectScore(ValidationRecord):
+    """A score of one subject of a benchmark."""
+
+    subject: str
+
+
 class SettingScore(msgspec.Struct):
     """The setting that a score of an evaluated model holds under; the row holds the score itself beside it."""
 

@@ -14,7 +14,7 @@ from blockprune.errors import UserError
 from blockprune.measures.measure import Kind, Measure
 from blockprune.measures.score import Score
 from blockprune.model.graph import GraphRecord
-from blockprune.runs.records import EvaluationRecord, SeenRecord, SettingScore, TrainRecord, ValidationRecord
+from blockprune.runs.records import EvaluationRecord, SeenRecord, SettingScore, SubjectScore, TrainRecord, ValidationRecord
 
 
 class Asked(msgspec.Struct, kw_only=True):
@@ -138,6 +138,7 @@ class SettingRecord(msgspec.Struct):
     scheduler: str
     quantize: str = ""
     checkpoint: Natural | None = None
+    strength: float | None = None
 
 
 class EvaluateRun(Noted, kw_only=True):
@@ -154,7 +155,20 @@ class EvaluateRun(Noted, kw_only=True):
     outside_params: Natural | None = None
 
 
-RUNS: Mapping[str, type[Noted]] = {"scan": ScanRun, "search": SearchRun, "distill": DistillRun, "evaluate": EvaluateRun}
+class PersonaliseRun(Noted, kw_only=True):
+    """run.json of a personalisation, of one subject or of a benchmark's."""
+
+    asked: Asked
+    model: str
+
+
+RUNS: Mapping[str, type[Noted]] = {
+    "scan": ScanRun,
+    "search": SearchRun,
+    "distill": DistillRun,
+    "personalise": PersonaliseRun,
+    "evaluate": EvaluateRun,
+}
 # the forms of a row by its command and its kind; a row of a scan has no kind
 ROWS: Mapping[str, Mapping[str | None, tuple[type, ...]]] = {
     "scan": {None: (Score,)},
@@ -164,6 +178,12 @@ ROWS: Mapping[str, Mapping[str | None, tuple[type, ...]]] = {
         "seen": (SeenRecord,),
     },
     "distill": {"train": (TrainRecord,), "validation": (ValidationRecord,)},
+    "personalise": {
+        "train": (TrainRecord,),
+        "validation": (ValidationRecord,),
+        "cost": (ValidationRecord,),
+        "subject": (SubjectScore,),
+    },
     "evaluate": {"score": (SettingScore, Score), "component": (Component,)},
 }
 

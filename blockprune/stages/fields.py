@@ -50,7 +50,10 @@ class Judging(Request):
     reference: str | None = option(None, "real images for fid and kid: a folder or a `blockprune stats` file", MEASURES)
     detector: str | None = option(None, "inception, pytorch-fid, a transformers folder or hub id", MEASURES)
     inception_weights: str | None = option(None, "inception-2015-12-05.pt", MEASURES, compared=False)
-    clip: str | None = option(None, "CLIP model for clip_score: folder or hub id", MEASURES)
+    clip: str | None = option(None, "CLIP model for clip_score, clip_i and clip_t: folder or hub id", MEASURES)
+    instance_data_dir: str | None = option(None, "folder with a subject's images, for dino, clip_i and clip_t", MEASURES)
+    token: str = option("sks", "the word of the prompts that names the subject", MEASURES)
+    dino: str | None = option(None, "vision model for dino, such as facebook/dino-vits16: folder or hub id", MEASURES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ def plan_of(model: Model, request: Measuring, measures: Sequence[str]) -> Plan:
     protocol = sampling.Protocol(n_images, steps, cfg_scale, request.seed, model.latent, request.scheduler or "")
     sampling.check_schedule(model.pipe, protocol)
     judges = loading.judges_of(model, request.detector, request.inception_weights, request.clip, request.reference)
-    judges = judges.with_own(measures)
+    judges = loading.with_subject(judges, model, request).with_own(measures)
     measures = measures or possible(judges, guided=cfg_scale > 1)
     judges.check(measures)
     denoises = any(measure(name).kind == "denoising" for name in measures)

@@ -55,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_outputs_are_all_there(distilled: Path) -> None:
     names = {p.name for p in distilled.iterdir()}
-    assert {"run.json", "rows.jsonl", "checkpoints", "student", "pipeline", "card.json", "losses.png", "validation.png"} <= names
+    assert {"run.json", "rows.jsonl", "checkpoints", "student", "pipeline", "card.json", "losses.svg", "validation.svg"} <= names
     assert sorted(p.name for p in (distilled / "checkpoints").iterdir()) == [f"step-000000{i}" for i in (2, 4, 6)]
     rows = directory.read_rows(distilled)
     assert [step for step, _ in losses(distilled)] == list(range(1, 7))

@@ -444,7 +444,7 @@ def test_the_coco_protocol_in_miniature(tmp_path: Path, cli: Cli, monkeypatch: p
         (["--quantize", "int3"], "unknown --quantize 'int3': choose from none, int8"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--latency", "--rounds", "1"], "--rounds must be at least 3"),
-        (["--measures", "fid,feature_distance"], "evaluate does not measure 'feature_distance'"),
+        (["--measures", "fid,eps_mse"], "evaluate does not measure 'eps_mse'"),
         (["--measures", ""], "--measures is empty"),
         (["--model", "no-such-model"], "no model 'no-such-model'"),
         (["--model", "SD1"], "measure 'fid' needs a reference: give --reference"),

@@ -50,7 +50,7 @@ def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_outputs_are_all_there(scanned: Path) -> None:
     names = {p.name for p in scanned.iterdir()}
-    assert {"run.json", "rows.jsonl", "scan.csv", "scan.json", "report.md", "unet.svg", "grid.png", "tradeoff.png"} <= names
+    assert {"run.json", "rows.jsonl", "scan.csv", "scan.json", "report.md", "unet.svg", "grid.png", "tradeoff.svg"} <= names
     table = list(csv.DictReader((scanned / "scan.csv").read_text().splitlines()))
     data = json.loads((scanned / "scan.json").read_text())
     assert [row["label"] for row in table] == [row["label"] for row in data["ranking"]]
@@ -329,9 +329,7 @@ def test_a_removals_latency_is_the_ratio_that_was_timed_in_turn(cli: Cli, tmp_pa
     assert {r["model"].removeprefix("without "): r["latency_ratio"] for r in results[1:]} == pytest.approx(truth)
     cells = re.findall(r"<td[^>]*>\s*([^<]*)", page.read_text())
     assert all(f"{ratio:.3f}" in {c.strip() for c in cells} for ratio in truth.values())
-    drawn = {}
-    for ax in tradeoff(view, "eps_mse").axes[2:]:
-        drawn = {round(float(line.get_xdata()[0]), 6) for line in ax.lines if len(line.get_xdata()) == 1}
+    drawn = {round(mark.x, 6) for mark in tradeoff(view, "eps_mse").plots[2].marks}
     assert drawn == {round(100 * (1 - ratio), 6) for ratio in truth.values()}
 
 

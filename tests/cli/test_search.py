@@ -50,7 +50,7 @@ def scored(folder: Path, kind: str = "search") -> dict[str, Any]:
 
 def test_outputs_are_all_there(searched: Path) -> None:
     names = {p.name for p in searched.iterdir()}
-    assert {"best.json", "finalists.csv", "report.md", "history.png", "front.png", "unet-best.svg", "grid.png"} <= names
+    assert {"best.json", "finalists.csv", "report.md", "history.svg", "front.svg", "unet-best.svg", "grid.png"} <= names
     best = json.loads((searched / "best.json").read_text())
     assert Architecture.from_json(best).removed
     assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockprune.data.digits import EMPTY, SCENE_PX, VOCABULARY, DigitScenes, Labels, caption, source_digits
+from blockprune.data.digits import EMPTY, SCENE_PX, VOCABULARY, DigitScenes, Labels, caption, exchanged, source_digits
 from blockprune.measures.detectors import BUILT_IN
 
 SPLITS = ("train", "held-out")
@@ -47,6 +47,19 @@ def test_captions_say_what_the_labels_say() -> None:
 def test_caption_in_words() -> None:
     labels = Labels((3, EMPTY, EMPTY, 7), slant=0, weight=2)
     assert caption(labels) == "bold leaning left: three top left, seven bottom right"
+
+
+def test_one_digit_is_exchanged_for_another() -> None:
+    cells = set()
+    for i, (_, _, labels) in enumerate(DigitScenes("held-out", 0, 100)):
+        other, cell = exchanged(labels, i)
+        assert exchanged(labels, i) == (other, cell)
+        changed = [k for k in range(4) if labels.digits[k] != other.digits[k]]
+        assert changed == [cell]
+        assert EMPTY not in (labels.digits[cell], other.digits[cell])
+        assert (other.slant, other.weight) == (labels.slant, labels.weight)
+        cells.add(cell)
+    assert cells == {0, 1, 2, 3}
 
 
 def test_ink_is_where_the_labels_say() -> None:

@@ -4,68 +4,146 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from conftest import Cli
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch.export import ExportedProgram
 
-from blockprune.cost.components import unet_inputs
-from blockprune.errors import UserError
 from blockprune.export.pipeline import load_pipeline
+from blockprune.export.runtimes import FORMAT_NAMES, RUNTIMES, formats
 from blockprune.export.runtimes import deploy as deploying
-from blockprune.export.runtimes.components import components
-from blockprune.export.runtimes.deploy import ALLOWED, deploy
-from blockprune.export.runtimes.formats import FORMATS, format_of
-from blockprune.export.runtimes.network import RUNTIMES, RuntimeUNet, in_runtime
+from blockprune.export.runtimes.components import Component, components
+from blockprune.export.runtimes.deploy import ALLOWED, Exported, deploy
+from blockprune.export.runtimes.formats import FORMATS
+from blockprune.export.runtimes.network import OTHERS, RuntimeUNet, in_runtime
 from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import distance
-from blockprune.model.model import of_pipeline
+from blockprune.model.model import Model, of_pipeline
 
-HERE = [name for name, form in FORMATS.items() if all(map(importlib.util.find_spec, form.packages)) and name != "aot-inductor"]
+HERE = [name for name, form in FORMATS.items() if all(map(importlib.util.find_spec, form.packages))]
+QUICK = [pytest.param(name, marks=pytest.mark.slow) if name == "aot-inductor" else name for name in HERE]
+WHOLE = [name if name == "torch-export" else pytest.param(name, marks=pytest.mark.slow) for name in HERE]  # every component
 GAPS = Architecture(frozenset({"down_blocks.1.resnets.0", "mid_block"}), frozenset({("mid_block", "linear")}))
+needs_onnx = pytest.mark.skipif("onnx" not in HERE, reason="onnxruntime is not installed")
 
 
-@pytest.mark.parametrize("name", HERE)
-def test_a_student_with_gaps_and_maps_computes_the_same_there(name: str, tmp_path: Path) -> None:
-    """Batches of one and three, and another size than the one that was exported."""
-    model = of_pipeline(load_pipeline("tiny-digits"))
-    unet = surgery.prune(model.network, GAPS)
-    network = in_runtime(unet, FORMATS[name].runtime, model.latent, model.graph.n_tokens, tmp_path / "unet")
-    assert isinstance(network, RuntimeUNet)
-    for batch, size in ((1, (16, 16)), (3, (32, 16))):
-        inputs = unet_inputs(unet.config, size, model.graph.n_tokens, batch, "cpu")
-        inputs["sample"] = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(batch))
-        with torch.no_grad():
-            expected = unet(**inputs, return_dict=False)[0]
-        assert distance(network(**inputs)[0], expected) < ALLOWED["float32"]
+def student(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy with gaps, and with a map that is not the identity."""
+    pruned, draw = surgery.prune(unet, GAPS), torch.Generator().manual_seed(0)
+    for p in pruned.mid_block.parameters():
+        p.data = torch.randn(p.shape, generator=draw) / 8
+    return pruned
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_every_family_becomes_a_program(kind: str, tmp_path: Path) -> None:
-    unet = surgery.prune(tiny.unet(kind), GAPS)
-    network = in_runtime(unet, "torch-export", (16, 16), tiny.N_TOKENS, tmp_path / "unet")
-    inputs = tiny.inputs(kind, 1, (32, 16))
+@dataclass(frozen=True)
+class Written:
+    """A small student of SD v1 in a format; tests must not write to its folder."""
+
+    model: Model
+    folder: Path
+    components: list[Exported]
+
+
+@pytest.fixture(scope="module")
+def small_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline whose U-Net has two stages."""
+    pipe, folder = load_pipeline(tiny_folder("sd1")), tmp_path_factory.mktemp("small")
+    pipe.unet = tiny.small_unet("sd1")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(small_folder: Path) -> Model:
+    pipe = load_pipeline(small_folder)
+    pipe.unet = student(pipe.unet)
+    return of_pipeline(pipe)
+
+
+@pytest.fixture(scope="module")
+def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
+    """The student in a format, its U-Net or every component, made once; the graphs are the same for all formats."""
+    made: dict[tuple[str, bool], Written] = {}
+    programs: dict[str, ExportedProgram] = {}
+
+    def program_of(component: Component) -> ExportedProgram:
+        if component.name not in programs:
+            programs[component.name] = formats.program_of(component)
+        return programs[component.name]
+
+    def of(name: str, every: bool = False) -> Written:
+        if (name, every) not in made:
+            folder = tmp_path_factory.mktemp(name) / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(deploying, "program_of", program_of)
+                made[name, every] = Written(model, folder, list(deploy(model, name, folder, every=every)))
+        return made[name, every]
+
+    return of
+
+
+def apart(network: RuntimeUNet | torch.nn.Module, unet: UNet2DConditionModel, inputs: dict[str, Any]) -> float:
     with torch.no_grad():
-        expected = unet(**inputs, return_dict=False)[0]
-    assert distance(network(**inputs)[0], expected) < ALLOWED["float32"]
+        return distance(network(**inputs, return_dict=False)[0], unet(**inputs, return_dict=False)[0])
 
 
-def test_every_component_is_written_and_compared(tmp_path: Path) -> None:
-    model = of_pipeline(load_pipeline("tiny-digits"))
-    done = list(deploy(model, "torch-export", tmp_path / "out", every=True))
-    assert [e.name for e in done] == ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
-    about = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert (about["runtime"], about["precision"], about["model"]) == ("torch-export", "float32", "tiny-digits")
-    for e in done:
-        assert (tmp_path / "out" / e.file).stat().st_size == e.n_bytes
-        assert max(e.real, e.random) <= about["allowed"]
-    assert {"tokenizer", "scheduler", "model_index.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+def test_the_names_are_those_of_the_formats() -> None:
+    assert tuple(FORMATS) == FORMAT_NAMES
+    assert tuple(OTHERS) == RUNTIMES[2:]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_component_of_a_student_is_written_and_compared(name: str, written: Callable[..., Written]) -> None:
+    it = written(name, every=True)
+    assert [e.name for e in it.components] == ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
+    about = json.loads((it.folder / "export.json").read_text())
+    assert (about["runtime"], about["precision"], about["model"]) == (name, "float32", Path(it.model.name).name)
+    for e in it.components:
+        files = [file for file in (it.folder / e.name).iterdir() if file.name != "config.json"]
+        assert (it.folder / e.file) in files
+        assert sum(file.stat().st_size for file in files) == e.n_bytes
+        assert max(e.real, e.random) <= about["allowed"] == ALLOWED["float32"]
+    assert {"tokenizer", "scheduler", "model_index.json"} <= {path.name for path in it.folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_student_with_gaps_and_maps_computes_the_same_there(name: str, written: Callable[..., Written]) -> None:
+    """Batches of one and three, and another size than the one that was exported."""
+    it, unet = written(name), written(name).model.network
+    network = RuntimeUNet(unet, FORMATS[name].load(it.folder / it.components[0].file))
+    for batch, size in ((1, (8, 8)), (3, (24, 16))):
+        inputs = tiny.inputs("sd1", batch, size, seed=batch)
+        assert apart(network, unet, inputs) < ALLOWED["float32"]
+        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].flip(1) + 1  # the condition is heard
+        assert apart(network, unet, inputs) < ALLOWED["float32"]
+
+
+@pytest.mark.parametrize("name", [n for n in HERE if n in ("onnx", "openvino")])
+def test_a_condition_of_several_tensors(name: str, tmp_path: Path) -> None:
+    """That of SDXL, whose attentions have several layers."""
+    unet = student(tiny.small_unet("sdxl"))
+    network = in_runtime(unet, FORMATS[name].runtime, (8, 8), tiny.N_TOKENS, tmp_path / "unet")
+    assert apart(network, unet, tiny.inputs("sdxl", 1, (16, 8))) < ALLOWED["float32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("name", HERE)
+def test_every_family_has_every_format(name: str, kind: str, tmp_path: Path) -> None:
+    unet = student(tiny.unet(kind))
+    network = in_runtime(unet, FORMATS[name].runtime, (16, 16), tiny.N_TOKENS, tmp_path / "unet")
+    assert apart(network, unet, tiny.inputs(kind, 1, (32, 16))) < ALLOWED["float32"]
 
 
 def test_sdxl_has_two_text_encoders_and_a_pooled_output(tiny_folder: Callable[[str], Path]) -> None:
@@ -80,37 +158,95 @@ def test_sdxl_has_two_text_encoders_and_a_pooled_output(tiny_folder: Callable[[s
     assert torch.allclose(pooled, condition["added_cond_kwargs"]["text_embeds"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if n != "torch-export"])
-def test_half_the_bytes_in_half_precision(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [n for n in HERE if n in ("onnx", "openvino")])
+def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Callable[..., Written], tmp_path: Path) -> None:
     """And nothing in the file of where it was made."""
-    model = of_pipeline(load_pipeline("tiny-digits"))
     (half,) = deploy(model, name, tmp_path / "half", "float16")
     weights = sum(p.numel() for p in model.network.parameters())
-    assert 2 * weights < half.n_bytes < 3 * weights
+    assert 1.8 * weights < written(name).components[0].n_bytes - half.n_bytes < 2.2 * weights
     assert 1e-5 < max(half.real, half.random) < ALLOWED["float16"]
     assert model.network.dtype == torch.float32
     assert str(Path(torch.__file__).parent).encode() not in (tmp_path / "half" / half.file).read_bytes()
 
 
-@pytest.mark.skipif("onnx" not in HERE, reason="onnxruntime is not installed")
-def test_linear_layers_in_eight_bits(tmp_path: Path) -> None:
-    (int8,) = deploy(of_pipeline(load_pipeline("tiny-digits")), "onnx", tmp_path / "int8", "int8")
+@needs_onnx
+@pytest.mark.parametrize("limit", [formats.LARGEST_ONNX, 1000])
+def test_linear_layers_in_eight_bits(limit: int, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "LARGEST_ONNX", limit)
+    (int8,) = deploy(model, "onnx", tmp_path / "int8", "int8")
     assert 1e-4 < max(int8.real, int8.random) < ALLOWED["int8"]
+    assert {file.name for file in (tmp_path / "int8" / "unet").iterdir()} - {"model.onnx.data"} == {"model.onnx", "config.json"}
 
 
-def test_what_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_onnx
+def test_weights_that_are_too_large_for_one_file_lie_beside_it(
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    """And are found there when the folder has moved."""
+    unet = load_pipeline(small_folder).unet
+    weights = 4 * sum(p.numel() for p in unet.parameters())
+    monkeypatch.setattr(formats, "LARGEST_ONNX", weights // 2)
+    code, out, err = cli("export", small_folder, "--format", "onnx", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "unet/model.onnx" in out
+    assert "of the output's size from PyTorch on what the model draws" in out
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    file, data = (tmp_path / "moved" / "unet" / name for name in ("model.onnx", "model.onnx.data"))
+    assert data.stat().st_size > 0.9 * weights
+    assert file.stat().st_size + data.stat().st_size < 3 * weights  # half of a tiny network's file is its graph
+    assert apart(RuntimeUNet(unet, FORMATS["onnx"].load(file)), unet, tiny.inputs("sd1")) < ALLOWED["float32"]
+
+
+def test_what_computes_something_else_is_refused(
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+) -> None:
     monkeypatch.setitem(deploying.ALLOWED, "float32", -1.0)
-    with pytest.raises(UserError, match="the unet computes something else in torch-export"):
-        list(deploy(of_pipeline(load_pipeline("tiny-digits")), "torch-export", tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
+    assert "the unet computes something else in torch-export" in line
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_runtime_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"onnx needs onnx and onnxscript and onnxruntime, .*: pip install 'blockprune\[onnx\]'"):
-        format_of("onnx")
-    with pytest.raises(UserError, match=r"pip install 'blockprune\[openvino\]'"):
-        format_of("openvino")
+def test_what_a_format_cannot_say_is_refused(
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such operator\nand more of it")
+
+    monkeypatch.setattr(torch.export, "export", broken)
+    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
+    assert "torch-export cannot say or run the unet (no such operator" in line
+    cost = one_line("cost", "--model", small_folder, "--latency", "--rounds", "5", "--runtime", "torch-export")
+    assert "torch-export cannot say or run the unet (no such operator" in cost
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_runtime_that_is_missing_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+) -> None:
+    find, gone = importlib.util.find_spec, {"onnx", "onnxscript", "onnxruntime", "openvino"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in gone else find(name, *more))
+    onnx, openvino = (
+        "onnx needs onnx and onnxscript and onnxruntime, which are missing",
+        "openvino needs openvino, which is missing",
+    )
+    for name, runtime, says in (("onnx", "onnxruntime", onnx), ("openvino", "openvino", openvino)):
+        for line in (
+            one_line("export", "tiny-digits", "--format", name, "--out", tmp_path / "out"),
+            one_line("cost", "--latency", "--runtime", runtime),
+            one_line("evaluate", "--runtime", runtime, "--out", tmp_path / "out"),
+        ):
+            assert f"{says}: pip install 'blockprune[{name}]'" in line
+
+
+def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, args in (
+        ("aot-inductor", ("export", "tiny-digits", "--format")),
+        ("torch-compile", ("cost", "--latency", "--runtime")),
+    ):
+        line = one_line(*args, name, *(["--out", tmp_path / "out"] if args[0] == "export" else []))
+        assert f"{name} needs a C++ compiler, and there is no g++ or clang++" in line
 
 
 def test_bad_options_are_one_line(tmp_path: Path, one_line: Callable[..., str]) -> None:
@@ -126,28 +262,25 @@ def test_bad_options_are_one_line(tmp_path: Path, one_line: Callable[..., str]) 
     assert "unknown --runtime" in one_line("evaluate", "--runtime", "tensorrt", *out)
 
 
-def test_the_command_says_how_far_it_is(tmp_path: Path, cli: Cli) -> None:
-    code, out, err = cli("export", "tiny-digits", "--format", "torch-export", "--out", tmp_path / "out")
-    assert code == 0, err
-    assert "unet/model.pt2" in out
-    assert "of the output's size from PyTorch on what the model draws" in out
-
-
-def test_latency_is_measured_in_turn_in_several_runtimes(cli: Cli) -> None:
-    names = ["torch", "torch-export"]
-    code, out, err = cli("cost", "--arch", "bk-sdm-tiny", "--latency", "--rounds", "5", "--runtime", ",".join(names), "--json")
+@pytest.mark.parametrize("others", [["torch-export"], pytest.param(["torch-compile"], marks=pytest.mark.slow)])
+def test_latency_is_measured_in_turn_in_several_runtimes(others: list[str], cli: Cli, small_folder: Path) -> None:
+    names = ["torch", *others]
+    args = ["cost", "--model", small_folder, "--arch", "mid_block~linear", "--latency", "--rounds", "5"]
+    code, out, err = cli(*args, "--runtime", ",".join(names), "--json")
     assert code == 0, err
     rows = json.loads(out)["runtimes"]
     assert list(rows) == names
-    assert {*names} < {*RUNTIMES}
     for row in rows.values():
         assert row["ratio"]["low"] <= row["ratio"]["value"] <= row["ratio"]["high"]
         assert row["student"]["n"] == 5
 
 
-@pytest.mark.parametrize("runtime", [FORMATS[name].runtime for name in HERE])
+SCORED = [FORMATS[name].runtime for name in HERE if name != "aot-inductor"]
+
+
+@pytest.mark.parametrize("runtime", [r if r == "onnxruntime" else pytest.param(r, marks=pytest.mark.slow) for r in SCORED])
 def test_images_of_a_runtime_are_those_of_pytorch(runtime: str, tmp_path: Path, cli: Cli) -> None:
-    args = ["evaluate", "--n-images", "4", "--steps", "2", "--measures", "clip_score", "--out"]
+    args = ["evaluate", "--arch", "bk-sdm-tiny", "--n-images", "4", "--steps", "2", "--measures", "clip_score", "--out"]
     for name in ("torch", runtime):
         code, _, err = cli(*args, tmp_path / name, "--runtime", name)
         assert code == 0, err

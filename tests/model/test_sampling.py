@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blockprune.errors import UserError
-from blockprune.model.sampling import NotFinite, Protocol, decode, draw, encode, encode_images, noise
+from blockprune.model.sampling import NotFinite, Protocol, decode, draw, edit, encode, encode_images, noise
 from blockprune.model.schedulers import SCHEDULERS
 
 PROMPTS = ["a cat", "two dogs", "", "a red kite"]
@@ -71,6 +71,50 @@ def test_batch_size_changes_nothing(pipe, scheduler: str) -> None:
     whole, single = images(pipe("sd1"), protocol, 5), images(pipe("sd1"), protocol, 2)
     assert (whole.int() - single.int()).abs().max() <= 1
     assert (whole[0].int() - whole[4].int()).abs().max() > 1, "same prompt, other seed"
+
+
+INPUTS = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+SEEDS = [7, 8, 9, 10]
+
+
+def edited(pipe, strength: float, index: list[int], scheduler: str = "") -> torch.Tensor:
+    protocol = Protocol(4, 4, 4.0, 7, (8, 8), scheduler)
+    return decode(pipe, edit(pipe, protocol, strength, INPUTS[index], [PROMPTS[i] for i in index], [SEEDS[i] for i in index]))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd1-v", "sdxl"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_edits_are_those_of_diffusers_image_to_image_pipeline(pipe, kind: str, strength: float) -> None:
+    stock = diffusers.AutoPipelineForImage2Image.from_pipe(pipe(kind))
+    images = stock(
+        PROMPTS,
+        image=INPUTS.float() / 255,
+        strength=strength,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="pt",
+    ).images
+    ours = edited(pipe(kind), strength, [0, 1, 2, 3])
+    assert (ours.int() - images.mul(255).round().int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_an_edit_depends_on_its_image_prompt_and_seed_alone(pipe, scheduler: str) -> None:
+    p = pipe("sd1")
+    own = p.scheduler
+    whole = edited(p, 0.5, [0, 1, 2, 3], scheduler)
+    assert (whole[[3, 1]].int() - edited(p, 0.5, [3, 1], scheduler).int()).abs().max() <= 1
+    assert (whole[3].int() - edited(p, 0.75, [3], scheduler)[0].int()).abs().max() > 1, "more steps, another image"
+    assert p.scheduler is own
+
+
+def test_an_edit_that_is_not_finite_is_an_error(pipe) -> None:
+    p = pipe("sd1")
+    with torch.no_grad():
+        p.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(NotFinite):
+        edited(p, 0.5, [0])
 
 
 def test_sdxl_is_told_the_resolution(pipe) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import report_rows
 from diffusers import UNet2DConditionModel
 
+from blockprune.cli import main
 from blockprune.measures.runner import with_ratio
 from blockprune.measures.score import TEACHER
 from blockprune.model.architecture import Architecture
@@ -18,6 +20,34 @@ from blockprune.model.trace import trace
 from blockprune.reports.view import ScanView
 
 HOSTILE = "a $\\frac$ [bold]seven[/bold] | <b>&amp;</b>\n数字 " + "very long " * 12
+
+FEW = ["--n-images", "4", "--steps", "2", "--batch-size", "4"]
+SCORED = [*FEW, "--eps-samples", "4"]
+REMOVALS = ["--arch", "mid_block", "--arch", "down_blocks.0.resnets.1", "--arch", "up_blocks.1.attentions.1"]
+QUICK = ["--trials", "12", "--finalists", "1", "--final-factor", "1", "--score-fit", "none", "--allow", "prompt-deaf"]
+TRAINED = ["--max-train-steps", "2", "--checkpointing-steps", "1", "--train-batch-size", "2", "--n-images", "4", "--steps", "2"]
+JUDGED = ["evaluate", *FEW, "--protocol", "clean"]
+# what a user does one after another: each name is a folder that later commands may read
+COMMANDS = {
+    "scan": ["scan", *SCORED, *REMOVALS, "--measures", "eps_mse,fid,clip_score"],
+    "search": ["search", *SCORED, *QUICK, "--unit", "stage", "--budget", "80%params"],
+    "distill": ["distill", "--arch", "{runs}/search/best.json", *TRAINED, "--data", "digits"],
+    "teacher": [*JUDGED, "--label", "tiny-digits", "--components"],
+    "design": [*JUDGED, "--arch", "mid-removed", "--label", "mid-removed", "--components"],
+    "evaluate": [*JUDGED, "--model", "{runs}/distill/pipeline", "--label", "found", "--cfg-scale", "3,2", "--components"],
+    "checkpoints": [*JUDGED, "--checkpoints", "{runs}/distill", "--label", "found"],
+}
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A miniature run of every command on the built-in model, the later ones of what the earlier ones found and made."""
+    folder = tmp_path_factory.mktemp("real")
+    for name, words in COMMANDS.items():
+        with pytest.raises(SystemExit) as ended:
+            main([*(word.format(runs=folder) for word in words), "--out", str(folder / name)])
+        assert not ended.value.code, name
+    return {name: folder / name for name in COMMANDS}
 
 
 @pytest.fixture(scope="module")

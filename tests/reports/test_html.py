@@ -23,6 +23,7 @@ from blockprune.reports import model_tables
 from blockprune.reports.html import page, parts
 from blockprune.reports.html.sections import sections
 from blockprune.reports.notes import caveats, missing
+from blockprune.reports.recommendation import recommendations
 from blockprune.reports.report_data import ReportData, report_data
 from blockprune.reports.results import flat, result_tables, results_table, to_latex
 from blockprune.reports.table import Table, to_csv
@@ -60,7 +61,7 @@ def files(data: ReportData) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def shown(data: ReportData) -> dict[str, Sequence[Any]]:
     """The parts of each section, by its anchor."""
-    return {section.id: section.parts for section in sections(data, "thop")}
+    return {section.id: section.parts for section in sections(data, result_tables(data), recommendations(data), "thop")}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_a_students_step_is_held_against_the_teachers_of_the_same_run(tmp_path: 
         share = report_rows.graph().cost(row.arch).params / total
         assert row.latency_s == (pytest.approx(0.03) if plain and not row.arch else None), row.setting
         assert row.latency_ratio == (pytest.approx(share) if plain and row.arch else None), row.setting
-    shown = model_tables.components(found.models, "thop")
+    shown = model_tables.components({name: model.priced for name, model in found.models.items()}, "thop")
     assert shown is not None
     column = [c.title for c in shown.columns].index("latency, × teacher")
     for cells in shown.rows:
@@ -129,7 +130,7 @@ def test_csv_json_and_page_say_the_same(data: ReportData, files: dict[str, str],
     assert content["made_by"] == "blockprune report"
     assert content["students"]["small = kd-small = mine"]["removed"] == report_rows.STUDENT
     embedded = files[".html"].partition('id="report-data">')[2].partition("</script>")[0]
-    assert json.loads(embedded) == content
+    assert json.loads(embedded)["results"] == content
     assert "NaN" not in files[".json"]
 
 
@@ -149,7 +150,7 @@ def test_a_hostile_name_stays_inside_the_embedded_data(tmp_path: Path) -> None:
     text = page.report_files(report_data([report_rows.evaluate(tmp_path / "e", name)]), "thop")[".html"]
     assert len(Reader(text).all("script")) == 2
     embedded = text.partition('id="report-data">')[2].partition("</script>")[0]
-    assert json.loads(embedded)["results"][0]["model"] == name
+    assert json.loads(embedded)["results"]["results"][0]["model"] == name
 
 
 def test_the_page_needs_nothing_else(files: dict[str, str], read: Reader) -> None:
@@ -171,11 +172,11 @@ def test_every_image_says_what_it_shows(read: Reader) -> None:
 def test_anchors_lead_somewhere(read: Reader) -> None:
     ids = {attrs["id"] for _, attrs in read.tags if "id" in attrs}
     assert {(a["href"] or "")[1:] for a in read.all("a")} <= ids
-    assert {"results", "architecture", "sensitivity", "search", "training", "settings", "costs", "images", "caveats"} <= ids
+    assert {"take", "blocks", "remove", "search", "training", "settings", "costs", "images", "asked"} <= ids
 
 
 def test_every_removed_block_is_hatched_in_every_student(data: ReportData, shown: dict[str, Sequence[Any]]) -> None:
-    (drawn,) = shown["architecture"]
+    (drawn,) = shown["remove"]
     teacher, *students = drawn.items
     assert "gone" not in teacher.svg
     for drawing, arch in zip(students, data.students, strict=True):
@@ -218,9 +219,13 @@ def test_macs_are_named_by_their_convention(data: ReportData) -> None:
 
 
 def test_several_runs_of_a_kind_have_a_curve_each(shown: dict[str, Sequence[Any]]) -> None:
-    pictures = [p for p in shown["training"] if p.kind == "picture"]
-    assert all("kd-mid" in p.alt and "kd-small" in p.alt for p in pictures[:2])
-    assert [p.title for p in shown["search"] if p.kind == "subhead"] == ["search-80", "search-78"]
+    scores, losses = (next(p for p in shown["training"] if p.kind == kind) for kind in ("charts", "fold"))
+    for svg in scores.svgs:
+        curves = [e for e in ElementTree.fromstring(svg).iter("path") if "line" in (e.get("class") or "").split()]
+        assert len({e.get("class") for e in curves}) == 2
+    # a distillation goes by the name of the model that came of it
+    assert [re.sub("<.*?>", "", svg.split("</text>")[0]) for svg in losses.parts[0].svgs] == ["small", "mid"]
+    assert [p.title for p in shown["search"] if p.kind == "fold"] == ["search-80", "search-78"]
 
 
 def test_nothing_is_missing_from_a_full_report(data: ReportData) -> None:
@@ -291,6 +296,7 @@ def test_prose_undoes_markdown_and_escapes_html() -> None:
     assert parts.prose("`a<b` and \\*x\\* &lt;i&gt; <b>") == "<code>a&lt;b</code> and *x* &lt;i&gt; &lt;b&gt;"
 
 
-def test_pictures_are_svg_or_png(shown: dict[str, Sequence[Any]]) -> None:
-    pictures = [p for found in shown.values() for p in found if p.kind == "picture"]
-    assert {p.src.partition(";")[0] for p in pictures} <= {"data:image/svg+xml", "data:image/png"}
+def test_every_chart_is_drawn_and_only_images_are_pixels(read: Reader) -> None:
+    assert len([svg for svg in read.all("svg") if svg.get("class") == "p"]) > 10
+    assert {re.match(r"data:image/(png|jpeg);", img["src"] or "") is not None for img in read.all("img")} == {True}
+    assert sum(tag == "table" and attrs.get("class", "").startswith("images") for tag, attrs in read.tags) > 3

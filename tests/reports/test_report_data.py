@@ -28,7 +28,7 @@ def in_memory(folder: Path) -> MemoryRun:
 def test_runs_in_memory_are_as_runs_on_disk(tmp_path: Path) -> None:
     folders = report_rows.everything(tmp_path)
     written, kept = report_data(folders), report_data([in_memory(folder) for folder in folders])
-    assert list(kept.runs) == ["scan", "search", "search 2", "distill", "distill 2", "tiny", "mid", "small"]
+    assert list(kept.runs) == ["scan", "search", "search 2", "distill", "distill 2", "small", "tiny", "mid"]
     for a, b in zip(written.runs.values(), kept.runs.values(), strict=True):
         assert vars(a).keys() == vars(b).keys()
         assert a.protocol == b.protocol and a.graph == b.graph and a.images.keys() == b.images.keys()

@@ -203,7 +203,7 @@ def test_missing_measures_are_said_to_be_missing(make: Callable[..., ScanView], 
     assert "Rank correlation between `eps_mse` and FID: not available" in text
     assert len(to_csv(ranking(view)).splitlines()) == len(view.archs) + 1
     drawn = [name for name, _ in figures(view)]
-    assert drawn == (["unet.svg", "tradeoff.png", "sensitivity.png"] if set(measures) - {"latency"} else ["unet.svg"])
+    assert drawn == (["unet.svg", "tradeoff.svg", "sensitivity.svg"] if set(measures) - {"latency"} else ["unet.svg"])
 
 
 def test_what_comes_from_outside_is_escaped(make: Callable[..., ScanView]) -> None:
@@ -231,9 +231,9 @@ def test_short_names() -> None:
 def test_every_figure_is_a_sane_picture(make: Callable[..., ScanView]) -> None:
     view = make()
     drawn = dict(figures(view, Architecture(frozenset({"mid_block"}))))
-    assert list(drawn) == ["unet.svg", "tradeoff.png", "sensitivity.png", "grid.png", "correlation.png"]
+    assert list(drawn) == ["unet.svg", "tradeoff.svg", "sensitivity.svg", "grid.png", "correlation.svg"]
     for name, figure in drawn.items():
-        if isinstance(figure, Svg):  # as `test_unet.py` looks at
+        if isinstance(figure, Svg):  # as `test_unet.py` and `test_plot.py` look at
             continue
         picture = pixels(png(figure))
         assert all(500 <= side <= 4000 for side in picture.shape[:2]), name

@@ -137,7 +137,7 @@ def test_any_name_is_text(graph: BlockGraph) -> None:
 
 def test_a_long_heading_has_several_lines(graph: BlockGraph) -> None:
     root = ElementTree.fromstring(unet_svg(graph, "a long heading " * 12))
-    lines = [e for e in root if e.get("class") == "heading"]
+    lines = [e for e in root.iter() if e.get("class") == "heading"]
     assert len(lines) == 3
     assert len({e.get("y") for e in lines}) == 3
     assert max(len(e.text or "") for e in lines) * 9 < float(root.get("width") or 0)

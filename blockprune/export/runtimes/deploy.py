@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockprune.errors import UserError, first_line
+from blockprune.errors import UserError
 from blockprune.export.runtimes.components import Component, Inputs, components
-from blockprune.export.runtimes.formats import Format, Runner, format_of, program_of
+from blockprune.export.runtimes.formats import Format, Runner, format_of, in_words, program_of
 from blockprune.model.compare import distance
 from blockprune.model.model import Model
 from blockprune.runs.atomic import writing_folder
@@ -61,14 +61,10 @@ def _exported(component: Component, form: Format, folder: Path, precision: str) 
     path = folder / form.file
     trials = [component.example, *others(component)]
     expected = [component.run(inputs) for inputs in trials]
-    try:
+    with in_words(form, component.name):
         form.write(program_of(_in(component, precision, form)), component, path, precision)
         runner = form.load(path)
         errors = [apart(runner, inputs, outputs) for inputs, outputs in zip(trials, expected, strict=True)]
-    except UserError:
-        raise
-    except Exception as err:
-        raise UserError(f"{form.name} cannot say or run the {component.name} ({first_line(err)}): choose another format") from None
     if not max(errors) <= ALLOWED[precision]:
         raise UserError(
             f"the {component.name} computes something else in {form.runtime}: {max(errors):.2g} of its output's size apart, where "

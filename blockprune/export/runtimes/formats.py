@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from blockprune.errors import UserError
+from blockprune.errors import UserError, explanation, first_line
+from blockprune.export.runtimes import PRECISIONS
 from blockprune.export.runtimes.components import Component, Inputs
 
 Runner = Callable[[Inputs], list[Tensor]]  # tensors by name => the outputs
-PRECISIONS = ("float32", "float16", "int8")
 LARGEST_ONNX = 2**31 - 2**24  # bytes of weights in one file, which protobuf limits to 2 GiB; larger ones lie beside it
 
 
@@ -29,7 +31,8 @@ LARGEST_ONNX = 2**31 - 2**24  # bytes of weights in one file, which protobuf lim
 class Format:
     """A format: the runtime that reads it, the packages that takes and how pip gets them, its precisions and its file.
 
-    `write(program, component, path, precision)` and `load(path)` may raise whatever the runtime does.
+    Where `compiles`, writing takes a C++ compiler. `write(program, component, path, precision)` and `load(path)` may raise whatever
+    the runtime does.
     """
 
     name: str
@@ -40,14 +43,35 @@ class Format:
     file: str
     write: Callable[[ExportedProgram, Component, Path, str], None]
     load: Callable[[Path], Runner]
+    compiles: bool = False
 
     def check(self) -> None:
-        """Raises UserError where the runtime is not installed."""
+        """Raises UserError where the runtime, or the compiler that it takes, is not installed."""
         if missing := [p for p in self.packages if importlib.util.find_spec(p) is None]:
-            install = f"pip install 'blockprune[{self.extra}]'" if self.extra else f"install {missing[0]}"
+            are = "is" if len(missing) == 1 else "are"
             raise UserError(
-                f"{self.name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing: {install}"
+                f"{self.name} needs {' and '.join(missing)}, which {are} missing: pip install 'blockprune[{self.extra}]'"
             )
+        if self.compiles:
+            check_compiler(self.name)
+
+
+def check_compiler(name: str) -> None:
+    """Raises UserError where `name`, which compiles C++, finds no compiler."""
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise UserError(f"{name} needs a C++ compiler, and there is no {' or '.join(compilers)}: install one, or set CXX to it")
+
+
+@contextmanager
+def in_words(form: Format, component: str) -> Iterator[None]:
+    """What an exporter or a runtime raises in this context becomes a UserError; what the system raises stays as it is."""
+    try:
+        yield
+    except Exception as err:
+        if explanation(err) is not None:
+            raise
+        raise UserError(f"{form.name} cannot say or run the {component} ({first_line(err)}): choose another format") from None
 
 
 def program_of(component: Component) -> ExportedProgram:
@@ -86,7 +110,7 @@ def _write_onnx(program: ExportedProgram, component: Component, path: Path, prec
         )
     assert made is not None
     _forget_sources(made.model)
-    large = sum(t.nbytes for t in component.network.state_dict().values()) > LARGEST_ONNX
+    large = sum(t.nbytes for t in program.state_dict.values()) > LARGEST_ONNX
     if precision != "int8":
         made.save(str(path), external_data=large)
         return
@@ -123,7 +147,7 @@ def _load_onnx(path: Path) -> Runner:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the processor to others
-    session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kinds = {i.name: ONNX_TYPES.get(i.type, np.float32) for i in session.get_inputs()}
 
     def run(inputs: Inputs) -> list[Tensor]:
@@ -205,7 +229,10 @@ FORMATS: dict[str, Format] = {
             *(_write_openvino, _load_openvino),
         ),
         Format("torch-export", "torch-export", (), "", ("float32", "float16"), "model.pt2", _write_program, _load_program),
-        Format("aot-inductor", "aot-inductor", (), "", ("float32", "float16"), "model.aoti.pt2", _write_compiled, _load_compiled),
+        Format(
+            *("aot-inductor", "aot-inductor", (), "", ("float32", "float16"), "model.aoti.pt2"),
+            *(_write_compiled, _load_compiled, True),
+        ),
     )
 }
 

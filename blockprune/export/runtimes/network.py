@@ -18,17 +18,15 @@ from blockprune.cost import latency
 from blockprune.cost.components import random_unet, unet_inputs
 from blockprune.data.encoded import flat
 from blockprune.errors import UserError
+from blockprune.export.runtimes import COMPILED, RUNTIMES, TORCH
 from blockprune.export.runtimes.components import ROWS, Component, Denoiser
-from blockprune.export.runtimes.formats import FORMATS, Runner, format_of, program_of
-from blockprune.model import surgery
+from blockprune.export.runtimes.formats import FORMATS, Runner, check_compiler, format_of, in_words, program_of
 from blockprune.model.architecture import Architecture
 from blockprune.model.pretrained import Configs
 from blockprune.runs.atomic import writing_folder
 from blockprune.runs.lock import lock
 
-TORCH, COMPILED = "torch", "torch-compile"
 OTHERS = {form.runtime: form.name for form in FORMATS.values()}
-RUNTIMES = (TORCH, COMPILED, *OTHERS)
 
 
 class RuntimeUNet(nn.Module):
@@ -53,12 +51,17 @@ def check_runtime(name: str) -> None:
     """Raises UserError for a runtime that is unknown or not installed, with pip's line."""
     if name not in RUNTIMES:
         raise UserError(f"unknown runtime {name!r}: choose from {', '.join(RUNTIMES)}")
-    if name in OTHERS:
+    if name == COMPILED:
+        check_compiler(name)
+    elif name in OTHERS:
         format_of(OTHERS[name])
 
 
 def in_runtime(unet: UNet2DConditionModel, runtime: str, latent: tuple[int, int], n_tokens: int, folder: Path) -> nn.Module:
-    """The U-Net as a runtime computes it, in float32 on the CPU; written to `folder` first, unless it is there."""
+    """The U-Net as a runtime computes it, in float32 on the CPU; written to `folder` first, unless it is there.
+
+    UserError for a runtime that is unknown or not installed, and for a network that it cannot say.
+    """
     check_runtime(runtime)
     if runtime == TORCH:
         return unet
@@ -69,7 +72,7 @@ def in_runtime(unet: UNet2DConditionModel, runtime: str, latent: tuple[int, int]
     fd = lock(folder.parent)  # several processes may want it at once
     try:
         if not (folder / form.file).is_file():
-            with writing_folder(folder) as part:
+            with writing_folder(folder) as part, in_words(form, "unet"):
                 component = zeros(unet, latent, n_tokens)
                 form.write(program_of(component), component, part / form.file, "float32")
     finally:
@@ -92,19 +95,21 @@ def time_runtimes(
 ) -> dict[str, dict[str, Any]]:
     """Runtime => the timings of a step of teacher and student with random weights, and their ratio; all measured in turn.
 
-    On the CPU in float32. UserError for a runtime that is not installed, or that cannot run the network.
+    On the CPU in float32. Each runtime holds its own copy of the weights of both, but for the two of PyTorch, which share them.
+    UserError for a runtime that is not installed, or that cannot run the network.
     """
     for name in runtimes:
         check_runtime(name)
     inputs = unet_inputs(configs.unet, latent, configs.n_tokens, batch_size, "cpu")
-    teacher = random_unet(configs.unet, Architecture())
-    unets = {"teacher": teacher, "student": surgery.prune(teacher, student)}
+    archs = {"teacher": Architecture(), "student": student}
     with TemporaryDirectory(prefix="blockprune-") as folder:
-        models: dict[str, latency.Model] = {}
-        for name in runtimes:
-            for who, unet in unets.items():
-                network = in_runtime(unet, name, latent, configs.n_tokens, Path(folder, name, who))
-                models[f"{name} {who}"] = partial(_as_it_is, network)
+        networks = {}
+        for who, arch in archs.items():
+            unet = random_unet(configs.unet, arch)
+            for name in runtimes:
+                networks[name, who] = in_runtime(unet, name, latent, configs.n_tokens, Path(folder, name, who))
+        del unet
+        models = {f"{name} {who}": partial(_as_it_is, networks[name, who]) for name in runtimes for who in archs}
         timings = latency.measure(models, inputs, n=n, memory=False)
     return {name: _compared(timings, name) for name in runtimes}
 

@@ -28,7 +28,8 @@ class Family:
     A Condition holds keyword arguments of the network, one row per prompt. `text(pipe, prompts, size)` encodes prompts for images
     of (height, width) pixels; `empty(pipe, size)` is the one row that guidance starts from; `blank(config, n, n_tokens,
     like)` is zeros of those shapes for counting, with the dtype and device of `like`. `network` is the pipeline's name for its
-    denoising network; `schedule(pipe)` the noise that training and denoising errors add.
+    denoising network; `schedule(pipe)` the noise that training and denoising errors add; `img2img(pipe)` diffusers' image-to-image
+    pipeline of the same parts, None for a family that has none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
     blank: Callable[[Config, int, int, Tensor], Condition]
     network: str = "unet"
     schedule: Callable[[DiffusionPipeline], DDPMScheduler] = _ddpm
+    img2img: Callable[[DiffusionPipeline], DiffusionPipeline] | None = None
 
 
 def join(*conditions: Condition) -> Condition:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from torch import Tensor
 
 from blockprune.model.config_schema import Config
@@ -24,4 +24,9 @@ def blank(config: Config, n: int, n_tokens: int, like: Tensor) -> Condition:
     return {"encoder_hidden_states": like.new_zeros(n, n_tokens, config["cross_attention_dim"])}
 
 
-SD = Family("sd", _text, _empty, blank)
+def _img2img(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    parts = pipe.components | {"safety_checker": None}  # which would black out images that are measured
+    return StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+
+
+SD = Family("sd", _text, _empty, blank, img2img=_img2img)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
 from blockprune.model.config_schema import Config
@@ -34,4 +34,9 @@ def _blank(config: Config, n: int, n_tokens: int, like: Tensor) -> Condition:
     return sd.blank(config, n, n_tokens, like) | {"added_cond_kwargs": added}
 
 
-SDXL = Family("sdxl", _text, _empty, _blank)
+def _img2img(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    zeros = pipe.config.force_zeros_for_empty_prompt
+    return StableDiffusionXLImg2ImgPipeline(**pipe.components, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+
+
+SDXL = Family("sdxl", _text, _empty, _blank, img2img=_img2img)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from blockprune.errors import UserError
-from blockprune.reports.html.parts import Grid, Picture, prose
-from blockprune.reports.html.sections import Section, sections
+from blockprune.reports.html.overview import Overview, overview
+from blockprune.reports.html.parts import Fold, Grid, Part, Section, prose
+from blockprune.reports.html.sections import sections
 from blockprune.reports.model_view import ModelView
+from blockprune.reports.models import readings_of
 from blockprune.reports.notes import caveats, missing
+from blockprune.reports.recommendation import recommendations
 from blockprune.reports.report_data import ReportData, View
 from blockprune.reports.results import flat, result_tables, results_table, to_json, to_latex
+from blockprune.reports.svg import STYLES, style
 from blockprune.reports.table import count, to_csv
-from blockprune.reports.unet import page_defs, style
+from blockprune.reports.unet import page_defs
 from blockprune.reports.view import ScanView
 
 HERE = Path(__file__).parent
@@ -45,40 +50,72 @@ def report_files(data: ReportData, convention: str) -> dict[str, str]:
 
     Raises UserError when the page is larger than `LIMIT` bytes, naming the runs whose pictures are the largest.
     """
-    tabled, notes = result_tables(data), {"caveats": caveats(data), "missing": missing(data)}
+    tabled, taken, notes = result_tables(data), recommendations(data), {"caveats": caveats(data), "missing": missing(data)}
     texts = {
         ".csv": to_csv(flat(tabled, convention)),
-        ".json": to_json(data, tabled, convention, notes),
+        ".json": to_json(data, tabled, taken, convention, notes),
         ".tex": to_latex([results_table(table, convention) for table in tabled]),
     }
-    shown = sections(data, convention)
+    shown = sections(data, tabled, taken, convention)
+    page = _page(data, overview(data, taken, convention), shown, notes, texts)
     # a name that the file system gave may be no text: half a surrogate pair is shown as an escape
-    page = _page(data, shown, notes, texts).encode(errors="backslashreplace").decode()
+    page = page.encode(errors="backslashreplace").decode()
     if (size := len(page.encode())) > LIMIT:
         raise UserError(f"the page would have {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:g} MB: leave out {_largest(shown)}")
     return {".html": page, **texts}
 
 
-def _page(data: ReportData, shown: Sequence[Section], notes: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> str:
+def _page(
+    data: ReportData, first: Overview, shown: Sequence[Section], notes: Mapping[str, Sequence[str]], texts: Mapping[str, str]
+) -> str:
     env = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     env.filters["prose"] = prose
     script = (HERE / "page.js").read_text(encoding="utf-8")
+    embedded = f'{{"results": {texts[".json"]}, "picture": {json.dumps(first.views, separators=(",", ":"))}}}'
     return env.get_template("page.html").render(
-        title=f"Block pruning of {data.teacher or 'a diffusion U-Net'}",
-        header=_header(data),
-        runs={name: (_kind(view), _protocol(view)) for name, view in data.runs.items()},
+        title=f"What to remove from {data.teacher or 'a diffusion U-Net'}",
+        teacher=_teacher(data),
+        first=first,
         sections=shown,
+        asked=_asked(data, notes),
+        facts=_facts(data),
+        runs={name: (_kind(view), _protocol(view)) for name, view in data.runs.items()},
         caveats=notes["caveats"],
         missing=notes["missing"],
         copyables={"LaTeX": texts[".tex"], "CSV": texts[".csv"]},
         # Within a script element only "<" could end or confuse it; inside JSON strings it may be written as an escape.
-        data=Markup(texts[".json"].replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8") + style()),
+        data=Markup(embedded.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
+        css=Markup("".join([(HERE / "page.css").read_text(encoding="utf-8"), *map(style, STYLES)])),
         defs=Markup(page_defs()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _teacher(data: ReportData) -> str:
+    """How large the teacher is, how many runs there are, and on what models were judged."""
+    parts = []
+    if data.graph is not None:
+        whole = (
+            f", {count(data.graph.total.params + data.outside_params)} in the pipeline" if data.outside_params is not None else ""
+        )
+        parts.append(f"U-Net of {count(data.graph.total.params)} parameters{whole}")
+    parts.append(f"{len(data.runs)} run{'s' if len(data.runs) > 1 else ''}")
+    if readings := readings_of(data.models):
+        parts.append(f"{len(data.models)} models judged at {readings[0].label}")
+    return "; ".join(parts)
+
+
+def _asked(data: ReportData, notes: Mapping[str, Sequence[str]]) -> str:
+    """The last section in a line."""
+    made = [_made_with(view) for view in data.runs.values()]
+    versions = [f"{p} {' / '.join(v)}" for p in VERSIONS[:2] if (v := _distinct(made, p))]
+    lacking = f", missing: {len(notes['missing'])}" if notes["missing"] else ""
+    where = " / ".join(_distinct(made, "processor"))
+    return (
+        f"{len(data.runs)} runs, {len(notes['caveats'])} caveats{lacking}; {', '.join([*versions, *([where] if where else [])])}."
     )
 
 
@@ -91,7 +128,7 @@ def _made_with(view: View) -> Mapping[str, object]:
     return view.made_with if isinstance(view, ModelView) else view.protocol
 
 
-def _header(data: ReportData) -> dict[str, str]:
+def _facts(data: ReportData) -> dict[str, str]:
     """Teacher, protocol, versions and hardware; several values where runs differ."""
     graph, made = data.graph, [_made_with(view) for view in data.runs.values()]
     rows = {"Teacher": " · ".join(p for p in (data.teacher or "not named", data.teacher_id) if p)}
@@ -127,11 +164,19 @@ def _protocol(view: View) -> list[tuple[str, str]]:
     return [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in entries.items()]
 
 
+def _grids(parts: Sequence[Part]) -> Iterator[Grid]:
+    for part in parts:
+        if isinstance(part, Grid):
+            yield part
+        elif isinstance(part, Fold):
+            yield from _grids(part.parts)
+
+
 def _largest(shown: Sequence[Section]) -> str:
     """The runs with the largest pictures, in words."""
     sizes: dict[str, int] = {}
-    for part in (part for section in shown for part in section.parts if isinstance(part, Picture | Grid)):
-        for run in part.runs:
-            sizes[run] = sizes.get(run, 0) + part.size // len(part.runs)
+    for grid in (grid for section in shown for grid in _grids(section.parts)):
+        for run in grid.runs:
+            sizes[run] = sizes.get(run, 0) + grid.size // len(grid.runs)
     order = sorted(sizes, key=lambda run: -sizes[run])[:3]
     return f"one of {', '.join(f'{r!r} ({sizes[r] / 1e6:.1f} MB of pictures)' for r in order)}" if order else "some of the runs"

@@ -11,30 +11,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from blockprune.reports.canvas import png, svg
+from blockprune.reports.plot import Plot
+from blockprune.reports.table import Table
 
-PX_PER_INCH = 88
 TILE = 160
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure as a data URI; `width` is its natural width in CSS pixels."""
+class Charts:
+    """Charts side by side, with what is said about them."""
 
-    src: str
-    alt: str
-    caption: str
-    width: int
-    runs: Sequence[str] = ()
-    kind: str = field(default="picture", init=False)
+    note: str
+    svgs: Sequence[Markup]
+    kind: str = field(default="charts", init=False)
 
-    @property
-    def size(self) -> int:
-        return len(self.src)
+    @classmethod
+    def of(cls, *plots: Plot, note: str = "") -> Charts:
+        return cls(note, [Markup(plot.page_svg()) for plot in plots])
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A U-Net drawn as a U; `words` say what is removed."""
+    """A U-Net drawn as a U, of the models of these `names`; `words` say what is removed."""
 
+    names: Sequence[str]
     heading: str
     sub: str
     svg: Markup
@@ -90,11 +87,27 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Subhead:
-    """A heading within a section, where it shows several runs of a kind."""
+class Fold:
+    """Parts that are shown when they are asked for, under a title and what they say in a line."""
 
     title: str
-    kind: str = field(default="subhead", init=False)
+    finding: str
+    parts: Sequence[Part]
+    kind: str = field(default="fold", init=False)
+
+
+Part = Table | Charts | Grid | Drawings | Text | Fold
+
+
+@dataclass(frozen=True)
+class Section:
+    """A question, what the runs answer in a line, and what shows it; `id` is its anchor, `short` its name in the contents."""
+
+    id: str
+    short: str
+    title: str
+    finding: str
+    parts: Sequence[Part]
 
 
 def prose(text: str) -> Markup:
@@ -102,14 +115,6 @@ def prose(text: str) -> Markup:
     plain = html.unescape(re.sub(r"\\([\\`*_{}\[\]#|!~$])", r"\1", text))
     parts = re.split(r"`([^`]*)`", plain)
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
-
-
-def picture(figure: Figure, alt: str, caption: str, runs: Sequence[str] = ()) -> Picture:
-    """The figure as SVG or as PNG of 256 colours, whichever is smaller."""
-    flat = Image.open(io.BytesIO(png(figure))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    drawn = {"image/svg+xml": svg(figure), "image/png": _encoded(flat, "PNG")}
-    mime = min(drawn, key=lambda m: len(drawn[m]))
-    return Picture(_uri(mime, drawn[mime]), alt, caption, round(figure.get_figwidth() * PX_PER_INCH), runs)
 
 
 def tile(image: NDArray[np.uint8]) -> str:  # (H, W, 3) uint8 => data URI

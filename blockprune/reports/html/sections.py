@@ -1,77 +1,83 @@
-"""From the data of a report to the sections of a page: what is shown, in which order."""
+"""From the data of a report to the sections of a page: one for each question, with what the runs answer in a line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from blockprune.export.model_card import in_words
-from blockprune.measures.measure import MEASURES
 from blockprune.model.architecture import Architecture
-from blockprune.reports import figures, model_tables, search_figures, search_text, text
+from blockprune.reports import curves, figures, model_figures, model_tables, search_figures, search_text, text
 from blockprune.reports.captions import warning
-from blockprune.reports.curves import VALIDATED, loss_figure, trained, validated, validation_figure
-from blockprune.reports.html.parts import Drawing, Drawings, Grid, GridRow, Picture, Subhead, Text, is_small, picture, tile
-from blockprune.reports.image_grid import Rows, scan_rows, score_words, search_rows
-from blockprune.reports.model_figures import checkpoints, guidance_curves, guidance_figure, size_figure, sizes
+from blockprune.reports.html.parts import Charts, Drawing, Drawings, Fold, Grid, GridRow, Part, Section, Text, is_small, tile
+from blockprune.reports.image_grid import Rows, edit_rows, scan_rows, score_words, search_rows
 from blockprune.reports.model_view import Images, ModelView
+from blockprune.reports.recommendation import Recommendation
 from blockprune.reports.report_data import ReportData
-from blockprune.reports.results import ResultTable, result_tables, results_table
+from blockprune.reports.results import DISTILLED, EVALUATED, ResultTable, results_table
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.table import Table, count, number
+from blockprune.reports.table import count
 from blockprune.reports.unet import Sensitivity, page_legend, page_svg
 from blockprune.reports.view import ScanView, rank_correlation
 
-Part = Table | Picture | Grid | Text | Drawings | Subhead
 COLUMNS = 6
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading with what is under it; `id` is its anchor."""
-
-    id: str
-    title: str
-    parts: Sequence[Part]
-
-
-def sections(data: ReportData, convention: str) -> list[Section]:
+def sections(data: ReportData, tabled: Sequence[ResultTable], taken: Sequence[Recommendation], convention: str) -> list[Section]:
     """Every section for which the runs have data."""
-    tabled = result_tables(data)
-    all_sections = [
-        Section("results", "Results", list(_results(data, tabled, convention))),
-        Section("architecture", "What is removed", list(_drawn(data, convention))),
-        Section("sensitivity", "What each block costs", list(_sensitivity(data, convention))),
-        Section("search", "Search", list(_search(data))),
-        Section("training", "Training", list(_training(data))),
-        Section("settings", "Guidance, steps and quantisation", list(_settings(data))),
-        Section("costs", "Costs by component", [t for t in [model_tables.components(data.models, convention)] if t]),
-        Section("images", "Images", list(_images(data))),
+    by_run = {table.run: results_table(table, convention) for table in tabled}
+    evaluated = [results_table(table, convention) for table in tabled if table.title == EVALUATED]
+    scans = [text.extremes(view) or text.summary(view)[0] for view in data.scans.values()]
+    costs = model_tables.components({name: model.priced for name, model in data.models.items()}, convention)
+    settings = [curve for group in data.groups.values() for curve in model_figures.guidance_curves(group).items()]
+    shown = [
+        Section("blocks", "Blocks", "What each block costs", "".join(scans[:1]), list(_blocks(data, convention))),
+        Section("remove", "Remove", "What to remove", _removal(data, taken), list(_drawn(data, convention))),
+        Section("search", "Search", "How the search went", search_text.finding(data.searches), list(_search(data, by_run))),
+        Section(
+            "training", "Training", "How training went", curves.finding(_along(data)), list(_training(data, tabled, convention))
+        ),
+        Section(
+            "settings",
+            "Settings",
+            "Guidance, steps, quantisation",
+            model_figures.finding(dict(settings)) or f"{len(data.models)} models, every number.",
+            [*_settings(data), *(Fold(f"Every number: {t.note}", "", [t]) for t in evaluated)],
+        ),
+        Section("costs", "Costs", "Costs by component", model_tables.finding(data.models), [costs] if costs else []),
+        Section("images", "Images", "Images", "The same prompts and seeds for all.", list(_images(data))),
     ]
-    return [section for section in all_sections if section.parts]
+    return [section for section in shown if section.parts]
 
 
-def _results(data: ReportData, tabled: Sequence[ResultTable], convention: str) -> Iterator[Part]:
-    scans = {f"Removals of {name}" for name in data.scans}
-    for table in tabled:
-        if table.title not in scans:
-            yield results_table(table, convention)
-    budgets = {text: limit for view in data.searches.values() for text, limit in _budgets(view)}
-    for group in data.groups.values():
-        if points := sizes(group):
-            measure = MEASURES[next(iter(points.values()))[1].measure].title
-            values = "; ".join(f"{name}: {x:.4g} M parameters, {measure} {number(s.value)}" for name, (x, s) in points.items())
-            alt = f"Scatter of {measure} against parameters of the whole pipeline. {values}."
-            yield picture(size_figure(points, budgets), alt, f"{measure} against size, one point a model.", list(group))
+def _blocks(data: ReportData, convention: str) -> Iterator[Part]:
+    for name, view in data.scans.items():
+        parts: list[Part] = [Text(text.summary(view)), *_scan_charts(view), text.ranking_table(view, convention)]
+        yield from parts if len(data.scans) == 1 else [Fold(name, text.extremes(view), parts)]
 
 
-def _budgets(view: SearchView) -> Iterator[tuple[str, float]]:
-    """Budgets of parameters, as millions of the whole pipeline."""
-    for words, (quantity, limit) in view.limits.items():
-        if quantity == "params":
-            yield words, (limit + view.outside_params) / 1e6
+def _scan_charts(view: ScanView) -> Iterator[Charts]:
+    main = view.main_measure
+    if main is None:
+        return
+    for sheet in (figures.sensitivity(view), figures.tradeoff(view, main)):
+        yield Charts.of(*sheet.plots, note=f"{sheet.heading}. {sheet.note}")
+    if rank_correlation(view, "eps_mse", "fid"):
+        said = " ".join(filter(None, (text.correlation_text(view), text.agreement(view))))
+        yield Charts.of(*figures.correlation(view).plots, note=said)
+
+
+def _removal(data: ReportData, taken: Sequence[Recommendation]) -> str:
+    """How much of the U-Net each recommended model lacks."""
+    models = {r.take.name: r.take for r in taken if r.take}
+    if not models or data.graph is None:
+        return f"{len(data.students)} architectures, drawn; what each lacks is hatched."
+    total = data.graph.total.params
+    said = [
+        f"`{n}` lacks {len(m.arch)} blocks, {100 - 100 * data.graph.cost(m.arch).params / total:.0f} %" for n, m in models.items()
+    ]
+    return f"{'; '.join(said)} of the U-Net's parameters. Hatched in the drawings."
 
 
 def _drawn(data: ReportData, convention: str) -> Iterator[Part]:
@@ -83,14 +89,19 @@ def _drawn(data: ReportData, convention: str) -> Iterator[Part]:
         return
     total = graph.total
     full = f"{count(total.params)} U-Net parameters, {count(total.macs(convention))} MACs a step ({convention})"
-    name = f"teacher {data.teacher}".strip()
-    drawings = [Drawing(name, full, Markup(page_svg(graph, Architecture(), scored, convention, name)))]
+    teachers = [name for name, model in data.models.items() if not model.arch] or [data.teacher]
+    drawings = [
+        Drawing(
+            teachers, f"teacher {data.teacher}", full, Markup(page_svg(graph, Architecture(), scored, convention, "the teacher"))
+        )
+    ]
     for arch, names in data.students.items():
         cost = graph.cost(arch)
         macs = cost.macs(convention) / total.macs(convention)
         sub = f"{cost.params / total.params:.1%} of the U-Net's parameters, {macs:.1%} of its MACs"
-        name = " = ".join(names)
-        drawings.append(Drawing(name, sub, Markup(page_svg(graph, arch, scored, convention, name)), in_words(arch)))
+        also = f"; the same: {', '.join(names[1:])}" if names[1:] else ""
+        drawn = Markup(page_svg(graph, arch, scored, convention, names[0]))
+        drawings.append(Drawing(names, names[0], sub + also, drawn, in_words(arch)))
     note = f"Colours: what the removal of each block alone costs, from {source}." if source else "No run scored single removals."
     yield Drawings(drawings, Markup(page_legend(graph, scored)), note)
 
@@ -102,85 +113,60 @@ def _scored(data: ReportData) -> tuple[str, Sensitivity | None]:
     return next(((name, s) for name, s in scored if s is not None), ("", None))
 
 
-def _sensitivity(data: ReportData, convention: str) -> Iterator[Part]:
-    for name, view in data.scans.items():
-        if len(data.scans) > 1:
-            yield Subhead(name)
-        yield Text(text.summary(view))
-        yield from _scan_figures(name, view)
-        yield text.ranking_table(view, convention)
-
-
-def _scan_figures(name: str, view: ScanView) -> Iterator[Picture]:
-    main = view.main_measure
-    if main is None:
-        return
-    title = MEASURES[main].title
-    alt = f"Bars: every removal by {title}, with 95 % intervals. {text.extremes(view)} The table below has every number."
-    yield picture(figures.sensitivity(view), alt.replace("`", ""), text.CAPTIONS["sensitivity.png"], [name])
-    alt = f"Scatter: {title} against parameters, MACs and latency saved by each removal; the table below has every number."
-    yield picture(figures.tradeoff(view, main), alt, text.CAPTIONS["tradeoff.png"], [name])
-    if rank_correlation(view, "eps_mse", "fid"):
-        caption = " ".join([text.correlation_text(view), text.agreement(view)]).strip().replace("`", "")
-        yield picture(figures.correlation(view), f"Scatter of eps_mse against FID. {caption}", caption, [name])
-
-
-def _search(data: ReportData) -> Iterator[Part]:
+def _search(data: ReportData, tables: Mapping[str, Part]) -> Iterator[Part]:
     for name, view in data.searches.items():
-        if len(data.searches) > 1:
-            yield Subhead(name)
-        if view.ranked:
-            yield Text([line for line in (warning(view), search_text.summary(view)) if line])
-            if lines := search_text.against(view):
-                yield Text(lines, listed=True)
-        if any(e.score.finite is not None for e in view.search):
-            best = min((e.loss for e in view.search if e.fits), default=None)
-            alt = f"Best {MEASURES[view.measure].title} so far over {len(view.search)} evaluations"
-            alt += f", down to {number(best)}." if best is not None else "."
-            yield picture(search_figures.history_figure(view), alt, search_text.CAPTIONS["history.png"], [name])
-        if view.ranked:
-            budget = ", ".join(view.limits) or "none"
-            alt = f"Scatter of quality against {search_figures.NAMES[view.quantity]}; presets by name; budget line {budget}."
-            yield picture(search_figures.front_figure(view), alt, search_text.CAPTIONS["front.png"], [name])
+        parts = [*_searched(view), *([tables[name]] if name in tables else [])]
         if table := search_text.frequency_table(view):
-            yield table
+            parts.append(Fold(table.title, "", [table]))
+        said = search_text.against(view)[:1] if view.ranked else []
+        yield Fold(name, f"{', '.join(view.limits) or 'a front'}. {''.join(said)}", parts)
 
 
-def _training(data: ReportData) -> Iterator[Part]:
-    losses = {name: rows for name, view in data.trainings.items() if (rows := trained(view.rows))}
-    if losses:
-        ends = "; ".join(f"{name} ends at {number(rows[-1]['losses'].get('loss'))}" for name, rows in losses.items())
-        alt = f"Training losses on a logarithmic axis over updates: {ends}."
-        yield picture(loss_figure(losses), alt, "Each term of the loss, unweighted.", list(losses))
-    along = {name: validated(view.rows) for name, view in data.trainings.items()}
-    along = {name: scores for name, scores in along.items() if any(s.measure in VALIDATED for _, s in scores)}
-    if along:
-        alt = f"FID, Inception Score and CLIP score at the validations of {', '.join(along)}."
-        yield picture(validation_figure(along), alt, "Scores at the validations of each run.", list(along))
+def _searched(view: SearchView) -> Iterator[Part]:
+    if view.ranked:
+        yield Text([line for line in (warning(view), search_text.summary(view)) if line])
+        if lines := search_text.against(view):
+            yield Text(lines, listed=True)
+    if any(e.score.finite is not None for e in view.search):
+        plots = [search_figures.history_plot(view), *([search_figures.front_plot(view)] if view.ranked else [])]
+        yield Charts.of(*plots, note=f"{search_text.CAPTIONS['history.svg']} {search_text.CAPTIONS['front.svg']}")
+
+
+def _along(data: ReportData) -> dict[str, curves.Along]:
+    """Student => its validations, of those that have any."""
+    along = {data.students_of[name]: curves.validated(view.rows) for name, view in data.trainings.items()}
+    return {name: scores for name, scores in along.items() if any(s.measure in curves.VALIDATED for _, s in scores)}
+
+
+def _training(data: ReportData, tabled: Sequence[ResultTable], convention: str) -> Iterator[Part]:
+    if along := _along(data):
+        sheet = curves.validations(along)
+        yield Charts.of(*sheet.plots, note=f"{sheet.heading}. {sheet.note}")
     for group in data.groups.values():
-        if evaluated := dict(checkpoints(group)):
-            alt = f"FID, Inception Score and CLIP score of checkpoints of {', '.join(evaluated)}, evaluated."
-            yield picture(
-                validation_figure(evaluated, "Evaluated checkpoints"),
-                alt,
-                "Checkpoints under the protocol of the result table.",
-                list(group),
-            )
+        if evaluated := dict(model_figures.checkpoints(group)):
+            yield Charts.of(*curves.validations(evaluated).plots, note="Checkpoints, evaluated under a protocol.")
+    trained = {data.students_of[name]: curves.trained(view.rows) for name, view in data.trainings.items()}
+    if losses := {name: rows for name, rows in trained.items() if rows}:
+        sheet = curves.losses(losses)
+        yield Fold(sheet.heading, sheet.note, [Charts.of(*sheet.plots)])
+    for table in tabled:
+        if table.title == DISTILLED:
+            yield Fold("The last validation of each run", table.note, [results_table(table, convention)])
     for name, view in data.trainings.items():
         if view.images:
             shown = {f"after {step:,} updates": ("", images) for step, images in view.images.items()}
-            yield _grid(f"Validation images of {name}, at the same prompts and seeds.", view.prompts, shown, [name])
+            yield Fold(
+                f"Validation images of {data.students_of[name]}",
+                "",
+                [_grid("The same prompts and seeds.", view.prompts, shown, [name])],
+            )
 
 
 def _settings(data: ReportData) -> Iterator[Part]:
     for group in data.groups.values():
-        if curves := guidance_curves(group):
-            values = "; ".join(
-                f"{name}: " + ", ".join(f"CFG {s.cfg_scale:g} FID {number(f.value)} CLIP {number(c.value)}" for s, f, c in points)
-                for name, points in curves.items()
-            )
-            alt = f"FID against CLIP score, one curve a model, by guidance scale. {values}."
-            yield picture(guidance_figure(curves), alt, "FID against CLIP score; labels are guidance scales.", list(group))
+        if guided := model_figures.guidance_curves(group):
+            sheet = model_figures.guidance(guided)
+            yield Charts.of(*sheet.plots, note=sheet.note)
         if table := model_tables.steps_and_quantisation(group):
             yield table
 
@@ -190,14 +176,18 @@ def _images(data: ReportData) -> Iterator[Part]:
         yield from _model_grids(group)
     for name, view in data.scans.items():
         if rows := scan_rows(view):
-            yield _grid(f"Removals of {name}, at the same prompts and seeds.", view.prompts, rows, [name])
+            yield Fold(f"Removals of {name}", "", [_grid("The same prompts and seeds.", view.prompts, rows, [name])])
     for name, search in data.searches.items():
         if rows := search_rows(search):
-            yield _grid(f"Finalists of {name}, one-shot, at the same prompts and seeds.", search.prompts, rows, [name])
+            yield Fold(f"Finalists of {name}", "One-shot.", [_grid("The same prompts and seeds.", search.prompts, rows, [name])])
 
 
 def _model_grids(group: Mapping[str, ModelView]) -> Iterator[Grid]:
-    """Every model at the setting that most of them have images of, else at its own last one; a grid for each list of prompts."""
+    """Every model at the setting that most of them have images of, else at its own last one; a grid for each list of prompts. Edits
+    are shown at every setting, under what was edited."""
+    if edits := edit_rows(group):
+        yield _grid(model_figures.EDITED, next(iter(group.values())).prompts, edits, list(group))
+        return
     labels = [s.label for view in group.values() for s in view.settings if s.label in view.images]
     if not labels:
         return

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blockprune.data.image_files import file_bytes, pixels
+from blockprune.data.image_files import as_stored, file_bytes, pixels
 from blockprune.errors import UserError
 from blockprune.measures.images import Judges
 from blockprune.model.model import Model
 from blockprune.model.sampling import Protocol
+from blockprune.stages.evaluate.inputs import Inputs
 from blockprune.stages.evaluate.protocol import Rules, Setting
 
 Arrays = dict[str, NDArray[Any]]
@@ -40,7 +41,7 @@ class Seen:
 class Evaluator:
     """A model under a protocol: image i has prompt i and seed `seed + i`, whichever process draws it and in what batch.
 
-    `tick` hears how many images were just seen, and of which setting.
+    With `inputs` image i is made from input i. `tick` hears how many images were just seen.
     """
 
     model: Model
@@ -48,7 +49,8 @@ class Evaluator:
     prompts: Sequence[str]
     seed: int
     judges: Judges
-    tick: Callable[[str, int], None] = lambda label, n: None
+    inputs: Inputs | None = None
+    tick: Callable[[int], None] = lambda n: None
 
     def look(
         self, setting: Setting, batches: Iterable[Sequence[int]], recall: Callable[[int], bytes | None]
@@ -61,19 +63,24 @@ class Evaluator:
         protocol = Protocol(len(self.prompts), setting.steps, setting.cfg_scale, self.seed, self.model.latent, setting.scheduler)
         for batch in batches:
             images = {i: image for i in batch if (image := _known(recall(i))) is not None}
-            drawn = self._draw(protocol, batch) if len(images) < len(batch) else []
+            drawn = self._draw(protocol, setting.strength, batch) if len(images) < len(batch) else []
             for i, image in zip(batch, drawn, strict=False):
                 if i not in images:
                     file = file_bytes(image, self.rules)
                     images[i] = pixels(file)
                     yield Drawn(i, file)
-            seen = self.judges.look(torch.stack([images[i] for i in batch]), [self.prompts[i] for i in batch])
+            inputs = None if self.inputs is None else torch.stack([as_stored(self.inputs[i], self.rules) for i in batch])
+            seen = self.judges.look(torch.stack([images[i] for i in batch]), [self.prompts[i] for i in batch], inputs)
             yield Seen({**seen, "index": np.array(batch, dtype=np.int64)})
-            self.tick(setting.label, len(batch))
+            self.tick(len(batch))
 
-    def _draw(self, protocol: Protocol, index: Sequence[int]) -> Sequence[Tensor]:
-        condition, blank = self.model.encode([self.prompts[i] for i in index])
-        return list(self.model.images(protocol, condition, blank, [self.seed + i for i in index]))
+    def _draw(self, protocol: Protocol, strength: float | None, index: Sequence[int]) -> Sequence[Tensor]:
+        prompts, seeds = [self.prompts[i] for i in index], [self.seed + i for i in index]
+        if self.inputs is not None and strength is not None:
+            inputs = torch.stack([self.inputs[i] for i in index])
+            return list(self.model.edited(protocol, strength, inputs, prompts, seeds))
+        condition, blank = self.model.encode(prompts)
+        return list(self.model.images(protocol, condition, blank, seeds))
 
 
 def _known(file: bytes | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,25 @@ from blockprune.model.quantize import check_quantizer, quantized
 from blockprune.model.sampling import Protocol, check_schedule, scheduler_name
 from blockprune.runs.provenance import fingerprint, made_with
 from blockprune.stages import loading
+from blockprune.stages.evaluate.inputs import Inputs, inputs_of
 from blockprune.stages.evaluate.protocol import FIDS, Rules, Setting, grid, protocol_hash, read_protocol
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.subject import Subject, laid_out, reference_reader, subject_of
+from blockprune.stages.evaluate.teacher import Teacher, check_run, paired_teacher
 from blockprune.stages.plan import N_PICTURES
 from blockprune.stages.train.finished import Finished
 
+OF_IMG2IMG = ("feature_distance", "clip_score", "input_l1")  # measured where the request names no measures
 OF_PROTOCOL = ("n_images", "steps", "cfg_scale", "scheduler")  # what a protocol may set where the request does not
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is evaluated and how. `request` has every gap filled; `prompts` holds the prompt of each image."""
+    """What is evaluated and how. `request` has every gap filled; `prompts` holds the prompt of each image.
+
+    `inputs` are what the images are made from, None for text to image. `teacher` is whose images a student's are paired with, None
+    where no measure asks for it and where the teacher itself is evaluated.
+    """
 
     request: EvaluateRequest
     rules: Rules
@@ -42,6 +50,8 @@ class EvaluationPlan:
     finished: Finished | None
     prompts: Sequence[str]
     judges: Judges
+    inputs: Inputs | None = None
+    teacher: Teacher | None = None
 
     @property
     def model(self) -> Model:
@@ -60,7 +70,8 @@ class EvaluationPlan:
         request = self.request
         places: Sequence[int | None] = list(self.finished.places) if self.finished else [None]
         quantize = ["" if name == "none" else name for name in request.quantize]
-        return grid(request.steps, request.cfg_scale, request.scheduler or ("",), quantize, places)
+        strengths = request.strength or (None,)
+        return grid(request.steps, request.cfg_scale, request.scheduler or ("",), quantize, places, strengths)
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -68,6 +79,9 @@ class EvaluationPlan:
         terms: dict[str, Any] = {"n_images": self.n_images, "seed": self.request.seed, **self.rules.judged()}
         terms |= {**loading.describe(self.judges), "prompts": fingerprint(self.prompts), "latent": list(self.model.latent)}
         terms |= {"device_type": self.model.device.type, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        if self.inputs is not None:
+            strengths = sorted({*self.request.strength})
+            terms |= {"task": self.request.task, "strength": strengths, "inputs": self.inputs.identity()}
         name = self.request.protocol
         return {"name": Path(name).stem if name.endswith(".toml") else name, "hash": protocol_hash(terms), **terms}
 
@@ -78,6 +92,7 @@ class EvaluationPlan:
         terms |= {"protocol": {name: value for name, value in self.protocol.items() if name != "name"}}
         terms |= {"settings": [setting.to_json() for setting in self.settings]}
         terms |= {"runtime": self.request.runtime} if self.request.runtime != "torch" else {}
+        terms |= {} if self.teacher is None else {"paired_with": self.teacher.identity}
         return {**self.request.compared(), **terms} | ({"checkpoints": self.finished.digests()} if self.finished else {})
 
     @property
@@ -102,6 +117,9 @@ class EvaluationPlan:
 
     @property
     def warnings(self) -> Iterator[str]:
+        if self.inputs is not None and self.inputs.skipped:
+            skipped = self.inputs.skipped
+            yield f"{len(skipped)} images of {self.request.data!r} cannot be read, such as {skipped[0]!r}: others take their places"
         detector = self.judges.detector
         if detector and "fid" in self.request.measures and self.n_images < detector.n_features:
             yield (
@@ -125,7 +143,7 @@ class EvaluationPlan:
 def plan_of(request: EvaluateRequest, pipe: DiffusionPipeline | None = None) -> EvaluationPlan:
     """The plan of a request for the model that it names, or for `pipe`. UserError for what cannot be."""
     rules = read_protocol(request.protocol)
-    request = replace(request, measures=request.measures or rules.measures)
+    request = replace(request, measures=request.measures or (OF_IMG2IMG if request.task == "img2img" else rules.measures))
     _check_measures(request, rules)
     check_runtime(request.runtime)
     for name in request.quantize:
@@ -133,18 +151,56 @@ def plan_of(request: EvaluateRequest, pipe: DiffusionPipeline | None = None) -> 
             check_quantizer(name)
     finished = Finished.of(Path(request.checkpoints)) if request.checkpoints else None
     reference, prompts_file = laid_out(rules, request.reference, request.prompts)
-    subject = subject_of(request, request.resolution or rules.resolution or None, finished, pipe)
+    resolution = request.resolution or rules.resolution or None
+    subject = subject_of(request, resolution, finished, pipe)
     of_protocol = {name: value for name in OF_PROTOCOL if (value := getattr(rules, name)) not in (None, "")}
     request = request.filled({**subject.model.defaults, **of_protocol})
     n_images = request.n_images or 0
     _check_count(n_images, request, rules)
     _check_schedules(n_images, request, subject.model)
-    prompts = _prompts(prompts_file, subject.model, n_images, rules)
-    return EvaluationPlan(request, rules, subject, finished, prompts, _judges(request, rules, subject.model, reference))
+    inputs = _inputs(n_images, request, subject.model)
+    if inputs is not None and request.prompts is None:
+        prompts = inputs.prompts()
+    else:
+        prompts = _prompts(prompts_file, subject.model, n_images, rules)
+    judges = _judges(request, rules, subject.model, reference)
+    return _paired(EvaluationPlan(request, rules, subject, finished, prompts, judges, inputs), resolution)
+
+
+def _paired(plan: EvaluationPlan, resolution: str | None) -> EvaluationPlan:
+    """The plan with the teacher where a measure compares with its images."""
+    request = plan.request
+    plain = request.runtime == "torch" and all(setting == setting.of_teacher for setting in plan.settings)
+    if not any(measure(name).paired for name in request.measures):
+        if request.teacher:
+            raise UserError("--teacher is for a measure that compares with its images: add feature_distance to --measures")
+        return plan
+    if plain and not plan.subject.arch and not request.teacher:  # the teacher itself, which its own images are paired with
+        return plan
+    teacher = paired_teacher(request, plan.subject, resolution, plan.finished is not None)
+    if teacher.run is not None:
+        check_run(teacher.run, plan.protocol, plan.settings, plan.rules.suffix)
+    return replace(plan, teacher=teacher)
+
+
+def _inputs(n_images: int, request: EvaluateRequest, model: Model) -> Inputs | None:
+    """What is edited; None for text to image."""
+    if request.data is None:
+        return None
+    if model.family.img2img is None:
+        raise UserError(
+            f"the models of the family {model.family.name!r}, such as {model.name!r}, have no img2img pipeline: leave out --task"
+        )
+    for steps, strength in product(request.steps, request.strength):
+        if int(steps * strength) < 1:  # as diffusers counts
+            raise UserError(
+                f"--strength {strength:g} of --steps {steps} leaves no denoising step: give at least 1/{steps}, or more steps"
+            )
+    return inputs_of(request.data, n_images, model)
 
 
 def _check_measures(request: EvaluateRequest, rules: Rules) -> None:
-    known = [name for name in names("images") if not MEASURES[name].paired]  # paired ones need the teacher's own images
+    known = [name for name in names("images") if request.task == "img2img" or "input" not in MEASURES[name].needs]
     for name in request.measures:
         if name not in known:
             raise UserError(f"evaluate does not measure {name!r}: choose from {', '.join(known)}")
@@ -196,7 +252,8 @@ def _judges(request: EvaluateRequest, rules: Rules, model: Model, reference: str
         reference=reference if "reference" in needs else None,
         read=reference_reader(rules),
     )
-    judges = replace(judges, is_splits=rules.is_splits).with_own(request.measures)
+    judges = loading.with_subject(judges, model, request) if "subject" in needs else judges
+    judges = replace(judges, is_splits=rules.is_splits, inputs=request.task == "img2img").with_own(request.measures)
     judges.check(request.measures)
     if "classes" in needs and judges.detector is not None:
         _, probs = judges.detector.features_and_probs(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

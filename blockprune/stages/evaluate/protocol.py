@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -99,28 +99,43 @@ def protocol_hash(terms: Mapping[str, Any]) -> str:
 @dataclass(frozen=True)
 class Setting:
     """One way of drawing the images: denoising steps, CFG scale, scheduler ("" for the model's own), quantisation ("" for none)
-    and, of a training run, the optimiser step of the checkpoint (None for the model itself)."""
+    and, of a training run, the optimiser step of the checkpoint (None for the model itself); image to image, the strength."""
 
     steps: int
     cfg_scale: float
     scheduler: str = ""
     quantize: str = ""
     checkpoint: int | None = None
+    strength: float | None = None
 
     @property
     def label(self) -> str:
-        """Such as "CFG 3, 10 steps" or "step 500, CFG 7.5, 25 steps, ddim, int8"."""
+        """Such as "CFG 3, 10 steps" or "step 500, strength 0.5, CFG 7.5, 25 steps, ddim, int8"."""
         first = [] if self.checkpoint is None else [f"step {self.checkpoint}"]
+        first += [] if self.strength is None else [f"strength {self.strength:.10g}"]
         rest = [text for text in (self.scheduler, self.quantize) if text]
         return ", ".join([*first, f"CFG {self.cfg_scale:.10g}", f"{self.steps} steps", *rest])
 
     @property
     def slug(self) -> str:
         """The label as a file name."""
-        return re.sub(r"[^a-z0-9.+]+", "-", self.label.lower())
+        return slug_of(self.label)
+
+    @property
+    def of_teacher(self) -> Setting:
+        """How the teacher draws the images that those of this setting are paired with."""
+        return replace(self, quantize="", checkpoint=None)
 
     def to_json(self) -> dict[str, Any]:
-        return {"label": self.label, **asdict(self)}
+        known = asdict(self)
+        if self.strength is None:  # as runs of earlier versions have it, which go on
+            del known["strength"]
+        return {"label": self.label, **known}
+
+
+def slug_of(label: str) -> str:
+    """A label as a file name."""
+    return re.sub(r"[^a-z0-9.+]+", "-", label.lower())
 
 
 def grid(
@@ -129,7 +144,8 @@ def grid(
     schedulers: Iterable[str] = ("",),
     quantize: Iterable[str] = ("",),
     checkpoints: Iterable[int | None] = (None,),
+    strengths: Iterable[float | None] = (None,),
 ) -> Sequence[Setting]:
-    """Every combination, each once: checkpoints outermost, then quantisation, scheduler, steps and CFG scale."""
-    order = product(checkpoints, quantize, schedulers, steps, cfg_scales)
-    return list(dict.fromkeys(Setting(n, cfg, name, q, step) for step, q, name, n, cfg in order))
+    """Every combination, each once: checkpoints outermost, then quantisation, scheduler, steps, CFG scale and strength."""
+    order = product(checkpoints, quantize, schedulers, steps, cfg_scales, strengths)
+    return list(dict.fromkeys(Setting(n, cfg, name, q, step, strength) for step, q, name, n, cfg, strength in order))

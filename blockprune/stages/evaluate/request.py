@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockprune.errors import UserError
+from blockprune.export.runtimes import RUNTIMES, TORCH
 from blockprune.model.defaults import MOST_BATCH, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from blockprune.model.schedulers import MAX_SEED, SCHEDULERS
 from blockprune.request import LONGEST_NAME, option
 from blockprune.stages.fields import MEASURES, MODEL, REMOVE, SAMPLING, SCALE, Judging, OnModel
 
 QUANTIZED = ("none", "int8", "int8-dynamic")
-RUNTIMES = ("torch", "torch-compile", "onnxruntime", "openvino", "torch-export", "aot-inductor")
 PER_SETTING = "several with commas between; a protocol may set its own"
+TASKS = ("text2img", "img2img")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,18 @@ class EvaluateRequest(OnModel, Judging):
 
     arch: str = option("full", "removed before: a preset, block names, or a JSON file", REMOVE)
     checkpoints: str | None = option(None, "a distill run: its checkpoints and its student", MODEL)
+    teacher: str | None = option(
+        None, "of a student's folder, for feature_distance: a model, or its evaluate run", MODEL, compared=False
+    )
+    task: str = option("text2img", "what is drawn", SAMPLING, choices=TASKS, compared=False)
+    strength: tuple[float, ...] = option(
+        (), "img2img: how much of the noise; several with commas between", SAMPLING, above=0, most=1, commas=True, compared=False
+    )
+    data: str | None = option(None, "img2img: a folder of images, edited by their captions; or digits", SAMPLING, compared=False)
     protocol: str = option("clean", "clean, bksdm-coco30k, or a .toml file", MEASURES)
-    measures: tuple[str, ...] = option((), "comma-separated; the protocol's when left out", MEASURES, commas=True)
+    measures: tuple[str, ...] = option(
+        (), "comma-separated; the protocol's, or those of img2img, when left out", MEASURES, commas=True
+    )
     n_images: int | None = option(
         None, "images of each setting; a protocol may set its own", SAMPLING, least=1, most=MOST_IMAGES, from_model=True
     )
@@ -45,7 +56,7 @@ class EvaluateRequest(OnModel, Judging):
         ("none",), "8-bit linear layers; several with commas between", SAMPLING, choices=QUANTIZED, commas=True
     )
     runtime: str = option(
-        "torch", "what computes the U-Net, on the CPU in float32; written for it first", SCALE, choices=RUNTIMES, compared=False
+        TORCH, "what computes the U-Net, on the CPU in float32; written for it first", SCALE, choices=RUNTIMES, compared=False
     )
     seed: int = option(0, "image i uses seed + i", SAMPLING, least=0, most=MAX_SEED)
     batch_size: int | None = option(
@@ -60,8 +71,19 @@ class EvaluateRequest(OnModel, Judging):
     def check(self) -> None:
         if self.checkpoints and self.arch not in ("", "full"):
             raise UserError("--checkpoints says what is removed: leave out --arch")
-        if self.runtime != "torch":
+        if self.runtime != TORCH:
             self._check_runtime()
+        self._check_task()
+
+    def _check_task(self) -> None:
+        if self.task == "img2img":
+            if self.data is None:
+                raise UserError("--task img2img edits images: give --data DIR, a folder of them, or --data digits")
+            if not self.strength:
+                raise UserError("--task img2img needs --strength: give numbers above 0 and up to 1, such as 0.3,0.5,0.8")
+        elif self.strength or self.data is not None:
+            given = "--strength" if self.strength else "--data"
+            raise UserError(f"{given} is for images that are edited: give --task img2img, or leave it out")
 
     def _check_runtime(self) -> None:
         if self.latency or self.components or self.quantize != ("none",):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
@@ -19,15 +19,17 @@ from blockprune.export.runtimes.network import in_runtime
 from blockprune.measures.images import failed, judge
 from blockprune.measures.measure import names
 from blockprune.measures.score import Score
+from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
 from blockprune.progress import Listener
-from blockprune.runs import AnyRun, open_run, parts
-from blockprune.runs.directory import MAKE_AGAIN
+from blockprune.runs import AnyClaims, AnyRun, open_run, parts
 from blockprune.stages.evaluate import timing
-from blockprune.stages.evaluate.evaluator import Arrays, Drawn, Evaluator, in_order
+from blockprune.stages.evaluate.evaluator import Drawn, Evaluator
 from blockprune.stages.evaluate.plan import EvaluationPlan, plan_of
-from blockprune.stages.evaluate.protocol import Setting
+from blockprune.stages.evaluate.protocol import Setting, slug_of
 from blockprune.stages.evaluate.request import EvaluateRequest
+from blockprune.stages.evaluate.series import Series
+from blockprune.stages.evaluate.teacher import Teacher
 from blockprune.stages.plan import N_PICTURES
 
 POLL_S = 0.3
@@ -44,15 +46,17 @@ def evaluate(request: EvaluateRequest, out: Path | None, progress: Listener, pip
         run,
         TemporaryDirectory(prefix="blockprune-") as scratch,
         plan.model.undisturbed(),
-        plan.model.removed(plan.subject.masked),
     ):
         for line in plan.warnings:
             progress.say(f"warning: {line}", "yellow")
         share = Share(plan, run, progress, out or Path(scratch))
-        share.work()
-        with run.alone():
-            for row in timing.rows(plan, run.rows(), share.network):
-                run.append(row)
+        if plan.teacher is not None and plan.teacher.run is None:
+            share.draw_teacher(plan.teacher)
+        with plan.model.removed(plan.subject.masked):
+            share.work()
+            with run.alone():
+                for row in timing.rows(plan, run.rows(), share.network):
+                    run.append(row)
     return run
 
 
@@ -67,8 +71,24 @@ class Share:
     folder: Path
     _network: tuple[tuple[str, int | None] | None, UNet2DConditionModel | None] = (None, None)
     _computed: dict[Setting, torch.nn.Module] = field(default_factory=dict)
-    _seen: dict[Setting, SeenParts] = field(default_factory=dict)
+    _series: dict[str, Series] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
+
+    def draw_teacher(self, teacher: Teacher) -> None:
+        """Ends when the images of the teacher that a student's are paired with are all seen, by this process or another."""
+        settings = {setting.of_teacher: self.series(parts.paired_label(setting.of_teacher.label)) for setting in self.plan.settings}
+        model = teacher.load() if any(series.missing() for series in settings.values()) else None
+        while left := [(setting, series) for setting, series in settings.items() if series.missing()]:
+            assert model is not None, "images do not go missing"
+            if not any(self._draw_of_teacher(model, setting, series) for setting, series in left):
+                time.sleep(POLL_S)
+
+    def _draw_of_teacher(self, teacher: Model, setting: Setting, series: Series) -> bool:
+        with self.run.claims(_claims(series)) as claims:
+            try:
+                return self._draw(teacher, lambda: teacher.network, setting, series, claims)
+            except NotFinite as err:
+                raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
 
     def work(self) -> None:
         """Ends when every setting has its scores, by this process or another."""
@@ -92,54 +112,73 @@ class Share:
             self._computed = {setting: in_runtime(network, runtime, self.plan.model.latent, graph.n_tokens, folder)}
         return self._computed.get(setting, network)
 
+    def series(self, label: str) -> Series:
+        """The images of this run under a label."""
+        return self._series.setdefault(label, Series(self.run, label, self.plan.n_images, self.plan.rules.suffix))
+
     def step(self, setting: Setting) -> bool:
         """Does what there is to do for a setting now; False when that is nothing."""
-        n_images, folder = self.plan.n_images, f"parts/{setting.slug}"
-        seen = self._seen.setdefault(setting, SeenParts(self.run, setting.slug, n_images))
-        with self.run.claims(f"{folder}/.claims") as claims:
-            batches = iter(lambda: claims.take(self.plan.batch_size, seen.missing), [])
-            first = next(batches, None)
-            if first is not None:
-                self._draw(setting, len(seen.missing()), itertools.chain([first], batches))
+        series = self.series(setting.label)
+        with self.run.claims(_claims(series)) as claims:
+            try:
+                if self._draw(self.plan.model, partial(self.computed, setting), setting, series, claims):
+                    return True
+            except NotFinite as err:
+                self._fail(setting, str(err))
                 return True
-            if seen.missing() or not claims.take(1, lambda: [n_images] if self.missing_measures(setting) else []):
+            if series.missing() or not claims.take(1, lambda: [series.n_images] if self.missing_measures(setting) else []):
                 return False
-            self._score(setting, in_order(seen.arrays()))
+            self._score(setting, series)
             return True
 
-    def _draw(self, setting: Setting, n_missing: int, batches: Iterator[list[int]]) -> None:
-        plan, seed = self.plan, self.plan.request.seed
-        folder = f"drawn/{setting.slug}"
-        if setting.label not in self._announced:
-            self._announced.add(setting.label)
-            self.progress.plan({setting.label: n_missing})
-        evaluator = Evaluator(plan.model, plan.rules, plan.prompts, seed, plan.judges, self.progress.tick)
-        try:
-            with plan.model.running(self.computed(setting)):
-                for record in evaluator.look(setting, batches, lambda i: self.run.read(f"{folder}/{self._file(i)}")):
-                    if not isinstance(record, Drawn):
-                        parts.keep_arrays(self.run, f"{setting.slug}/{record.arrays['index'][0]:06d}", record.arrays)
-                    elif plan.request.save_images or record.index < N_PICTURES:
-                        self.run.write(f"{folder}/{self._file(record.index)}", record.file)
-        except NotFinite as err:
-            row = (plan.arch(setting).key, plan.request.title)
-            with self.run.alone():
-                self._keep(setting, failed(*row, self.missing_measures(setting), plan.n_images, seed, str(err)))
-            self.progress.say(f"{setting.label} failed: {err}", "red")
+    def _draw(
+        self, model: Model, network: Callable[[], torch.nn.Module], setting: Setting, series: Series, claims: AnyClaims
+    ) -> bool:
+        """Draws what is missing of a series and nobody else is at; False when that is nothing. Raises NotFinite."""
+        plan = self.plan
+        batches = iter(lambda: claims.take(plan.batch_size, series.missing), [])
+        first = next(batches, None)
+        if first is None:
+            return False
+        if series.label not in self._announced:
+            self._announced.add(series.label)
+            self.progress.plan({series.label: len(series.missing())})
+        tick = partial(self.progress.tick, series.label)
+        evaluator = Evaluator(model, plan.rules, plan.prompts, plan.request.seed, plan.judges, plan.inputs, tick)
+        with model.running(network()):
+            for record in evaluator.look(setting, itertools.chain([first], batches), series.file):
+                if not isinstance(record, Drawn):
+                    parts.keep_arrays(self.run, f"{series.slug}/{record.arrays['index'][0]:06d}", record.arrays)
+                elif plan.request.save_images or record.index < N_PICTURES:
+                    self.run.write(series.path(record.index), record.file)
+        return True
 
-    def _file(self, index: int) -> str:
-        return f"{index:06d}{self.plan.rules.suffix}"
+    def _fail(self, setting: Setting, why: str) -> None:
+        row = (self.plan.arch(setting).key, self.plan.request.title)
+        with self.run.alone():
+            self._keep(setting, failed(*row, self.missing_measures(setting), self.plan.n_images, self.plan.request.seed, why))
+        self.progress.say(f"{setting.label} failed: {why}", "red")
 
-    def _score(self, setting: Setting, seen: Arrays) -> None:
+    def _score(self, setting: Setting, series: Series) -> None:
         plan, seed = self.plan, self.plan.request.seed
         row = (plan.arch(setting).key, plan.request.title)
         missing = self.missing_measures(setting)
         if "weight_bytes" in missing:
             self._keep(setting, [Score(*row, "weight_bytes", weight_bytes(self.network(setting)), 0, seed)])
-        files = (self.run.read(f"drawn/{setting.slug}/{self._file(i)}") for i in range(min(N_PICTURES, plan.n_images)))
-        self.run.write(f"images/{setting.slug}.png", parts.strip_of_files([file for file in files if file]))
+        teacher = None if plan.teacher is None else self._of_teacher(plan.teacher, setting)
+        self.run.write(f"images/{series.slug}.png", series.strip())
+        if teacher is not None:
+            self.run.write(f"images/{slug_of(parts.paired_label(setting.label))}.png", teacher.strip())
+        if plan.inputs is not None:
+            self.run.write(f"images/{slug_of(parts.INPUTS)}.png", parts.strip_png(plan.inputs.first(N_PICTURES)))
         of_images = [name for name in missing if name in names("images")]
-        self._keep(setting, judge(*row, of_images, seen, None, plan.judges, seed))
+        self._keep(setting, judge(*row, of_images, series.seen(), None if teacher is None else teacher.seen(), plan.judges, seed))
+
+    def _of_teacher(self, teacher: Teacher, setting: Setting) -> Series:
+        """The teacher's images at a setting, in the run that has drawn them."""
+        if teacher.run is None:
+            return self.series(parts.paired_label(setting.of_teacher.label))
+        return Series(teacher.run, setting.of_teacher.label, self.plan.n_images, self.plan.rules.suffix)
 
     def _keep(self, setting: Setting, scores: Iterable[Score]) -> None:
         for score in scores:
@@ -153,34 +192,5 @@ class Share:
         )
 
 
-class SeenParts:
-    """Which images of a setting have been looked at, by the parts of the run that say so; each is read once."""
-
-    def __init__(self, run: AnyRun, slug: str, n_images: int) -> None:
-        self.run, self.slug, self.n_images, self.left = run, slug, n_images, set(range(n_images))
-        self.known: set[str] = set()
-
-    def _arrays(self, file: str) -> Arrays | None:
-        return parts.recall_arrays(self.run, f"{self.slug}/{file.removesuffix('.safetensors')}")
-
-    def missing(self) -> set[int]:
-        for file in self.run.names(f"parts/{self.slug}"):
-            if file not in self.known and (arrays := self._arrays(file)):
-                self.left -= self._numbers(file, arrays)
-                self.known.add(file)
-        return self.left
-
-    def _numbers(self, file: str, arrays: Arrays) -> set[int]:
-        """Which images a part is about; UserError where it does not say."""
-        index = arrays.get("index")
-        if index is None or index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
-            why = "it does not say which images it is about"
-        elif not ((index >= 0) & (index < self.n_images)).all():
-            why = f"its index is not of images 0 to {self.n_images - 1}"
-        else:
-            return set(index.tolist())
-        raise UserError(f"the part parts/{self.slug}/{file} is damaged ({why}): {MAKE_AGAIN}")
-
-    def arrays(self) -> Iterator[Arrays]:
-        """What was seen, part by part."""
-        return (arrays for file in self.run.names(f"parts/{self.slug}") if (arrays := self._arrays(file)))
+def _claims(series: Series) -> str:
+    return f"parts/{series.slug}/.claims"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,13 +17,13 @@ from blockprune.export import pipeline
 from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.model import presets, pretrained, surgery
 from blockprune.model.architecture import Architecture
-from blockprune.model.defaults import BUILT_IN, DEFAULTS, OWN, defaults_of
 from blockprune.model.device import device_of
 from blockprune.model.graph import BlockGraph
 from blockprune.model.identity import identity
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.model.pretrained import Configs
 from blockprune.model.trace import trace
+from blockprune.stages import loading
 from blockprune.stages.evaluate.protocol import Rules
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.fitting import fitted_weights
@@ -60,14 +58,13 @@ def subject_of(
     given = None if pipe is None else of_pipeline(pipe, resolution)
     if finished is not None:
         return _along_training(request, resolution, finished, given)
-    folder = Path(given.name if given else request.model)
-    if os.path.isfile(folder / "run.json") and (folder / "pipeline").is_dir():
-        folder = folder / "pipeline"
+    folder = loading.pipeline_folder(given.name if given else request.model)
     exported, gone = pipeline.is_exported(folder), surgery.architecture_of(given.network) if given else Architecture()
     if (exported or gone) and request.arch not in ("", "full"):
         raise UserError(f"{str(folder)!r} is pruned already: leave out --arch, or give its teacher as the model")
     if exported:
-        return _exported(folder, given or _load_exported(folder, resolution, request))
+        dtype = getattr(torch, request.dtype)
+        return _exported(folder, given or loading.any_model(str(folder), resolution, device_of(request.device), dtype))
     model = given or _load(request.model, resolution, request)
     removed = presets.parse(request.arch or "full", model.graph)
     teacher = pipeline.teacher_of(model.pipe) if gone else (model.name, model.identity) if removed else ("", "")
@@ -79,11 +76,6 @@ def _load(name: str, resolution: str | None, request: EvaluateRequest) -> Model:
     return load_model(name, resolution, device_of(request.device), getattr(torch, request.dtype))
 
 
-def _load_exported(folder: Path, resolution: str | None, request: EvaluateRequest) -> Model:
-    pipe = pipeline.load_pipeline(folder, device_of(request.device), getattr(torch, request.dtype))
-    return replace(of_pipeline(pipe, resolution), identify=lambda: pipeline.exported_identity(folder))
-
-
 def _exported(folder: Path, model: Model) -> Subject:
     about = pipeline.read_teacher(folder)
     arch = pipeline.read_architecture(folder / pipeline.PRUNING)
@@ -92,8 +84,8 @@ def _exported(folder: Path, model: Model) -> Subject:
         configs = replace(configs, unet=about["unet"])
     graph = trace(configs.unet, model.latent, configs.n_tokens) if about else None
     teacher, teacher_id = (about["model"], about["identity"]) if about else ("", "")
-    defaults = defaults_of(str(folder)) if (folder / OWN).is_file() else _defaults_of_teacher(teacher, teacher_id)
-    return Subject(replace(model, name=str(folder), defaults=defaults), arch, Architecture(), configs, graph, teacher, teacher_id)
+    model = replace(model, name=str(folder), defaults=loading.defaults_of_exported(folder))
+    return Subject(model, arch, Architecture(), configs, graph, teacher, teacher_id)
 
 
 def _along_training(request: EvaluateRequest, resolution: str | None, finished: Finished, given: Model | None) -> Subject:
@@ -106,12 +98,6 @@ def _along_training(request: EvaluateRequest, resolution: str | None, finished: 
     arch = finished.archs[max(finished.places)]
     configs = pretrained.configs_of(model.pipe)
     return Subject(model, arch, Architecture(), configs, model.graph, name, finished.teacher_id)
-
-
-def _defaults_of_teacher(model: str, teacher_id: str) -> dict[str, Any]:
-    """A teacher's own defaults, where it is still there under its name."""
-    there = model in BUILT_IN or Path(model, OWN).is_file()
-    return defaults_of(model) if there and identity(model) == teacher_id else dict(DEFAULTS)
 
 
 def laid_out(rules: Rules, reference: str | None, prompts: str | None) -> tuple[str | None, str | None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blockprune.errors import UserError
-from blockprune.measures.measure import measure, quality
+from blockprune.measures.measure import measure, of_drawings
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.request import shown
@@ -42,7 +42,7 @@ def read_bound(text: str) -> Bound:
     """The bound that `text` says; UserError for anything else, and for one on the wrong side."""
     found = _FORM.fullmatch(text.strip())
     name = found["measure"] if found else ""
-    if found is None or name not in quality():
+    if found is None or name not in of_drawings():
         raise UserError(
             f"cannot read the bound {text!r} of --objective: write MEASURE>=NUMBER or MEASURE<=NUMBER, with one of {_known()}"
         )
@@ -61,13 +61,13 @@ def read_bound(text: str) -> Bound:
 
 
 def _known() -> str:
-    return ", ".join(quality())
+    return ", ".join(of_drawings())
 
 
 def read_objective(texts: Sequence[str]) -> tuple[str, tuple[Bound, ...]]:
     """The measure that is made best, which comes first, and the bounds that must hold; UserError for anything else."""
     first, *rest = [part.strip() for text in texts for part in text.split(",")] or [""]
-    if first not in quality():
+    if first not in of_drawings():
         raise UserError(f"unknown --objective {shown(first)}: choose from {_known()}; bounds such as clip_score>=0.7 may follow")
     return first, tuple(read_bound(text) for text in rest)
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from blockprune.errors import UserError
-from blockprune.measures.measure import quality
+from blockprune.measures.measure import of_drawings
 from blockprune.model.architecture import FITS
 from blockprune.model.defaults import MOST_BATCH
 from blockprune.model.graph import CONVENTIONS
@@ -44,7 +44,7 @@ class SearchRequest(OnModel, Measuring):
     )
     objective: tuple[str, ...] = option(
         ("guided_mse",),
-        f"what is made best, {', '.join(quality())}; then what must hold, as in guided_mse,clip_score>=0.7",
+        f"what is made best, {', '.join(of_drawings())}; then what must hold, as in guided_mse,clip_score>=0.7",
         SEARCH,
         commas=True,
     )

@@ -18,10 +18,11 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.fit import Fits, no_fits
 from blockprune.model.model import Model
 from blockprune.stages.train.checkpoints import Snapshot, read_snapshot, write_snapshot
-from blockprune.stages.train.distill import Distiller, Sampler, Settings, student_of
+from blockprune.stages.train.distill import Distiller, student_of
 from blockprune.stages.train.launch import accelerated
 from blockprune.stages.train.recipe import Recipe, read_recipe
-from blockprune.stages.train.samples import data_of, provider_of, samples_of
+from blockprune.stages.train.samples import Sampler, data_of, provider_of, samples_of
+from blockprune.stages.train.trainer import Settings
 
 LEARNING_RATE = 5e-4  # higher than the papers': a recovery is short
 SAVED_EVERY = 200  # updates

@@ -1,4 +1,4 @@
-"""What a distillation is asked for, and what a cache of training pairs is."""
+"""What any training is asked for, what a distillation is, and what a cache of training pairs is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from blockprune.model.architecture import FITS
 from blockprune.model.defaults import MOST_BATCH, MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from blockprune.model.schedulers import MAX_SEED, SCHEDULERS
 from blockprune.request import Request, option
-from blockprune.stages.fields import SCALE, OnModel
+from blockprune.stages.fields import SCALE, Measuring, OnModel
 
 STUDENT, DATA, TRAINING, CHECKPOINTS, VALIDATION = "Student", "Data", "Training", "Checkpoints", "Validation"
 PRECISIONS = ("no", "fp16", "bf16")
@@ -19,34 +19,13 @@ PAIRS = "image folder with metadata.csv or metadata.jsonl, .tar shards as 'x/{00
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRequest(Request):
-    """Which student is trained, against which teachers, on what, how long."""
+class Stepping(Request):
+    """How any training is cut into updates, kept and looked at on the way."""
 
-    # teachers, architecture, recipe and data are compared by what they stand for
-    arch: str | None = option(
-        None,
-        "what is removed: best.json of a search (heed its warning), a preset, block names or a JSON file",
-        STUDENT,
-        compared=False,
-    )
-    fit: str | None = option(
-        None,
-        "a map fitted in place of each removed block, from whose weights training starts; what --arch says when left out",
-        STUDENT,
-        choices=("none", *FITS),
-        compared=False,
-    )
-    teacher: tuple[str, ...] = option(
-        ("tiny-digits",), "model to learn from; repeat for several in succession", STUDENT, compared=False
-    )
     resolution: str | None = option(
         None, "image size in pixels, 512 or HEIGHTxWIDTH; the model's own when left out", DATA, compared=False
     )
-    data: str | None = option(
-        None, f"{PAIRS}, `blockprune cache` folder, or digits; the model's own when left out", DATA, compared=False
-    )
     random_flip: bool = option(False, "mirror half of the images", DATA)
-    recipe: str = option("bk-sdm", "bk-sdm, segmind, or a .toml file", TRAINING, compared=False)
     max_train_steps: int = option(
         1000, "updates, over all phases of the recipe", TRAINING, least=1, most=MOST_UPDATES, compared=False
     )
@@ -58,7 +37,6 @@ class TrainRequest(Request):
     )
     learning_rate: float | None = option(None, "in place of the recipe's", TRAINING, above=0, most=10, compared=False)
     mixed_precision: str = option("no", "of forward and backward passes", TRAINING, choices=PRECISIONS)
-    ema: bool = option(False, "keep a moving average of the weights and export that", TRAINING)
     seed: int = option(0, "of data order, noise and timesteps", TRAINING, least=0, most=MAX_SEED)
     checkpointing_steps: int = option(500, "updates between checkpoints", CHECKPOINTS, least=1, most=MOST_UPDATES, compared=False)
     checkpoints_total_limit: int = option(3, "how many checkpoints stay", CHECKPOINTS, least=1, most=10**6, compared=False)
@@ -78,10 +56,49 @@ class TrainRequest(Request):
     )
     scheduler: str | None = option(None, "the model's own when left out", VALIDATION, choices=tuple(SCHEDULERS), compared=False)
     gradient_checkpointing: bool = option(False, "less memory, more time", SCALE, compared=False)
-    compile: bool = option(False, "torch.compile: minutes at the start, then faster updates", SCALE, compared=False)
     device: str | None = option(
         None, "cpu, cuda, cuda:1 …; cuda where there is one, or accelerate's, when left out", SCALE, compared=False
     )
+
+    def drawing(self) -> Measuring:
+        """How validation images are drawn and judged."""
+        return Measuring(
+            n_images=self.n_images,
+            steps=self.denoising_steps,
+            cfg_scale=self.cfg_scale,
+            scheduler=self.scheduler,
+            seed=self.seed,
+            prompts=self.validation_prompts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(Stepping):
+    """Which student is trained, against which teachers, on what, how long."""
+
+    # teachers, architecture, recipe and data are compared by what they stand for
+    arch: str | None = option(
+        None,
+        "what is removed: best.json of a search (heed its warning), a preset, block names or a JSON file",
+        STUDENT,
+        compared=False,
+    )
+    fit: str | None = option(
+        None,
+        "a map fitted in place of each removed block, from whose weights training starts; what --arch says when left out",
+        STUDENT,
+        choices=("none", *FITS),
+        compared=False,
+    )
+    teacher: tuple[str, ...] = option(
+        ("tiny-digits",), "model to learn from; repeat for several in succession", STUDENT, compared=False
+    )
+    data: str | None = option(
+        None, f"{PAIRS}, `blockprune cache` folder, or digits; the model's own when left out", DATA, compared=False
+    )
+    recipe: str = option("bk-sdm", "bk-sdm, segmind, or a .toml file", TRAINING, compared=False)
+    ema: bool = option(False, "keep a moving average of the weights and export that", TRAINING)
+    compile: bool = option(False, "torch.compile: minutes at the start, then faster updates", SCALE, compared=False)
 
     def check(self) -> None:
         if self.arch is None:

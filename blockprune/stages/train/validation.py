@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from diffusers import UNet2DConditionModel
@@ -16,39 +17,36 @@ from blockprune.model.model import Model
 from blockprune.model.sampling import Protocol, check_schedule
 from blockprune.stages.fields import Measuring
 from blockprune.stages.plan import plan_of, possible
-from blockprune.stages.train.request import TrainRequest
 
 
+@dataclass(frozen=True)
 class Validation:
-    """Draws with students of one model at fixed prompts and seeds, and scores the images by every measure that has what it needs.
+    """Draws with networks of one model at fixed prompts and seeds, and scores the images by the measures that have what they need.
 
-    Measures that pair with the teacher's images are left out.
+    `wanted` are the measures, all where there are none; those that pair with the teacher's images are left out. `prompts` are
+    drawn in place of those that are `asked` for.
     """
 
-    def __init__(self, model: Model, request: TrainRequest) -> None:
-        self.model = model
-        self.asked = Measuring(
-            n_images=request.n_images,
-            steps=request.denoising_steps,
-            cfg_scale=request.cfg_scale,
-            scheduler=request.scheduler,
-            seed=request.seed,
-            prompts=request.validation_prompts,
-        ).filled(model.defaults)
+    model: Model
+    asked: Measuring
+    wanted: Sequence[str] = ()
+    prompts: Sequence[str] = ()
 
     def check(self) -> None:
         """Raises UserError where the images could not be drawn."""
-        a = self.asked
+        a = self.asked.filled(self.model.defaults)
         n_images, steps, cfg_scale = a.n_images or 1, a.steps or 1, a.cfg_scale or 0.0
         check_schedule(self.model.pipe, Protocol(n_images, steps, cfg_scale, a.seed, self.model.latent, a.scheduler or ""))
 
     @cached_property
     def plan(self) -> Plan:
         """All images for the judges; without any, those that are shown."""
-        plan = plan_of(self.model, self.asked, ["params"])
+        plan = plan_of(self.model, self.asked.filled(self.model.defaults), ["params"])
         there = [m for m in possible(plan.judges, guided=False) if measure(m).kind == "images" and not measure(m).paired]
+        there = [m for m in there if not self.wanted or m in self.wanted]
         n_images = plan.protocol.n_images if there else plan.n_pictures
-        return replace(plan, measures=there, protocol=replace(plan.protocol, n_images=n_images))
+        protocol = replace(plan.protocol, n_images=n_images)
+        return replace(plan, measures=there, protocol=protocol, prompts=self.prompts or plan.prompts)
 
     def look(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> tuple[Images, list[Score]]:
         """The first images (k, H, W, 3) of a student, and its scores. Raises NotFinite."""

@@ -98,12 +98,12 @@ def test_a_dataset_a_folder_and_a_cache_train_alike(
 
 def test_a_result_is_drawn_and_saved(pipe: Any, tmp_path: Path) -> None:
     trained = bp.distill(pipe, "mid-removed", data=PAIRS, **QUICK)
-    assert trained.figure().axes
+    assert trained.figure().startswith("<svg")
     with pytest.raises(UserError, match="no figure 'nope' here: choose from losses"):
         trained.figure("nope")
     said = trained.save(tmp_path / "out")
     assert "any diffusers loads it" in said
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"card.json", "losses.png", "pipeline"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"card.json", "losses.svg", "pipeline"}
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline", safety_checker=None)
     ours = trained.student.state_dict()
     assert sum(p.numel() for p in again.unet.parameters()) == sum(p.numel() for p in ours.values())

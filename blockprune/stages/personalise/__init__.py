@@ -1,0 +1,1 @@
+"""Teach a model one subject from a few images (DreamBooth)."""
