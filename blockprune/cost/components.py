@@ -133,7 +133,7 @@ def time_components(
             calls = {"unet": [(step, 1)], "unet_steps": [(step, steps)], "pipeline": [*text, (step, steps), (decoder, 1)]}
             chain = Chain(calls[name] if name in calls else [(others[name], 1)])
             models[label] = partial(_masked, unet, arch, chain)
-        found[name] = latency.measure(models, {}, n, 1, some.device, memory=False)
+        found[name] = latency.measure(models, {}, n, 1, some.device, memory=())
     return found
 
 

@@ -110,7 +110,7 @@ def time_runtimes(
                 networks[name, who] = in_runtime(unet, name, latent, configs.n_tokens, Path(folder, name, who))
         del unet
         models = {f"{name} {who}": partial(_as_it_is, networks[name, who]) for name in runtimes for who in archs}
-        timings = latency.measure(models, inputs, n=n, memory=False)
+        timings = latency.measure(models, inputs, n=n, memory=())
     return {name: _compared(timings, name) for name in runtimes}
 
 

@@ -185,7 +185,8 @@ class Scan:
                 FULL: partial(surgery.removed, unet, Architecture()),
                 label: partial(surgery.removed, unet, arch),
             }
-            timings = latency.measure(models, inputs, plan.n_timings, 2, unet.device)
+            memory = [label] if "memory" in wanted else []
+            timings = latency.measure(models, inputs, plan.n_timings, 2, unet.device, memory)
             yield from (s for s in step_scores(arch, label, timings, plan.protocol.seed) if s.measure in wanted)
             plan.tick("latency", 1)
 

@@ -294,7 +294,7 @@ class Worker:
         inputs = unet_inputs(network.config, model.latent, model.graph.n_tokens, 1, model.device, model.dtype)
         archs = {FULL: Architecture(), "student": candidate.arch}
         networks = {name: partial(self.fitted.removed, arch) for name, arch in archs.items()}
-        timings = latency.measure(networks, inputs, self.plan.n_timings, 2, model.device)
+        timings = latency.measure(networks, inputs, self.plan.n_timings, 2, model.device, memory=())
         return self.latencies.full_s * latency.ratio(timings[FULL], timings["student"])[0] <= 0.99 * min(limits)
 
     def picture(self, candidate: Candidate) -> bytes | None:
