@@ -1,13 +1,13 @@
 """Does a student still edit images by their captions? Digits of held-out scenes are exchanged by caption, and read.
 
-    python studies/edit_digits.py --out runs/edit --reports reports      # about 10 minutes on one core
+    python studies/edit_digits.py --out runs/edit --reports reports      # about 10 minutes of one core's time
 
 The scenes are those of `evaluate --task img2img --data digits`: each has the caption of a scene in which one digit is another. The
 teacher, bk-sdm-small untrained, and bk-sdm-small after 300 updates of distillation edit the same scenes with the same noise at
-three strengths. The independent reader of `quality_tiny_digits.py` then says how often the new digit stands in its place, how often
+three strengths (n = 128). The independent reader of `quality_tiny_digits.py` then says how often the new digit stands in its place, how often
 the old one still does, and how many of the other digits are as they were. Every command resumes where an earlier attempt stopped.
-Expected: the more strength, the more new digits and the fewer of the others; the distilled student near the teacher, the untrained
-one far from both. Measured: `reports/edit-digits.md`.
+Expected: the more strength, the more new digits; the distilled student between the teacher and the untrained one, which edits nothing.
+Measured: `reports/edit-digits.md`.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run directories")
     parser.add_argument("--reports", type=Path, required=True, help="folder of what is shown")
-    parser.add_argument("--n", type=int, default=256)
+    parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args()
     if args.dry_run:
