@@ -23,6 +23,7 @@ from typing import Any
 
 import optuna
 import pytest
+from as_user import pictures
 from optuna.trial import FrozenTrial
 
 from blockprune.model.architecture import Architecture
@@ -354,3 +355,25 @@ def test_a_killed_search_scores_everything_once(
             in_work = Moment(draw.uniform(0, usual.working_s), out / "rows.jsonl")
             kill_and_finish(launcher, (*STAGES["search"], "--workers", "2"), out, [in_work])
         check_search(out, usual.folder, 0 if workers == 1 else 1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_personalisation_ends_as_if_undisturbed(launcher: Launcher, tmp_path: Path) -> None:
+    """Killed while class images are drawn, at a checkpoint, at its scores, and at its pipeline; only what a clock says differs."""
+    words = ("--instance-data-dir", str(pictures(tmp_path / "subject", 3)), "--instance-prompt", "bold upright: sks top left")
+    prior = ("--with-prior-preservation", "--class-prompt", "bold upright: one top left", "--num-class-images", "4")
+    short = ("--max-train-steps", "3", "--checkpointing-steps", "1", "--n-images", "2", "--steps", "1")
+    usual, out = tmp_path / "usual" / "run", tmp_path / "killed" / "run"
+    whole, killed = (("personalise", *words, *prior, *short, "--class-data-dir", str(run.parent / "class")) for run in (usual, out))
+    launcher.finish(whole, usual)
+    changes = (
+        f"os.rename {out.parent}/class/.class-000002",
+        f"os.rename {out}/checkpoints/.step-0000002",
+        f"open {out}/images/.step-0000003.part.png",
+        f"os.rename {out}/.pipeline.part",
+    )
+    kill_and_finish(launcher, killed, out, [Moment(change=change) for change in changes])
+    for folder in ("checkpoints", "pipeline", "images"):
+        assert_same(out / folder, usual / folder)
+    assert_same(out.parent / "class", usual.parent / "class")
+    assert [r for r in rows_of(out) if r["kind"] != "cost"] == [r for r in rows_of(usual) if r["kind"] != "cost"]
