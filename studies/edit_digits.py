@@ -4,10 +4,10 @@
 
 The scenes are those of `evaluate --task img2img --data digits`: each has the caption of a scene in which one digit is another. The
 teacher, bk-sdm-small untrained, and bk-sdm-small after 300 updates of distillation edit the same scenes with the same noise at
-three strengths (n = 128). The independent reader of `quality_tiny_digits.py` then says how often the new digit stands in its place, how often
-the old one still does, and how many of the other digits are as they were. Every command resumes where an earlier attempt stopped.
-Expected: the more strength, the more new digits; the distilled student between the teacher and the untrained one, which edits nothing.
-Measured: `reports/edit-digits.md`.
+three strengths (n = 128). The independent reader of `quality_tiny_digits.py` then says how often the new digit stands in its
+place, how often the old one still does, and how many of the other digits are as they were. Every command resumes where an earlier
+attempt stopped. Expected: the more strength, the more new digits and the fewer of the others; the distilled student near the
+teacher, the untrained one far from both. Measured: `reports/edit-digits.md`, where two of these do not hold.
 """
 
 from __future__ import annotations
