@@ -31,7 +31,9 @@ from blockprune.runs import directory
 from blockprune.stages.search.proposals import SAMPLERS, sampler_of
 from blockprune.stages.search.run import scores_in
 
-QUICK = ["--unit", "stage", "--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4"]
+SHAPE = ["--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4"]
+MEASURED = "params,macs,eps_mse,guided_mse,fid,kid,is,clip_score,feature_distance"  # not what is timed, for it takes longest
+QUICK = ["--unit", "stage", *SHAPE, "--measures", MEASURED]
 IMAGES = "eps_mse,fid,clip_score,params"
 
 
@@ -42,9 +44,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small scan of the built-in model with every measure, left undisturbed."""
+    """One small scan of the built-in model with every measure but those of a step, left undisturbed."""
     out = tmp_path_factory.mktemp("scan") / "run"
-    run("scan", *QUICK, "--out", str(out))
+    run("scan", *QUICK, "--out", out)
     return out
 
 
@@ -58,6 +60,14 @@ def test_outputs_are_all_there(scanned: Path) -> None:
     assert len(table) == 11
     assert all(row["fid"] and row["clip_score"] and row["kid"] and row["is"] for row in table)
     assert "unet.svg" in (scanned / "report.md").read_text()
+
+
+def test_all_that_can_be_measured_is_where_nothing_is_named(cli: Cli, tmp_path: Path) -> None:
+    code, _, err = cli("scan", "--arch", "mid_block", *SHAPE, "--out", tmp_path / "run")
+    assert code == 0, err
+    rows = {row["measure"]: row for row in directory.read_rows(tmp_path / "run") if row["label"] == "mid_block"}
+    assert rows.keys() >= {"latency_ratio", "memory", *MEASURED.split(",")}
+    assert rows["memory"]["value"] > 4 * rows["params"]["value"]
 
 
 def test_same_command_again_adds_nothing(scanned: Path, cli: Cli) -> None:
@@ -82,7 +92,7 @@ def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_pat
 
 
 def test_another_protocol_in_the_same_directory(scanned: Path, one_line: Callable[..., str]) -> None:
-    changed = [*QUICK[:-1], "2", "--cfg-scale", "5.5", "--out", scanned]
+    changed = [*QUICK, "--batch-size", "2", "--cfg-scale", "5.5", "--out", scanned]
     line = one_line("scan", *changed)
     assert "cfg_scale is" in line
     assert "5.5 asked" in line
@@ -161,7 +171,7 @@ def test_stats_of_a_folder_are_a_reference(cli: Cli, tmp_path: Path) -> None:
     scores = []
     for reference in (folder, tmp_path / "real.npz"):
         out = tmp_path / f"run-{reference.suffix or 'dir'}"
-        args = ["--arch", "mid_block", "--measures", "fid,kid", *QUICK[2:], "--detector", "tiny-digits"]
+        args = ["--arch", "mid_block", "--measures", "fid,kid", *SHAPE, "--detector", "tiny-digits"]
         assert cli("scan", *args, "--reference", reference, "--out", out)[0] == 0
         scores.append([(r["label"], r["measure"], round(r["value"], 4)) for r in rows_of(out)])
     assert scores[0] == scores[1]
@@ -172,13 +182,13 @@ def test_prompts_in_a_file_and_an_architecture_in_a_file(cli: Cli, tmp_path: Pat
     (tmp_path / "p.csv").write_text("prompt\none\ntwo\n")
     (tmp_path / "mine.json").write_text('{"format": 1, "removed": ["mid_block"]}')
     args = ["--arch", tmp_path / "mine.json", "--arch", "bk-sdm-small,+mid_block", "--prompts", tmp_path / "p.csv"]
-    assert cli("scan", *args, *QUICK[2:], "--measures", "eps_mse,params", "--out", tmp_path / "run")[0] == 0
+    assert cli("scan", *args, *SHAPE, "--measures", "eps_mse,params", "--out", tmp_path / "run")[0] == 0
     assert {r["label"] for r in rows_of(tmp_path / "run")} == {"full", "mine", "bk-sdm-small,+mid_block"}
 
 
 def test_fits_stand_beside_what_they_are_fitted_for(cli: Cli, tmp_path: Path) -> None:
     command = ["scan", "--arch", "mid_block", "--arch", "up_blocks.3.resnets.2", "--fit", "none,channel,linear"]
-    command += ["--measures", "eps_mse,clip_score", *QUICK[2:], "--eps-samples", "64", "--out", str(tmp_path / "run")]
+    command += ["--measures", "eps_mse,clip_score", *SHAPE, "--eps-samples", "64", "--out", str(tmp_path / "run")]
     assert cli(*command)[0] == 0
     rows = rows_of(tmp_path / "run")
     errors = {row["label"]: row["value"] for row in rows if row["measure"] == "eps_mse"}
@@ -253,7 +263,7 @@ def test_a_base_that_is_none(args: list[str], says: str, one_line: Callable[...,
 
 @pytest.mark.parametrize("kind", ["sd1-v", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2", "sdxl"))])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
-    args = ["--model", tiny_folder(kind), *QUICK, "--out", tmp_path / "run", "--measures", IMAGES]
+    args = ["--model", tiny_folder(kind), "--unit", "stage", *SHAPE, "--out", tmp_path / "run", "--measures", IMAGES]
     reference = pictures(tmp_path / "real", 8, 16)
     code, out, err = cli("scan", *args, "--detector", "tiny-digits", "--clip", "tiny-digits", "--reference", reference)
     assert code == 0, err
@@ -261,7 +271,7 @@ def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: 
 
 
 def test_a_full_disk_loses_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ["scan", "--arch", "mid_block", *QUICK[2:], "--measures", IMAGES, "--out", tmp_path / "run"]
+    args = ["scan", "--arch", "mid_block", *SHAPE, "--measures", IMAGES, "--out", tmp_path / "run"]
     real, written = os.write, []
 
     def write(fd: int, data: bytes) -> int:
@@ -293,7 +303,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 def test_nan_images_are_failed_rows_and_the_scan_goes_on(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.break_mid(monkeypatch)
-    args = ["--arch", "mid_block", "--arch", "up_blocks.1.attentions.0", *QUICK[2:], "--measures", "eps_mse,fid"]
+    args = ["--arch", "mid_block", "--arch", "up_blocks.1.attentions.0", *SHAPE, "--measures", "eps_mse,fid"]
     assert cli("scan", *args, "--out", tmp_path / "run")[0] == 0
     values = {(r["label"], r["measure"]): r for r in rows_of(tmp_path / "run")}
     assert "not finite" in values["mid_block", "fid"]["error"]
@@ -305,7 +315,7 @@ def test_a_removals_latency_is_the_ratio_that_was_timed_in_turn(cli: Cli, tmp_pa
     """On a machine that slows down by half again and again, whatever a user reads is the ratio, and seconds are the teacher's."""
     tiny.drifting_clock(monkeypatch)
     out, page = tmp_path / "run", tmp_path / "page.html"
-    code, shown, err = cli("scan", "--unit", "stage", "--measures", "eps_mse,latency", *QUICK[2:], "--out", out)
+    code, shown, err = cli("scan", "--unit", "stage", "--measures", "eps_mse,latency", *SHAPE, "--out", out)
     assert code == 0, err
     view = scan_view(directory.Stored(out))
     truth = {label: view.graph.cost(arch).params / view.graph.total.params for label, arch in view.archs.items()}
@@ -337,7 +347,7 @@ def test_seconds_of_students_in_runs_of_earlier_versions_are_not_shown(
     tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.drifting_clock(monkeypatch)
-    args = ["--arch", "mid_block", "--measures", "latency", *QUICK[2:], "--out", tmp_path / "run"]
+    args = ["--arch", "mid_block", "--measures", "latency", *SHAPE, "--out", tmp_path / "run"]
     assert cli("scan", *args)[0] == 0
     (row,) = (r for r in directory.read_rows(tmp_path / "run") if r["label"] == "mid_block")
     with (tmp_path / "run" / "rows.jsonl").open("a") as file:
