@@ -41,7 +41,8 @@ class ClassImages:
 
         UserError for such images where there are several prompts, of which they would not say theirs.
         """
-        files = [p.name for p in self.folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES] if self.folder.is_dir() else []
+        there = [p for p in self.folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES] if self.folder.is_dir() else []
+        files = [p.name for p in there if not p.name.startswith(".")]  # of one in the making, which a kill has left
         drawn = {int(match[1]) for name in files if (match := DRAWN.fullmatch(name))}
         if len(files) > len(drawn) and len(self.prompts) > 1:
             raise UserError(
