@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import Student, chance, fitted, scorers, winners
+from candidates import Student, alike, by_images, chance, fitted, scorers, winners
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from quality_tiny_digits import cells, real_scenes, train_reader
@@ -56,8 +56,9 @@ CFG_SCALE = 3.0  # the model's own; there more images are drawn
 N_READ, N_IMAGES, STEPS = 512, 256, 6
 N_NOISY, SEED, CAPTIONS_SEED = 256, 50_000, 17
 N_UNTRAINED = 128
+N_LOOKED_AT = 64  # images of a candidate in the search by what it draws
 TWICE = 3  # a third of the candidates, designs and winners first, is trained with a second seed
-LISTS = ("chance", "winners", "fitted")
+LISTS = ("chance", "winners", "fitted", "alike")
 PARTS = (*LISTS, "teacher", "rows")
 Row = dict[str, Any]
 
@@ -188,7 +189,7 @@ def run(job: Job) -> str:
 def students(reports: Path) -> list[Student]:
     """Everything that is listed, each architecture once: designs and winners first."""
     unique: dict[tuple[str, ...], Student] = {}
-    for name in ("fitted", "winners", "chance"):
+    for name in ("fitted", "winners", "alike", "chance"):
         path = reports / f"{name}.json"
         for row in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
             student = Student(**{**row, "removed": tuple(row["removed"])})
@@ -208,10 +209,14 @@ def jobs(args: argparse.Namespace) -> list[Job]:
 
 def listing(part: str, reports: Path) -> None:
     """Writes the candidates of a kind."""
-    judge = the_judge()
-    by = scorers(judge.model, plan_of(judge.model, Measuring(eps_samples=128, batch_size=64).filled(judge.model.defaults), []))
-    made = {"chance": partial(chance, by["guided_mse, none"]), "winners": partial(winners, by), "fitted": partial(fitted, by)}
-    found = made[part]()
+    model = the_judge().model
+    asked = Measuring(eps_samples=128, n_images=N_LOOKED_AT, steps=STEPS, batch_size=64).filled(model.defaults)
+    if part == "alike":
+        found = alike(by_images(model, plan_of(model, asked, ["feature_distance"])))
+    else:
+        by = scorers(model, plan_of(model, asked, []))
+        made = {"chance": partial(chance, by["guided_mse, none"]), "winners": partial(winners, by), "fitted": partial(fitted, by)}
+        found = made[part]()
     with writing(reports / f"{part}.json") as path:
         path.write_text(json.dumps([s.to_json() for s in found], indent=1) + "\n", encoding="utf-8")
 

@@ -11,9 +11,10 @@ import numpy as np
 from exhaustive_pairs import space as space_of
 
 from blockprune.measures.denoising import Denoiser
+from blockprune.measures.images import judge
 from blockprune.measures.runner import MeasureRunner, Plan
 from blockprune.measures.score import Score
-from blockprune.model import presets
+from blockprune.model import presets, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
@@ -82,6 +83,22 @@ def scorers(model: Model, plan: Plan) -> dict[str, Remembering]:
     return of
 
 
+def by_images(model: Model, plan: Plan) -> Remembering:
+    """The distance to the teacher's images from the same captions and noise, of students with linear fits."""
+    runner = MeasureRunner(model, plan)
+    teacher, _ = runner.observe(Architecture(), "teacher")
+    fitter = runner.fitter(teacher)
+
+    def score(arch: Architecture) -> float:
+        fitted = model.graph.fitted(arch, "linear")
+        with surgery.removed(model.network, fitted, fitter(fitted)) as network, model.running(network):
+            student, _ = runner.observe(Architecture(), "student")
+        (distance,) = judge("", "student", ["feature_distance"], student, teacher, plan.judges, 0)
+        return distance.loss
+
+    return Remembering(score)
+
+
 def units(graph: BlockGraph) -> dict[str, Architecture]:
     return graph.units("block") | {"innermost": graph.units("stage")["innermost"]}
 
@@ -142,6 +159,14 @@ def winners(by: Mapping[str, Scorer]) -> Iterator[Student]:
             yield Student(f"{size}-{name}", design, f"search by {name}", tuple(found(of, score).terms))
         arch = found(heard, by["guided_mse, none"])
         yield Student(f"{size}-heard", design, "search by guided_mse, none, the two attentions kept", tuple(arch.terms))
+
+
+def alike(score: Scorer) -> Iterator[Student]:
+    """At each size: the winner of a search by the distance to the teacher's images."""
+    for design, budgets in SIZES.items():
+        arch = found(space_of(*budgets, units=units), score)
+        name = f"{design.rpartition('-')[2]}-feature_distance, linear"
+        yield Student(name, design, "search by feature_distance, linear", tuple(arch.terms))
 
 
 def fitted(by: Mapping[str, Scorer]) -> Iterator[Student]:

@@ -292,7 +292,6 @@ def test_killed_where_it_hurts_most(
     assert_same(out, undisturbed(name).folder)
 
 
-@pytest.mark.slow
 def test_a_killed_export_is_not_there_and_starts_anew(
     launcher: Launcher, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -198,7 +198,7 @@ def test_fvcore_refuses_what_it_cannot_count() -> None:
 def test_an_operator_not_met_before_is_an_error() -> None:
     class Odd(nn.Module):
         def forward(self, q: torch.Tensor) -> torch.Tensor:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0]
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, q, q)[0]
 
     odd = Odd()
     with pytest.raises(UserError, match="flash_attention"):

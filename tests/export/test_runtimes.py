@@ -98,6 +98,11 @@ def apart(network: RuntimeUNet | torch.nn.Module, unet: UNet2DConditionModel, in
         return distance(network(**inputs, return_dict=False)[0], unet(**inputs, return_dict=False)[0])
 
 
+def bytes_of_weights(folder: Path) -> int:
+    """Of its files but openvino's graph, which the conversions to half precision make larger."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".xml")
+
+
 def test_the_names_are_those_of_the_formats() -> None:
     assert tuple(FORMATS) == FORMAT_NAMES
     assert tuple(OTHERS) == RUNTIMES[2:]
@@ -163,7 +168,8 @@ def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Call
     """And nothing in the file of where it was made."""
     (half,) = deploy(model, name, tmp_path / "half", "float16")
     weights = sum(p.numel() for p in model.network.parameters())
-    assert 1.8 * weights < written(name).components[0].n_bytes - half.n_bytes < 2.2 * weights
+    saved = bytes_of_weights(written(name).folder / "unet") - bytes_of_weights(tmp_path / "half" / "unet")
+    assert 1.8 * weights < saved < 2.2 * weights
     assert 1e-5 < max(half.real, half.random) < ALLOWED["float16"]
     assert model.network.dtype == torch.float32
     assert str(Path(torch.__file__).parent).encode() not in (tmp_path / "half" / half.file).read_bytes()

@@ -79,11 +79,12 @@ def test_folded_it_is_short_and_a_link_opens_its_section(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollHeight") <= 3 * DESK["height"]
     assert all(text for text in page.locator(".section > summary > p").all_inner_texts())
     for link in page.locator("nav a").all()[1:]:
-        section = page.locator(link.get_attribute("href"))
-        assert section.get_attribute("open") is None
+        target = link.get_attribute("href")
+        assert page.locator(target).get_attribute("open") is None
         link.click()
-        page.wait_for_function("id => document.querySelector(id).open", arg=link.get_attribute("href"))
-        assert 0 <= section.bounding_box()["y"] < DESK["height"]
+        page.wait_for_function("id => document.querySelector(id).open", arg=target)
+        top = "id => document.querySelector(id).getBoundingClientRect().top"
+        page.wait_for_function(f"id => 0 <= ({top})(id) && ({top})(id) < innerHeight", arg=target)  # it scrolls there smoothly
 
 
 def test_the_picture_shows_another_measure_cost_and_setting(page: Any) -> None:
