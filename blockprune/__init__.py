@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockprune.api import distill, evaluate, graph, personalise, prune, removed, report, save, scan, search
+    from blockprune.api import distill, estimate, evaluate, graph, personalise, prune, removed, report, save, scan, search
     from blockprune.export.pipeline import load_pipeline
     from blockprune.model.architecture import Architecture
     from blockprune.model.graph import BlockGraph
@@ -20,6 +20,7 @@ _HOMES = {
     "Budget": "stages.search.budget",
     "Silent": "progress",
     "distill": "api",
+    "estimate": "api",
     "evaluate": "api",
     "graph": "api",
     "load_pipeline": "export.pipeline",
@@ -37,6 +38,7 @@ __all__ = [
     "Budget",
     "Silent",
     "distill",
+    "estimate",
     "evaluate",
     "graph",
     "load_pipeline",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -11,8 +12,10 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from blockprune.cost.table import Component
+from blockprune.cost.work import Passes
 from blockprune.measures.measure import MEASURES
 from blockprune.model.graph import Cost
+from blockprune.progress import duration
 from blockprune.progress import make_console as make_console
 from blockprune.reports.captions import warning
 from blockprune.reports.model_view import ModelView
@@ -22,6 +25,9 @@ from blockprune.reports.table import Cell, Column, Table, share_of
 from blockprune.reports.text import agreement, correlation_text, ranking_table
 from blockprune.reports.view import ScanView, places_of
 from blockprune.runs.records import Candidate
+
+if TYPE_CHECKING:
+    from blockprune.cost.estimate import Estimate
 
 
 def print_table(table: Table, console: Console, style_of: Callable[[int], str] = lambda row: "") -> None:
@@ -132,3 +138,19 @@ def print_solutions(solutions: Sequence[tuple[Candidate, float]], measure: str, 
     ]
     print_table(Table("", [*numbers, Column("removed", "text")], rows), console)
     console.print("sums of single removals are predictions: score a solution with `blockprune scan --arch`", soft_wrap=True)
+
+
+def print_estimate(estimate: Estimate, console: Console) -> None:
+    """Prints what a run will do: its passes step by step, with their time, then all of it in one line."""
+    rows: dict[str, list[Passes]] = {}
+    for passes in estimate.work.passes:
+        rows.setdefault(passes.step, []).append(passes)
+    columns = [
+        (Column("step", "text"), [Cell(step) for step in estimate.seconds]),
+        (Column("passes", "plain"), [Cell(sum(p.n for p in rows.get(step, ())) or None) for step in estimate.seconds]),
+        (Column("rows of each", "plain"), [Cell(max((p.rows for p in rows.get(step, ())), default=None)) for step in estimate.seconds]),
+        (Column("time", "text"), [Cell(duration(seconds)) for seconds in estimate.seconds.values()]),
+    ]
+    print_table(Table.of_columns("", columns), console)
+    console.print(Text(f"nothing was run or written; {estimate.line}"), soft_wrap=True)
+    console.print(Text("not counted: loading, judges, statistics, data on its way from the disk"), soft_wrap=True)

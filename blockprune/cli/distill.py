@@ -14,7 +14,9 @@ from blockprune.stages.train.request import TrainRequest
 Out = Annotated[Path | None, typer.Option(help="run directory; the same command again goes on", rich_help_panel=OUTPUT)]
 
 
-def run(request: TrainRequest, out: Out = None) -> None:
+def run(request: TrainRequest, out: Out = None, dry_run: options.DryRun = False, assume: options.Assume = None) -> None:
+    if options.only_estimated(request, dry_run, assume):
+        return
     from blockprune import api
 
     arch = request.arch or ""

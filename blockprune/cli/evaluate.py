@@ -17,7 +17,9 @@ Out = Annotated[
 ]
 
 
-def run(request: EvaluateRequest, out: Out = None) -> None:
+def run(request: EvaluateRequest, out: Out = None, dry_run: options.DryRun = False, assume: options.Assume = None) -> None:
+    if options.only_estimated(request, dry_run, assume):
+        return
     from blockprune import api
     from blockprune.cli import console
 

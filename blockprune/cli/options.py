@@ -20,6 +20,8 @@ from blockprune.runs.directory import check_run_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from blockprune.request import Request
+
 LONGEST = 80
 
 Model = Annotated[
@@ -37,9 +39,33 @@ Macs = Annotated[str, typer.Option(help=f"which multiply-adds to show: {', '.joi
 AsJson = Annotated[
     bool, typer.Option("--json", help="print JSON, with every convention, instead of a table", rich_help_panel="Output")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="run nothing: print the passes, time, memory and disk to come", rich_help_panel="Output")
+]
+Assume = Annotated[
+    str | None,
+    typer.Option(
+        help="for --dry-run: a device by its stated throughput, such as 'H100 fp16', in place of a measurement of this one",
+        rich_help_panel="Output",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 …; cuda where there is one when left out", rich_help_panel="Scale")
 ]
+
+
+def only_estimated(request: Request, dry_run: bool, assume: str | None) -> bool:
+    """True where a command only says how long it would take, which is printed here; UserError for a device that is not known."""
+    if not dry_run:
+        if assume is not None:
+            raise UserError(f"--assume {assume[:60]} is for an estimate: add --dry-run, or leave it out")
+        return False
+    from blockprune import api
+    from blockprune.cli.console import print_estimate
+    from blockprune.progress import make_console
+
+    print_estimate(api.estimate(request, assume), make_console())
+    return True
 
 
 def convention(text: str) -> str:

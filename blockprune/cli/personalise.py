@@ -20,7 +20,15 @@ Beside = Annotated[
 ]
 
 
-def run(request: PersonaliseRequest, out: Out = None, beside: Beside = None) -> None:
+def run(
+    request: PersonaliseRequest,
+    out: Out = None,
+    beside: Beside = None,
+    dry_run: options.DryRun = False,
+    assume: options.Assume = None,
+) -> None:
+    if options.only_estimated(request, dry_run, assume):
+        return
     from blockprune import api
     from blockprune.reports.personalisations import last_scores, side_by_side
     from blockprune.runs.directory import Stored

@@ -14,7 +14,9 @@ from blockprune.stages.scan.request import ScanRequest
 Out = Annotated[Path | None, typer.Option(help="run directory; the same command again resumes it", rich_help_panel=OUTPUT)]
 
 
-def run(request: ScanRequest, out: Out = None) -> None:
+def run(request: ScanRequest, out: Out = None, dry_run: options.DryRun = False, assume: options.Assume = None) -> None:
+    if options.only_estimated(request, dry_run, assume):
+        return
     from blockprune import api
     from blockprune.cli import console
 

@@ -22,7 +22,15 @@ SolveOnly = Annotated[
 ]
 
 
-def run(request: SearchRequest, solve_only: SolveOnly = False, out: Out = None) -> None:
+def run(
+    request: SearchRequest,
+    solve_only: SolveOnly = False,
+    out: Out = None,
+    dry_run: options.DryRun = False,
+    assume: options.Assume = None,
+) -> None:
+    if options.only_estimated(request, dry_run, assume):
+        return
     if solve_only:
         _solve(request, out)
         return

@@ -82,6 +82,16 @@ def other_parts(
     return parts
 
 
+def encoder_part(
+    configs: Configs, latent: tuple[int, int], device: str | torch.device = "meta", dtype: torch.dtype = torch.float32
+) -> Part:
+    """The VAE's encoder and one image, as `other_parts` has the decoder. UserError for a configuration that describes none."""
+    with surgery.built("the VAE"), torch.device(device):
+        encoder = AutoencoderKL.from_config(configs.vae).encoder
+        sample = torch.zeros(1, configs.vae["in_channels"], *(side * configs.vae_factor for side in latent), dtype=dtype)
+    return Part(encoder.eval().requires_grad_(False).to(dtype), {"sample": sample})
+
+
 def _text_part(name: str, config: Config) -> Part:
     kind = (config.get("architectures") or ["?"])[0]
     if kind not in TEXT_MODELS:

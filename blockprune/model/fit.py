@@ -107,18 +107,13 @@ class Fitter:
         if new := {self.graph[name].kind for name, _ in arch.fits} & {"T", "C"} - self._kinds:
             self._kept, self._kinds = [], self._kinds | new
         order = sorted((name for name, _ in arch.fits), key=self._place.__getitem__)
-        keys = {name: self._up_to(arch, name).key for name in order}
+        keys = {name: _up_to(self._place, arch, name).key for name in order}
         left = [name for name in order if keys[name] not in self._known]
         groups = [left] if len(self.batches) == 1 else [[name] for name in left]
         for group in filter(None, groups):
             known = [self._known[keys[name]] for name in order if keys[name] in self._known]
             self._known |= {keys[fit.name]: fit for fit in self._solve(arch, known, group)}
         return [self._known[keys[name]] for name in order]
-
-    def _up_to(self, arch: Architecture, name: str) -> Architecture:
-        """The part of `arch` that decides what reaches the block `name`, and what stands in for it."""
-        before = {term for term in arch.terms if self._place[term.partition("~")[0]] <= self._place[name]}
-        return Architecture(frozenset(before))
 
     def _solve(self, arch: Architecture, known: Sequence[Fit], names: Sequence[str]) -> Iterator[Fit]:
         """Fits of the blocks `names`; one pass over one batch solves several, each on what the one before lets through."""
@@ -142,6 +137,20 @@ class Fitter:
         if i == len(self._kept) and sum(r.mem_bytes for r in self._kept) < self.keep_bytes:
             self._kept.append(recording)
         return recording
+
+
+def _up_to(place: Mapping[str, int], arch: Architecture, name: str) -> Architecture:
+    """The part of `arch` that decides what reaches the block `name`, and what stands in for it; `place` is each block's."""
+    return Architecture(frozenset(term for term in arch.terms if place[term.partition("~")[0]] <= place[name]))
+
+
+def n_passes(graph: BlockGraph, archs: Iterable[Architecture], n_batches: int) -> Iterator[int]:
+    """How many passes a new `Fitter` of so many batches makes for each architecture in turn, beside the teacher's."""
+    place, known = {block.name: i for i, block in enumerate(graph)}, set[str]()
+    for arch in archs:
+        keys = {_up_to(place, arch, name).key for name, _ in arch.fits} - known
+        known |= keys
+        yield n_batches * len(keys) if n_batches > 1 else min(len(keys), 1)
 
 
 class _Stop(Exception):

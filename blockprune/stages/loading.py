@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,14 @@ def defaults_of_exported(folder: Path) -> dict[str, Any]:
     return defaults_of(teacher) if there and identity(teacher) == about["identity"] else dict(DEFAULTS)
 
 
+def judge_names(
+    defaults: Mapping[str, Any], detector: str | None, weights: str | None, clip: str | None, reference: str | None
+) -> tuple[str | None, str | None]:
+    """The detector and the CLIP scorer asked for, else the model's own; None for none."""
+    name = detector or ("inception" if weights else defaults.get("detector")) or ("inception" if reference else None)
+    return name, clip or defaults.get("clip")
+
+
 def judges_of(
     model: Model,
     detector: str | None,
@@ -70,10 +78,8 @@ def judges_of(
 ) -> Judges:
     """The detector, CLIP scorer and reference asked for, else the model's own; without either, None in their place."""
     device = str(model.pipe.device)
-    name = detector or ("inception" if weights else model.defaults.get("detector"))
-    name = name or ("inception" if reference else None)
+    name, clip = judge_names(model.defaults, detector, weights, clip, reference)
     chosen = detectors.load_detector(name, device, Path(weights) if weights else None) if name else None
-    clip = clip or model.defaults.get("clip")
     where = reference or (model.defaults.get("reference") if not detector else None)
     return Judges(
         detector=chosen,

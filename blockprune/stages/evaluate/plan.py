@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -67,11 +67,7 @@ class EvaluationPlan:
 
     @cached_property
     def settings(self) -> Sequence[Setting]:
-        request = self.request
-        places: Sequence[int | None] = list(self.finished.places) if self.finished else [None]
-        quantize = ["" if name == "none" else name for name in request.quantize]
-        strengths = request.strength or (None,)
-        return grid(request.steps, request.cfg_scale, request.scheduler or ("",), quantize, places, strengths)
+        return settings_of(self.request, list(self.finished.places) if self.finished else [None])
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -140,11 +136,23 @@ class EvaluationPlan:
         return quantized(network, setting.quantize) if setting.quantize else network
 
 
+def settings_of(request: EvaluateRequest, places: Sequence[int | None]) -> Sequence[Setting]:
+    """The settings of a filled request; `places` are the checkpoints, None for the model itself."""
+    quantize = ["" if name == "none" else name for name in request.quantize]
+    return grid(request.steps, request.cfg_scale, request.scheduler or ("",), quantize, places, request.strength or (None,))
+
+
+def filled(request: EvaluateRequest, rules: Rules, defaults: Mapping[str, Any]) -> EvaluateRequest:
+    """The request with the protocol's values, then the model's `defaults`, where it leaves them open."""
+    of_protocol = {name: value for name in OF_PROTOCOL if (value := getattr(rules, name)) not in (None, "")}
+    measures = request.measures or (OF_IMG2IMG if request.task == "img2img" else rules.measures)
+    return replace(request, measures=measures).filled({**defaults, **of_protocol})
+
+
 def plan_of(request: EvaluateRequest, pipe: DiffusionPipeline | None = None) -> EvaluationPlan:
     """The plan of a request for the model that it names, or for `pipe`. UserError for what cannot be."""
     rules = read_protocol(request.protocol)
-    request = replace(request, measures=request.measures or (OF_IMG2IMG if request.task == "img2img" else rules.measures))
-    _check_measures(request, rules)
+    _check_measures(filled(request, rules, {}), rules)
     check_runtime(request.runtime)
     for name in request.quantize:
         if name != "none":
@@ -153,8 +161,7 @@ def plan_of(request: EvaluateRequest, pipe: DiffusionPipeline | None = None) -> 
     reference, prompts_file = laid_out(rules, request.reference, request.prompts)
     resolution = request.resolution or rules.resolution or None
     subject = subject_of(request, resolution, finished, pipe)
-    of_protocol = {name: value for name in OF_PROTOCOL if (value := getattr(rules, name)) not in (None, "")}
-    request = request.filled({**subject.model.defaults, **of_protocol})
+    request = filled(request, rules, subject.model.defaults)
     n_images = request.n_images or 0
     _check_count(n_images, request, rules)
     _check_schedules(n_images, request, subject.model)

@@ -51,6 +51,13 @@ def benchmark(given: Model | None, request: PersonaliseRequest, out: Path | None
     return Benchmarked(run)
 
 
+def requests_of(request: PersonaliseRequest) -> list[PersonaliseRequest]:
+    """What a benchmark asks for each of its subjects. Errors as those of its protocol and dataset."""
+    rules = read_benchmark(request.protocol or "")
+    subjects = read_dataset(Path(request.dataset or ""), rules, request.token, request.subjects)
+    return [_of_subject(request, rules, subject) for subject in subjects]
+
+
 def _learn(
     run: AnyRun, model: Model, request: PersonaliseRequest, subject: BenchmarkSubject, out: Path | None, progress: Listener
 ) -> None:

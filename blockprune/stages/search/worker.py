@@ -63,6 +63,12 @@ def as_scored(arch: Architecture, graph: BlockGraph, kind: str) -> Architecture:
     return arch if arch.fits or kind == "none" else graph.fitted(arch, kind)
 
 
+def tier_sizes(n: int, request: SearchRequest) -> list[int]:
+    """On how many of `n` samples an architecture is scored, one after the other while it may still be among the best."""
+    shares = (1,) if request.pareto else (0.25, 1)
+    return sorted({max(1, round(share * n)) for share in shares})
+
+
 @dataclass(frozen=True)
 class AsFitted:
     """An objective by which an architecture has fits of that kind ("none" for no change) in place of its blocks, but where it says
@@ -179,9 +185,7 @@ class Worker:
         return open_storage(self.request.storage, self.folder / "study.journal" if self.folder else None)
 
     def tiers(self) -> Tiers:
-        shares = (1,) if self.request.pareto else (0.25, 1)
-        sizes = sorted({max(1, round(share * self.n)) for share in shares})
-        return Tiers(self.objective(self.plan, "teacher"), sizes)
+        return Tiers(self.objective(self.plan, "teacher"), tier_sizes(self.n, self.request))
 
     @property
     def n(self) -> int:
