@@ -42,7 +42,7 @@ from blockprune.stages.evaluate.work import model_of
 from blockprune.stages.evaluate.work import work as evaluate_work
 from blockprune.stages.fields import OnModel
 from blockprune.stages.fitting import fitted_weights
-from blockprune.stages.outline import Outline, outline_of
+from blockprune.stages.outline import Outline, outline_of, outlined, say_how_long
 from blockprune.stages.personalise.benchmark import benchmark as run_benchmark
 from blockprune.stages.personalise.request import PersonaliseRequest
 from blockprune.stages.personalise.run import personalise as run_personalise
@@ -102,7 +102,9 @@ def scan(
     asked = _asked(ScanRequest, request, model, fields | ({"measures": tuple(chosen(measures))} if measures else {}))
     folder = _run_folder(out)
     with progress or Bars() as listener:
-        return ScanResult(run_scan(_opened(model, asked), asked, folder, listener))
+        opened = _opened(model, asked)
+        say_how_long(scan_work(asked, outlined(opened)), opened, listener)
+        return ScanResult(run_scan(opened, asked, folder, listener))
 
 
 def search(
@@ -132,8 +134,10 @@ def search(
         read_run(Path(asked.from_scan))
     if asked.recover and not isinstance(model, DiffusionPipeline):
         data_of(asked.model, defaults_of(asked.model), asked.train_data, "--train-data")
-    with progress or Bars(unit="architectures") as listener:
-        return SearchResult(run_search(_opened(model, asked), asked, folder, listener))
+    with progress or Bars() as listener:
+        opened = _opened(model, asked)
+        say_how_long(search_work(asked, outlined(opened)), opened, listener)
+        return SearchResult(run_search(opened, asked, folder, listener))
 
 
 def evaluate(

@@ -6,22 +6,24 @@ import errno
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-NOT_A_TERMINAL_WIDTH = 160
+NOT_A_TERMINAL_WIDTH = 220
 LONGEST_STEP_S = 3600.0  # Rich knows no speed, so no time left, of what is done more seldom
 
 
 class Listener(Protocol):
-    """Hears of a stage's work as it is done. Steps have a name and a size in images, samples or trials."""
+    """Hears of a stage's work as it is done. Steps have a name and a size in images, samples, timings or updates."""
 
-    def plan(self, steps: Mapping[str, int]) -> None:
-        """The steps that are to come, with their sizes."""
+    def plan(self, steps: Mapping[str, int], unit: str = "images", stage: str = "") -> None:
+        """The steps that are to come, with their sizes in that unit; steps of one `stage` take alike, else each is one of its own.
+        A step that is planned again has that much left."""
 
     def tick(self, step: str, n: int) -> None:
         """`n` more of a step are done."""
@@ -41,7 +43,7 @@ class Silent:
     >>> found = bp.scan(unit="stage", measures=["params"], progress=bp.Silent())
     """
 
-    def plan(self, steps: Mapping[str, int]) -> None:
+    def plan(self, steps: Mapping[str, int], unit: str = "images", stage: str = "") -> None:
         pass
 
     def tick(self, step: str, n: int) -> None:
@@ -72,29 +74,47 @@ def make_console(stderr: bool = False) -> Console:
     return console
 
 
-class Bars:
-    """Progress over named steps of known size, counted in images.
+@dataclass
+class Stage:
+    """Steps of one kind: how much there is of them in a unit of their own, how much is done, and the seconds that this took."""
 
-    On a terminal: one bar for all steps and one for the
-    current step, with images/s and the time left. Elsewhere: one plain line for each finished step. `clock` is in seconds.
+    unit: str
+    size: int = 0
+    done: int = 0
+    spent_s: float = 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """The time left, by this stage's own speed; None before that is known."""
+        left = max(self.size - self.done, 0)
+        return left * self.spent_s / self.done if self.done else None if left else 0.0
+
+
+class Bars:
+    """Progress over stages, each with its own unit and speed, and over the steps in them.
+
+    On a terminal: one bar for each stage, with its speed and the time left of it. Elsewhere: one plain line for each finished step.
+    `clock` is in seconds.
     """
 
-    def __init__(self, console: Console | None = None, unit: str = "images", clock: Callable[[], float] = time.monotonic) -> None:
-        self.console, self.unit, self.clock = console or make_console(stderr=True), unit, clock
-        self.steps: dict[str, int] = {}
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console or make_console(stderr=True), clock
+        self.stages: dict[str, Stage] = {}
+        self.steps: dict[str, tuple[str, int]] = {}  # stage and size
         self.done: dict[str, int] = {}
         self.live = (self.console.is_terminal or self.console.is_jupyter) and not self.console.is_dumb_terminal
-        self.start = clock()
+        self._last = clock()
         self._current = ""
         self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
-        self.start = self.clock()
+        self._last = self.clock()
         if self.live:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
                 _Rate(),
                 TimeRemainingColumn(),
             )
@@ -105,8 +125,6 @@ class Bars:
                 get_time=self.clock,
                 speed_estimate_period=LONGEST_STEP_S,
             )
-            self._all = self._bars.add_task("", total=1, unit=self.unit, visible=False)
-            self._now = self._bars.add_task("", total=1, unit=self.unit, visible=False)
             self._bars.start()
         return self
 
@@ -114,24 +132,24 @@ class Bars:
         if self._bars is not None:
             self._bars.stop()
 
-    def plan(self, steps: Mapping[str, int]) -> None:
-        self.steps |= steps
-        self.done |= dict.fromkeys(steps, 0)
-        if self._bars is not None:
-            self._bars.update(self._all, total=sum(self.steps.values()), description=self._heading(), visible=True)
+    def plan(self, steps: Mapping[str, int], unit: str = "images", stage: str = "") -> None:
+        for step, size in steps.items():
+            self._resize(step, size + self.done.get(step, 0), stage or step, unit)
+        self._show()
 
     def tick(self, step: str, n: int) -> None:
-        """`n` more images of `step` are done; a step that was not announced is added.
+        """`n` more of `step` are done; a step that was not announced is added.
 
-        Steps follow one another: one that was left before its end (a failed architecture) counts as ended.
+        Steps of a stage follow one another: one that was left before its end (a failed architecture) counts as ended.
         """
-        if self.done.setdefault(step, 0) == 0:
+        if self.done.get(step, 0) == 0:
             self._begin(step, n)
+        stage, now = self.stages[self.steps[step][0]], self.clock()
+        stage.spent_s, self._last = stage.spent_s + now - self._last, now
         self.done[step] += n
-        if self._bars is not None:
-            self._bars.update(self._now, advance=n)
-            self._bars.update(self._all, advance=n, description=self._heading())
-        elif self.done[step] >= self.steps[step]:
+        stage.done += n
+        self._show()
+        if self._bars is None and self.done[step] >= self.steps[step][1]:
             self.console.print(Text(self._line(step)), soft_wrap=True)
 
     def say(self, text: str, style: str = "") -> None:
@@ -139,26 +157,40 @@ class Bars:
         self.console.print(Text(" ".join(text.split()), style=style), soft_wrap=True)
 
     def _begin(self, step: str, n: int) -> None:
+        if step not in self.steps:
+            self._resize(step, n, step, "images")
         if self._current:
-            self.steps[self._current] = self.done[self._current]
-        self.steps.setdefault(step, n)
+            stage, _ = self.steps[self._current]
+            self._resize(self._current, self.done[self._current], stage, self.stages[stage].unit)
         self._current = step
-        if self._bars is not None:
-            self._bars.reset(self._now, total=self.steps[step], description=f"  {step}", visible=True)
-            self._bars.update(self._all, total=sum(self.steps.values()), visible=True)
 
-    def _finished(self) -> int:
-        return sum(self.done.get(step, 0) >= size for step, size in self.steps.items())
+    def _resize(self, step: str, size: int, stage: str, unit: str) -> None:
+        before = self.steps.get(step, ("", 0))[1]
+        of = self.stages.setdefault(stage, Stage(unit))
+        of.size += size - before
+        self.steps[step] = (stage, size)
+        self.done.setdefault(step, 0)
 
-    def _heading(self) -> str:
-        return f"step {min(self._finished() + 1, len(self.steps))}/{len(self.steps)}"
+    def _show(self) -> None:
+        """The bars as things stand; a stage without anything to do has none."""
+        for name, stage in self.stages.items() if self._bars is not None else ():
+            assert self._bars is not None
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=1, unit=stage.unit, visible=False)
+            here = self._current and self.steps[self._current][0] == name and self._current != name
+            title = f"{name}: {self._current}" if here else name
+            shown = {"total": max(stage.size, 1), "completed": stage.done, "visible": stage.size > 0}
+            self._bars.update(self._tasks[name], description=title, **shown)
 
     def _line(self, step: str) -> str:
-        """ "[3/40] mid_block: 64 images, 12.3 images/s, 0:03:20 left"; the rate is over all steps, as the time left is."""
-        done, elapsed = sum(self.done.values()), max(self.clock() - self.start, 1e-9)
-        left = max(sum(self.steps.values()) - done, 0) * elapsed / done
-        rate = f"{self.done[step]} {self.unit}, {done / elapsed:.3g} {self.unit}/s, {duration(left)} left"
-        return f"[{self._finished()}/{len(self.steps)}] {step}: {rate}"
+        """ "[3/40] mid_block: 64 images, 12.3 images/s, 0:03:20 left, then 12 timings"; these have no speed that is known yet."""
+        stage = self.stages[self.steps[step][0]]
+        ended = sum(self.done[name] >= size for name, (_, size) in self.steps.items())
+        known = [s.left_s for s in self.stages.values() if s.left_s is not None]
+        later = [f"{s.size:,} {s.unit}" for s in self.stages.values() if s.left_s is None]
+        then = f", then {', '.join(later)}" if later else ""
+        rate = f"{stage.done / max(stage.spent_s, 1e-9):.3g} {stage.unit}/s"
+        return f"[{ended}/{len(self.steps)}] {step}: {self.done[step]:,} {stage.unit}, {rate}, {duration(sum(known))} left{then}"
 
 
 def duration(seconds: float) -> str:

@@ -100,16 +100,27 @@ def print_evaluation(view: ModelView, console: Console) -> None:
 
 
 def print_components(rows: Sequence[Component], console: Console, convention: str = "thop") -> None:
-    """Prints parameters, MACs and latency of each part, the models side by side."""
+    """Prints parameters and MACs of each part, the models side by side with their share of the teacher's; latencies, where there
+    are any, as paired ratios."""
     by = {(row.name, row.who): row for row in rows}
-    names, whos = (list(dict.fromkeys(keys)) for keys in zip(*by, strict=True))
-    columns = [(Column("", "text"), [Cell(name) for name in names])]
-    columns += [(Column(f"params: {who}", "plain"), [Cell(by[name, who].params) for name in names]) for who in whos]
-    columns += [
-        (Column(f"MACs ({convention}): {who}", "plain"), [Cell(by[name, who].macs[convention]) for name in names]) for who in whos
-    ]
-    columns += [(Column(f"ms: {who}", "size", 1e-3), [Cell(by[name, who].latency_s) for name in names]) for who in whos]
-    print_table(Table.of_columns("", columns), console)
+    names, (full, *students) = (list(dict.fromkeys(keys)) for keys in zip(*by, strict=True))
+
+    def side_by_side(title: str, value: Callable[[Component], int]) -> None:
+        columns = [(Column(title, "text"), [Cell(name) for name in names])]
+        for who in (full, *students):
+            pairs = [(value(by[name, who]), value(by[name, full])) for name in names]
+            cells = [Cell(part, remark=f"{part / whole:.1%}" if who != full and whole else "") for part, whole in pairs]
+            columns.append((Column(who, "quantity"), cells))
+        print_table(Table.of_columns("", columns), console)
+
+    side_by_side("parameters", lambda row: row.params)
+    side_by_side(f"MACs ({convention})", lambda row: row.macs[convention])
+    if by[names[0], full].latency_s is not None:
+        columns = [(Column("latency, × teacher", "text"), [Cell(name) for name in names])]
+        columns += [(Column(f"{full}, ms", "size", 1e-3), [Cell(by[name, full].latency_s) for name in names])]
+        columns += [(Column(who, "ratio"), [Cell(by[n, who].ratio, by[n, who].interval) for n in names]) for who in students]
+        print_table(Table.of_columns("", columns), console)
+        console.print("latency: the median of ratios of rounds in which all took turns, and its 95 % interval", soft_wrap=True)
     console.print("one image, no doubling for guidance; 1 MAC = one multiply-add", soft_wrap=True)
 
 
@@ -125,13 +136,18 @@ def print_finalists(view: SearchView, console: Console) -> None:
 
 def print_solutions(solutions: Sequence[tuple[Candidate, float]], measure: str, total: Cost, console: Console) -> None:
     """Prints the exact solutions on known scores, best first, with the sums that predict what they lose."""
-    numbers = [Column("#", "plain"), Column("parameters", "share"), Column("MACs (thop)", "share"), Column(f"sum of {measure}")]
+    numbers = [
+        Column("#", "plain"),
+        Column(f"predicted {measure}"),
+        Column("U-Net parameters", "share"),
+        Column("MACs (thop)", "share"),
+    ]
     rows = [
         [
             Cell(rank),
+            Cell(predicted),
             share_of(c.costs["params"], total.params),
             share_of(c.costs["macs_thop"], total.thop),
-            Cell(predicted),
             Cell(", ".join(c.arch.terms)),
         ]
         for rank, (c, predicted) in enumerate(solutions, 1)
@@ -142,13 +158,13 @@ def print_solutions(solutions: Sequence[tuple[Candidate, float]], measure: str, 
 
 def print_estimate(estimate: Estimate, console: Console) -> None:
     """Prints what a run will do: its passes step by step, with their time, then all of it in one line."""
-    rows: dict[str, list[Passes]] = {}
+    rows: dict[str, list[Passes]] = {step: [] for step in estimate.seconds}
     for passes in estimate.work.passes:
-        rows.setdefault(passes.step, []).append(passes)
+        rows[passes.step].append(passes)
     columns = [
-        (Column("step", "text"), [Cell(step) for step in estimate.seconds]),
-        (Column("passes", "plain"), [Cell(sum(p.n for p in rows.get(step, ())) or None) for step in estimate.seconds]),
-        (Column("rows of each", "plain"), [Cell(max((p.rows for p in rows.get(step, ())), default=None)) for step in estimate.seconds]),
+        (Column("step", "text"), [Cell(step) for step in rows]),
+        (Column("passes", "plain"), [Cell(sum(p.n for p in of_step) or None) for of_step in rows.values()]),
+        (Column("rows of each", "plain"), [Cell(max((p.rows for p in of_step), default=None)) for of_step in rows.values()]),
         (Column("time", "text"), [Cell(duration(seconds)) for seconds in estimate.seconds.values()]),
     ]
     print_table(Table.of_columns("", columns), console)

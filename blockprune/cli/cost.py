@@ -33,7 +33,7 @@ class CostRequest(OnModel):
     )
     steps: int = option(25, "denoising steps of one image", SAMPLING, least=1, most=MOST_STEPS)
     verify: bool = option(False, "check the counts with the thop and fvcore packages", MEASURES)
-    components: bool = option(False, "each part for all architectures side by side; with --latency, time each", MEASURES)
+    components: bool = option(False, "with --latency, time each part; with --json, a row for each part and architecture", MEASURES)
     latency: bool = option(False, "measure a U-Net step, with random weights", MEASURES)
     rounds: int = option(20, "measured steps of each, teacher and student in turn", MEASURES, least=1, most=MOST_ROUNDS)
     batch_size: int = option(1, "rows of the measured U-Net step; guidance takes two per image", SCALE, least=1, most=MOST_BATCH)
@@ -51,8 +51,8 @@ class CostRequest(OnModel):
             raise UserError("--runtime says what runs the step that --latency measures: add --latency, without --components")
         if self.runtime != (TORCH,) and (self.device not in (None, "cpu") or self.dtype != "float32"):
             raise UserError("--runtime measures on the CPU in float32: leave out --device and --dtype")
-        if len(self.arch) > 1 and not self.components:
-            raise UserError("several --arch are compared part by part: add --components, or give one")
+        if len(self.arch) > 1 and not self.components and (self.latency or self.verify):
+            raise UserError("several --arch are timed part by part, and checked one by one: add --components, or give one")
         if self.components and (self.verify or self.batch_size != 1):
             raise UserError("--components goes without --verify and --batch-size: leave them out")
         if self.latency:
@@ -106,17 +106,40 @@ def _components(
 def _side_by_side(
     request: CostRequest, parts: Configs, graph: BlockGraph, students: Mapping[str, Architecture], convention: str, as_json: bool
 ) -> None:
-    from blockprune.cost.components import pipeline_costs, time_step, verify
-    from blockprune.cost.table import component_costs, reductions
-    from blockprune.model.architecture import Architecture
+    from blockprune.cli.console import print_components
+    from blockprune.cost.components import pipeline_costs
+    from blockprune.cost.table import components
 
-    (label, student), *_ = students.items()
-    latent = parts.latent(request.resolution)
-    others = pipeline_costs(parts, latent)
-    full, kept = (component_costs(others, graph.cost(a), request.steps) for a in (Architecture(), student))
-    names = {"model": request.model, "label": label, "architecture": student.to_json(), "steps": request.steps}
+    others = pipeline_costs(parts, parts.latent(request.resolution))
+    priced = {text: _priced(request, graph, others, text, arch) for text, arch in students.items()}
+    measured = _measured(request, parts, next(iter(students.values())))
+    if as_json:
+        one, *more = priced.values()
+        options.print_json({"model": request.model, "students": [one, *more]} if more else one | measured)
+        return
+    console = options.console()
+    costs = {"teacher": graph.total} | {text: graph.cost(arch) for text, arch in students.items() if arch}
+    c, h, w = graph.latent
+    console.print(f"{request.model}, {c}x{h}x{w} latent")
+    print_components(list(components(others, costs, request.steps)), console, convention)
+    _print_measured(console, measured)
+
+
+def _priced(request: CostRequest, graph: BlockGraph, others: Mapping[str, Cost], text: str, arch: Architecture) -> dict[str, Any]:
+    """What a student costs beside its teacher, part by part, exactly."""
+    from blockprune.cost.table import component_costs, reductions
+
+    full, kept = (component_costs(others, cost, request.steps) for cost in (graph.total, graph.cost(arch)))
+    names = {"model": request.model, "label": text, "architecture": arch.to_json(), "steps": request.steps}
     data: dict[str, Any] = {**names, "latent": list(graph.latent), "n_tokens": graph.n_tokens, **_to_json(kept)}
-    data |= {"teacher": _to_json(full), "reduction": reductions(full, kept)}
+    return data | {"teacher": _to_json(full), "reduction": reductions(full, kept)}
+
+
+def _measured(request: CostRequest, parts: Configs, student: Architecture) -> dict[str, Any]:
+    """What was asked to be checked or timed of a student."""
+    from blockprune.cost.components import time_step, verify
+
+    latent, data = parts.latent(request.resolution), dict[str, Any]()
     if request.verify:
         data["verify"] = verify(parts, student, latent)
     if request.latency and request.runtime != (TORCH,):
@@ -127,33 +150,14 @@ def _side_by_side(
         device, dtype = _place(request)
         timed = {"device": str(device), "dtype": request.dtype, "batch_size": request.batch_size}
         data["latency"] = timed | time_step(parts, student, latent, request.batch_size, request.rounds, device, dtype)
-    if as_json:
-        options.print_json(data)
-    else:
-        _print(options.console(), data, full, kept, convention)
+    return data
 
 
 def _to_json(rows: Mapping[str, Cost]) -> dict[str, Any]:
     return {name: c.to_json() for name, c in rows.items()}
 
 
-def _print(console: Console, data: Mapping[str, Any], full: Mapping[str, Cost], kept: Mapping[str, Cost], convention: str) -> None:
-    from rich.table import Table
-
-    from blockprune.cost.table import component_title
-
-    table = Table(title=f"{data['model']}, student: {data['label']}", title_justify="left")
-    for name in ("", "params: teacher", "student", "saved", f"MACs ({convention}): teacher", "student", "saved"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, teacher in full.items():
-        student = kept[name]
-        if name == "pipeline":
-            table.add_section()
-        numbers = *_pair(teacher.params, student.params), *_pair(teacher.macs(convention), student.macs(convention))
-        table.add_row(component_title(name, data["steps"]), *numbers)
-    console.print(table)
-    c, h, w = data["latent"]
-    console.print(f"one image, {c}x{h}x{w} latent, no doubling for guidance; 1 MAC = one multiply-add")
+def _print_measured(console: Console, data: Mapping[str, Any]) -> None:
     for name, tools in data.get("verify", {}).items():
         console.print(
             f"verified {name}: thop {tools['thop']:,} and fvcore {tools['fvcore']:,} MACs (norms left out) agree with these counts"
@@ -162,10 +166,6 @@ def _print(console: Console, data: Mapping[str, Any], full: Mapping[str, Cost], 
         _print_timings(console, data["latency"])
     if "runtimes" in data:
         _print_runtimes(console, data["runtimes"])
-
-
-def _pair(teacher: int, student: int) -> tuple[str, str, str]:
-    return f"{teacher:,}", f"{student:,}", f"{1 - student / teacher:.1%}"
 
 
 def _print_timings(console: Console, data: Mapping[str, Any]) -> None:
@@ -206,6 +206,7 @@ cost = command(
 
     Whole: text encoders once, the U-Net per step, the VAE decoder once; one image, no doubling for guidance.""",
     "blockprune cost --model sd-v1-5 --arch bk-sdm-small",
-    "blockprune cost --arch bk-sdm-base --arch bk-sdm-tiny --components --latency",
+    "blockprune cost --arch bk-sdm-base --arch bk-sdm-tiny",
+    "blockprune cost --arch bk-sdm-base --components --latency",
     "blockprune cost --arch bk-sdm-small --latency --runtime torch,onnxruntime,openvino",
 )

@@ -8,10 +8,13 @@ import typer
 
 from blockprune.cli import options
 from blockprune.model.graph import KINDS, Block, BlockGraph
+from blockprune.reports.table import quantity
+from blockprune.reports.view import short
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+ROOMY = 140  # columns
 HOW = {
     "Pass": "passes on its input",
     "PassAttention": "passes on its input",
@@ -50,9 +53,10 @@ def graph(
         options.print_json(found.to_json() | extra | ({"units": _units(found, unit)} if unit else {}))
         return
     console = options.console()
-    console.print(_unit_table(found, unit, convention) if unit else _block_table(found, convention))
+    console.print(_unit_table(found, unit, convention) if unit else _block_table(found, convention, console.width < ROOMY))
     c, h, w = found.latent
-    total = f"{found.total.params:,} parameters, {found.total.keys} keys, {found.total.macs(convention):,} MACs ({convention})"
+    macs = f"{quantity(found.total.macs(convention))} MACs ({convention})"
+    total = f"{quantity(found.total.params)} parameters, {found.total.keys} keys, {macs}"
     console.print(f"{model}: {total} for one {c}x{h}x{w} latent; 1 MAC = one multiply-add")
 
 
@@ -72,13 +76,15 @@ def _table(title: str, left: list[str], right: list[str], last: list[str]) -> Ta
     return table
 
 
-def _block_table(found: BlockGraph, convention: str) -> Table:
+def _block_table(found: BlockGraph, convention: str, narrow: bool) -> Table:
+    """Every block in a row; a `narrow` table has short names, which say the kind as well."""
     table = _table(
         "U-Net blocks in forward order",
-        ["block", "kind"],
-        ["resolution", "channels", "params", f"MACs ({convention})"],
+        ["block"] if narrow else ["block", "kind"],
+        ["resolution", "channels", "params", "MACs" if narrow else f"MACs ({convention})"],
         ["removed", "skip from"],
     )
+    named = short if narrow else str
     stage = ""
     for block in found:
         if block.kind == "C":  # three for each layer: shown when they are asked for as units
@@ -87,14 +93,13 @@ def _block_table(found: BlockGraph, convention: str) -> Table:
             table.add_section()
         stage = "" if block.kind == "F" else block.stage
         table.add_row(
-            block.name,
-            KINDS[block.kind],
+            *([named(block.name)] if narrow else [block.name, KINDS[block.kind]]),
             _resolution(block),
             _arrow(block.shape_in[0], block.shape_out[0]),
-            f"{block.cost.params:,}",
-            f"{block.cost.macs(convention):,}",
+            quantity(block.cost.params),
+            quantity(block.cost.macs(convention)),
             _how(block),
-            ", ".join(block.skips),
+            ", ".join(map(named, block.skips)),
         )
     return table
 
@@ -120,5 +125,5 @@ def _unit_table(found: BlockGraph, unit: str, convention: str) -> Table:
     table = _table(f"units of removal: {unit}", ["unit"], ["params saved", f"MACs saved ({convention})"], ["removed blocks"])
     for label, arch in found.units(unit).items():
         saved = found.total - found.cost(arch)
-        table.add_row(label, f"{saved.params:,}", f"{saved.macs(convention):,}", ", ".join(arch))
+        table.add_row(label, quantity(saved.params), quantity(saved.macs(convention)), ", ".join(arch))
     return table

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,10 +84,10 @@ def default_out(command: str, name: str) -> Path:
 
 
 def console() -> Console:
-    """Standard output; wide enough for a table when it is not a terminal."""
-    from blockprune.progress import PlainConsole
+    """Standard output, as wide as the terminal; wide enough for a table where there is none and COLUMNS says nothing."""
+    from blockprune.progress import make_console
 
-    return PlainConsole(width=None if sys.stdout.isatty() else 220, highlight=False, markup=False, emoji=False)
+    return make_console()
 
 
 def print_json(data: Mapping[str, Any]) -> None:

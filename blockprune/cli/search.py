@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blockprune.cli import options
 from blockprune.cli.command import OUTPUT, command
 from blockprune.stages.search.request import SEARCH, SearchRequest
+
+if TYPE_CHECKING:
+    from blockprune.reports.search_view import SearchView
 
 Out = Annotated[
     Path | None,
@@ -41,8 +45,19 @@ def run(
     result = api.search(request=request, out=folder)
     result.save(folder)
     console.print_finalists(result.view, console.make_console())
+    for line in _loading(request.model, result.view):
+        print(line)
     answer = "pareto.json" if result.view.is_front else "best.json"
     print(f"{answer}, finalists.csv, report.md and figures are in {folder}")
+
+
+def _loading(model: str, view: SearchView) -> Iterator[str]:
+    """What loads each student that the search answers with, a line each."""
+    from blockprune.export.stock_config import expressible, who_loads
+    from blockprune.model.pretrained import configs
+
+    config = configs(model).unet
+    return (f"{e.score.label}: {who_loads(expressible(config, e.candidate.arch))}" for e in view.chosen)
 
 
 def _solve(request: SearchRequest, out: Path | None) -> None:
@@ -56,7 +71,7 @@ def _solve(request: SearchRequest, out: Path | None) -> None:
         print(f"left out, for want of {request.measure} in {request.from_scan}: {', '.join(solutions.unscored)}")
     console.print_solutions(solutions.candidates, request.measure, solutions.graph.total, console.make_console())
     if out:
-        print(f"solutions.json and an architecture for each, solution-1.json and so on, are in {out}")
+        print(f"best.json, the next ones as solution-2.json and so on, and solutions.json are in {out}")
 
 
 search = command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -126,7 +126,8 @@ class Chain(nn.Module):
 def time_components(
     configs: Configs, unets: Mapping[str, tuple[nn.Module, Architecture]], latent: tuple[int, int], steps: int, n: int
 ) -> dict[str, dict[str, latency.Timing]]:
-    """Measured latencies by line of `table.component_costs` and by label, all labels in turn; nothing is a sum of others.
+    """Measured latencies by line of `table.component_costs` and by label, all labels in turn; nothing is a sum of others, and all
+    but the first are also ratios to it.
 
     `unets` are U-Nets with what is masked of them, all on one device in one precision.
     """
@@ -143,7 +144,10 @@ def time_components(
             calls = {"unet": [(step, 1)], "unet_steps": [(step, steps)], "pipeline": [*text, (step, steps), (decoder, 1)]}
             chain = Chain(calls[name] if name in calls else [(others[name], 1)])
             models[label] = partial(_masked, unet, arch, chain)
-        found[name] = latency.measure(models, {}, n, 1, some.device, memory=())
+        timings = latency.measure(models, {}, n, 1, some.device, memory=())
+        teacher, *students = timings
+        over = {label: latency.ratio(timings[teacher], timings[label]) for label in students}
+        found[name] = {label: replace(timing, over=over.get(label)) for label, timing in timings.items()}
     return found
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from blockprune.assets import ASSETS
 from blockprune.cost.components import Part, encoder_part, other_parts, pipeline_costs, random_unet, unet_inputs
-from blockprune.cost.work import BACKWARD, CONVENTION, Passes, Work
+from blockprune.cost.work import CONVENTION, Work
 from blockprune.decode import read_toml
 from blockprune.errors import UserError
 from blockprune.model.architecture import Architecture

@@ -26,11 +26,13 @@ class Timing:
     """The step latencies of one model in seconds, in order of measurement, and the bytes that a step needs at its peak.
 
     `mem_bytes` is the model's own weights plus the most that one step had allocated at once, as torch's allocator counts it: not
-    what the driver, the allocator's cache or a maths library's scratch space hold beside that; 0 where it was not measured.
+    what the driver, the allocator's cache or a maths library's scratch space hold beside that; 0 where it was not measured. `over`
+    is the `ratio` to another timing of the same rounds, None where there is none to compare with.
     """
 
     latency_s: tuple[float, ...]
     mem_bytes: int
+    over: tuple[float, float, float] | None = None
 
     @property
     def median_s(self) -> float:

@@ -16,20 +16,30 @@ class Timed(Protocol):
     @property
     def median_s(self) -> float: ...
 
+    @property
+    def over(self) -> tuple[float, float, float] | None: ...
+
 
 @dataclass(frozen=True)
 class Component:
-    """What one part of the pipeline costs; `who` is teacher or student, `macs` are by convention, `latency_s` None if not timed."""
+    """What one part of the pipeline costs; `who` is teacher or student, `macs` are by convention, `latency_s` None if not timed.
+
+    `ratio` is the latency over that of the teacher's same part, paired by rounds in which both took turns, with its 95 % interval.
+    """
 
     name: str
     who: str
     params: Natural
     macs: Mapping[str, Natural]
     latency_s: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
 
-    def over(self, teacher: Component) -> float | None:
-        """Its latency over that of the teacher's same part, which one run timed in turn with it; None when it was not timed."""
-        return self.latency_s / teacher.latency_s if self.latency_s is not None and teacher.latency_s else None
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """That of the ratio."""
+        return None if self.ratio_low is None or self.ratio_high is None else (self.ratio_low, self.ratio_high)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,8 +73,9 @@ def components(
         for name, cost in component_costs(others, unet, steps).items():
             if steps > 1 or name != "unet_steps":
                 macs = {c: cost.macs(c) for c in CONVENTIONS}
-                latency_s = timings[name][who].median_s if timings else None
-                yield Component(component_title(name, steps), who, cost.params, macs, latency_s)
+                timed = timings[name][who] if timings else None
+                ratio = (timed and timed.over) or (None, None, None)
+                yield Component(component_title(name, steps), who, cost.params, macs, timed and timed.median_s, *ratio)
 
 
 def reductions(full: Mapping[str, Cost], kept: Mapping[str, Cost]) -> dict[str, Any]:

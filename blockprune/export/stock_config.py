@@ -112,6 +112,11 @@ def expressible(config: Config, arch: Architecture) -> Stock | str:
     return Stock(stock, blocks)
 
 
+def who_loads(stock: Stock | str) -> str:
+    """Whether plain diffusers loads a student, in words; `stock` is what `expressible` says of it."""
+    return f"only blockprune.load_pipeline loads it: {stock}" if isinstance(stock, str) else "any diffusers loads it"
+
+
 def slots(config: Config, arch: Architecture) -> BlockMap:
     """The map of a student that keeps the teacher's names: nothing moves, and what a stand-in keeps of its block is not gone."""
     student = surgery.skeleton(config, arch)

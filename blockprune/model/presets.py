@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import os
 import re
@@ -91,6 +92,11 @@ def preset(name: str) -> Architecture:
     return Architecture(frozenset(n for pattern in PRESETS[name] for n in expand(pattern)))
 
 
+def near_presets(name: str) -> list[str]:
+    """The presets whose names are nearly this one."""
+    return difflib.get_close_matches(name.lower(), PRESETS, n=2, cutoff=0.7)
+
+
 def fitting(graph: BlockGraph) -> dict[str, Architecture]:
     """The presets that this U-Net has all the blocks for, the full model left out."""
     found = {}
@@ -142,6 +148,8 @@ def _apply(arch: Architecture, term: str, graph: BlockGraph) -> Architecture:
     sign, name = (term[0], term[1:]) if term[:1] in ("-", "+") else ("-", term)
     if not name:
         raise UserError("an architecture has an empty term: write presets and block names with single commas between")
+    if "." not in name and name not in graph and (near := near_presets(name)):
+        raise UserError(f"no preset or block {name[:60]!r}: did you mean {' or '.join(near)}?")
     named = Architecture(frozenset(_match(name, graph)))
     return arch | _fitted(named, kind, graph) if sign == "-" else arch - named
 

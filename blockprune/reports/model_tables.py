@@ -34,7 +34,7 @@ def components(models: Mapping[str, ModelView], convention: str) -> Table | None
         (Column("MACs, % of teacher", "share"), [share_of(count, full) for count, full in macs]),
         (
             Column("latency, × teacher", "ratio"),
-            [step_latency(c.latency_s, None) if c is full else Cell(c.over(full) if full else None) for _, c, full in parts],
+            [step_latency(c.latency_s, None) if c is full else Cell(c.ratio, c.interval) for _, c, full in parts],
         ),
     ]
     note = "One image; U-Net x N: N steps; whole: text encoder, U-Net steps and VAE decoder. One multiply-add = 1 MAC."

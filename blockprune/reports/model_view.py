@@ -66,12 +66,12 @@ class ModelView:
     def step_times(self, setting: Setting) -> tuple[float | None, float | None]:
         """(seconds, ratio) of a U-Net step: the teacher's in seconds, all else as the ratio to a teacher timed in turn with it."""
         scores, plain = self.scores.get(setting.label, {}), not setting.quantize and setting.checkpoint is None
-        unet, teacher = self.part("U-Net x 1"), self.part("U-Net x 1", "teacher")
+        unet = self.part("U-Net x 1")
         if not self.arch and plain:
             return scores["latency"].finite if "latency" in scores else unet.latency_s if unet else None, None
         if "latency_ratio" in scores:
             return None, scores["latency_ratio"].finite
-        return None, unet.over(teacher) if unet and teacher and plain else None
+        return None, unet.ratio if unet and plain else None
 
     def part(self, name: str, who: str = "") -> Component | None:
         """The row of one component, of this model itself unless `who` says teacher; None when it was not recorded."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from matplotlib.figure import Figure
 
 from blockprune.measures.measure import MEASURES
+from blockprune.model.graph import Cost
 from blockprune.reports.canvas import axis_title, is_wide
 from blockprune.reports.image_grid import grid_figure, search_rows
 from blockprune.reports.plot import Axis, Line, Mark, Plot, Rule, Sheet
@@ -17,7 +18,7 @@ from blockprune.reports.table import with_interval
 from blockprune.reports.unet import search_svg
 from blockprune.runs.records import PRESET, SCAN, Evaluation
 
-NAMES = {"params": "parameters of the whole pipeline", "macs": "MACs of a U-Net step", "latency": "latency of a U-Net step"}
+NAMES = {"params": "parameters of the {scope}", "macs": "MACs of a U-Net step", "latency": "latency of a U-Net step"}
 
 
 def search_figures(view: SearchView) -> Iterator[tuple[str, Figure | Svg]]:
@@ -80,8 +81,8 @@ def front_plot(view: SearchView, name: str = "", width: float = 380, height: flo
     scored = [e for e in view.search if e.score.finite is not None]
     marks = [_scored(view, e) for e in scored] + [_finalist(view, e) for e in view.finals if e.score.finite is not None]
     front = [(100 * view.share(e, quantity), e.score.value or 0.0) for e in view.front(quantity)]
-    total = {"params": view.graph.total.params + view.outside_params, "macs": view.graph.total.macs(view.convention)}
-    outside = {"params": view.outside_params, "macs": 0}
+    total = {"params": view.params(view.graph.total), "macs": view.graph.total.macs(view.convention)}
+    outside = {"params": view.params(Cost()), "macs": 0}
     budgets = {
         text: 100 * (limit + outside[kind]) / total[kind]
         for text, (kind, limit) in view.limits.items()
@@ -90,7 +91,10 @@ def front_plot(view: SearchView, name: str = "", width: float = 380, height: flo
     ends = [e for m in marks for e in (m.band or (m.y, m.y))]
     return Plot(
         f"{name}: quality against size" if name else "Quality against size",
-        Axis.over(f"{NAMES[quantity]}, % of the teacher", [*(m.x for m in marks), *budgets.values()]),
+        Axis.over(
+            f"{NAMES[quantity].format(scope=view.scope)}, % of the teacher",
+            [*(m.x for m in marks), *budgets.values()],
+        ),
         Axis.over(axis_title(measure), ends, is_wide(ends)),
         marks,
         [Line(front, "front found")] if front else [],

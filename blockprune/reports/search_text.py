@@ -79,6 +79,7 @@ def pareto_json(view: SearchView) -> str:
             "share_of_teacher": view.share(e, view.quantity),
             "cost": view.cost(e).to_json(),
             "score": e.score.to_json(),
+            "knee": e == view.knee,
         }
         for e in view.front(view.quantity)
     ]
@@ -146,10 +147,11 @@ def _scored(e: Evaluation) -> str:
 def _front_summary(view: SearchView) -> str:
     front, quantity = view.chosen, str(view.protocol["pareto"])
     ends = [f"`{escaped(e.score.label)}` at {view.share(e, quantity):.1%} with {_scored(e)}" for e in (front[0], front[-1])]
+    knee = f" The front bends most at `{escaped(view.knee.score.label)}`." if view.knee else ""
     return (
         f"{len(front)} of {len(view.finals)} finalists are on the front of {view.measure} and {QUANTITIES[quantity]}"
         f", from {' to '.join(ends)}, on n = {front[0].score.n} samples of fresh seeds, after {len(view.search)} evaluations. "
-        "No budget was given, so none of them is the best: choose by `pareto.json`."
+        f"No budget was given, so none of them is the best: choose by `pareto.json`.{knee}"
     )
 
 
@@ -157,8 +159,8 @@ def summary(view: SearchView) -> str:
     if view.is_front:
         return _front_summary(view)
     best, measure = view.best, MEASURES[view.measure]
-    cost, total, outside = view.cost(best), view.graph.total, view.outside_params
-    whole = f"{(cost.params + outside) / 1e6:,.4g} M of {(total.params + outside) / 1e6:,.4g} M parameters in the whole pipeline"
+    cost, total = view.cost(best), view.graph.total
+    whole = f"{view.params(cost) / 1e6:,.4g} M of {view.params(total) / 1e6:,.4g} M parameters in the {view.scope}"
     shares = f"{whole} ({view.share(best, 'params'):.1%}), {cost.thop / total.thop:.1%} of the U-Net's MACs (thop)"
     ratio = view.latency_ratio(best)
     timed = f", {ratio:.1%} of its measured step latency" if ratio is not None else ""
@@ -219,18 +221,25 @@ def finalists_table(view: SearchView, measures: Sequence[str]) -> Table:
     order, total = view.order, view.graph.total
     costs = [total, *map(view.cost, order)]
     scores = [view.scores.get(label, {}) for label in (TEACHER, *(e.score.label for e in order))]
-    answers = [Cell("yes" if (e in view.chosen if view.is_front else view.holds(e)) else "no") for e in order]
+    answers = [Cell(_answer(view, e)) for e in order]
     columns = [
         (Column("#", "plain"), [Cell(), *map(Cell, range(1, len(order) + 1))]),
         (Column("architecture", "code"), [Cell("teacher"), *(Cell(e.score.label) for e in order)]),
         (Column(view.measure), [Cell(), *(replace(Cell.of(e.score), remark=e.score.error) for e in order)]),
         *((Column(caption_title(view) if m == "clip_score" else m), [Cell.of(s.get(m)) for s in scores]) for m in measures),
-        (Column("parameters", "share"), [share_of(cost.params, total.params) for cost in costs]),
+        (Column(f"parameters, {view.scope}", "share"), [share_of(view.params(cost), view.params(total)) for cost in costs]),
         (Column("MACs (thop)", "share"), [share_of(cost.thop, total.thop) for cost in costs]),
         (STEP_LATENCY, [Cell.of(s.get("latency_ratio")) for s in scores]),
         (Column("on the front" if view.is_front else "within budget", "text"), [Cell(), *answers]),
     ]
     return Table.of_columns("Finalists", columns)
+
+
+def _answer(view: SearchView, e: Evaluation) -> str:
+    """Whether a finalist is among what the search answers, or may be."""
+    if view.is_front:
+        return "knee" if e == view.knee else "yes" if e in view.chosen else "no"
+    return "yes" if view.holds(e) else "no"
 
 
 def _recovery(view: SearchView) -> str:

@@ -53,11 +53,20 @@ class SearchView:
     def cost(self, e: Evaluation) -> Cost:
         return self.graph.cost(e.candidate.arch)
 
+    @property
+    def scope(self) -> str:
+        """What parameters are counted of, in this search and wherever it is shown: "whole pipeline" or "U-Net"."""
+        return "U-Net" if self.protocol.get("scope") == "unet" else "whole pipeline"
+
+    def params(self, cost: Cost) -> int:
+        """The parameters of a U-Net of that cost, in the scope of the search."""
+        return cost.params + (0 if self.scope == "U-Net" else self.outside_params)
+
     def share(self, e: Evaluation, quantity: str) -> float:
-        """What an architecture has of the teacher's parameters (whole pipeline), MACs in the run's convention, or step latency:
-        measured, else as the search predicted it, NaN where it did not."""
+        """What an architecture has of the teacher's parameters (in the search's scope), MACs in the run's convention, or step
+        latency: measured, else as the search predicted it, NaN where it did not."""
         if quantity == "params":
-            return (self.cost(e).params + self.outside_params) / (self.graph.total.params + self.outside_params)
+            return self.params(self.cost(e)) / self.params(self.graph.total)
         if quantity == "latency":
             return self.latency_ratio(e) or self.predicted_ratio(e) or math.nan
         return self.cost(e).macs(self.convention) / self.graph.total.macs(self.convention)
@@ -211,6 +220,17 @@ class SearchView:
             if not front or e.loss < front[-1].loss:
                 front.append(e)
         return front
+
+    @property
+    def knee(self) -> Evaluation | None:
+        """Where the front bends most: the finalist furthest below the line between its ends, both axes scaled to these; None for
+        fewer than three."""
+        front = self.front(self.quantity)
+        if len(front) < 3:
+            return None
+        sizes, losses = ([value(e) for e in front] for value in (lambda e: self.share(e, self.quantity), lambda e: e.loss))
+        x, y = ((np.array(v) - v[-1]) / (v[0] - v[-1]) for v in (sizes, losses))
+        return front[int(np.argmin(y - x))]
 
     @property
     def known_designs(self) -> list[Evaluation]:

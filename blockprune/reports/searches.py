@@ -14,7 +14,7 @@ from blockprune.reports.table import to_csv
 from blockprune.runs import Readable
 from blockprune.runs.reading import rows_of
 from blockprune.runs.records import Evaluation
-from blockprune.stages.search.budget import parse_budget
+from blockprune.stages.search.budget import parse_budgets
 
 KINDS = ("search", "random", "heard", "final", "recovered")
 
@@ -31,7 +31,7 @@ def search_view(run: Readable, unread: list[str] | None = None) -> SearchView:
             scores.setdefault(score.label, {})[score.measure] = score
     full = scores.get(TEACHER, {}).get("latency")
     scope = (about["outside_params"], full.value if full else None, asked["macs"], asked["scope"])
-    limits = {text: (b.quantity, b.limit) for text in asked["budget"] for b in [parse_budget(text, graph, *scope)]}
+    limits = {b.text: (b.quantity, b.limit) for text in asked["budget"] for b in parse_budgets(text, graph, *scope)}
     archs = {e.score.label: e.candidate.arch for e in evaluations["final"]}
     prompts = about.get("pictured_prompts", [])
     return SearchView(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from blockprune.measures.score import Score
 from blockprune.reports.view import short
 
-Kind = Literal["text", "code", "block", "note", "score", "plain", "count", "size", "share", "percent", "ratio"]
+Kind = Literal["text", "code", "block", "note", "score", "plain", "count", "size", "quantity", "share", "percent", "ratio"]
 
 
 def number(value: float | None) -> str:
@@ -42,6 +42,14 @@ def count(value: int) -> str:
     return str(value)
 
 
+def quantity(value: int) -> str:
+    """A count in four digits with an SI suffix: 859520964 => "859.5 M"; one below 10,000 as it is."""
+    if abs(value) < 10_000:
+        return f"{value:,}"
+    suffix, size = next(((s, n) for s, n in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if abs(value) >= 0.99995 * n), ("k", 1e3))
+    return f"{value / size:#,.4g}".rstrip(".") + f" {suffix}"
+
+
 def with_interval(value: float | None, low: float | None, high: float | None) -> str:
     if value is None or low is None or high is None:
         return number(value)
@@ -65,6 +73,7 @@ FORMATS: Mapping[Kind, Callable[[Any], str]] = {
     "score": number,
     "plain": lambda value: f"{value:,}",
     "count": count,
+    "quantity": quantity,
     "size": _four_digits,
     "share": lambda value: f"{value:.1%}",
     "percent": lambda value: f"{value:.0%}",

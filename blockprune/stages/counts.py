@@ -17,6 +17,7 @@ from blockprune.stages.outline import Outline
 from blockprune.stages.plan import N_PICTURES
 
 WARMUP, N_TIMINGS = 2, Plan.__dataclass_fields__["n_timings"].default
+FULL = Architecture()
 OF_MEMORY = 20  # what the memory of a pass takes on a processor, in passes
 
 
@@ -61,7 +62,7 @@ class Counts:
         wanted += [MEASURES["is"]] if self.detects else []
         return [m.name for m in wanted if "training" not in m.needs and (self.protocol.cfg_scale > 1 or "guidance" not in m.needs)]
 
-    def drawn(self, step: str, n: int | None = None, arch: Architecture = Architecture(), times: int = 1) -> Iterator[Passes]:
+    def drawn(self, step: str, n: int | None = None, arch: Architecture = FULL, times: int = 1) -> Iterator[Passes]:
         """Images, all of the protocol's where `n` is None."""
         protocol = replace(self.protocol, n_images=self.protocol.n_images if n is None else n)
         yield from self.outline.drawing(step, protocol, self.batch_size, share(self.outline.graph, arch), times)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
-import torch
 
 from blockprune.cost.components import encoder_part, other_parts
 from blockprune.cost.estimate import measured
@@ -38,7 +37,7 @@ class Outline:
     configs: Configs
     graph: BlockGraph
     defaults: Mapping[str, Any]
-    lacks: Architecture = Architecture()
+    lacks: Architecture = field(default_factory=Architecture)
 
     @property
     def latent(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from blockprune.cost import components, latency
 from blockprune.model.graph import BlockGraph
 from blockprune.model.presets import preset
 from blockprune.model.trace import trace
+from blockprune.reports.table import quantity
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -55,7 +56,7 @@ def test_graph_lists_every_block_with_its_shapes_costs_removal_and_skip(run: Run
     row = next(line for line in out.splitlines() if "up_blocks.3.resnets.0" in line)
     assert "8x8" in row
     assert "24 → 8" in row  # the skip is 16 of the 24 that come in
-    assert f"{graph['up_blocks.3.resnets.0'].cost.params:,}" in row
+    assert quantity(graph["up_blocks.3.resnets.0"].cost.params) in row
     assert "keeps its 1x1 shortcut alone" in row
     assert "down_blocks.0.attentions.1" in row
     assert "no: it changes the resolution" in out
@@ -93,12 +94,37 @@ def test_cost_as_json_prices_student_and_teacher(run: Run, sd1: Path) -> None:
 
 def test_cost_of_a_published_model_in_its_table(run: Run) -> None:
     _, out, _ = run("cost", "--model", "sd-v1-4", "--arch", "bk-sdm-small")
-    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") > 2}
-    assert "859,520,964 │ 482,346,884 │ 43.9%" in rows["U-Net x 1"]
-    assert "1,032,071,623 │ 654,897,543" in rows["whole"]
-    assert "338,749,194,240 │" in rows["U-Net x 1"]
-    assert f"{25 * 217_727_959_040:,}" in rows["U-Net x 25"]
-    assert "1,240,079,532,032" in rows["VAE decoder"]
+    params, macs = ({line.split("  ")[0].strip(): line.split("  ") for line in part.splitlines()} for part in out.split("MACs (thop)"))
+    cells = {name: [cell.strip() for cell in cells[1:] if cell.strip()] for name, cells in params.items()}
+    assert cells["U-Net x 1"] == ["859.5 M", "482.3 M (56.1%)"]
+    assert cells["whole"] == ["1.032 G", "654.9 M (63.5%)"]
+    cells = {name: [cell.strip() for cell in cells[1:] if cell.strip()] for name, cells in macs.items()}
+    assert cells["U-Net x 1"] == ["338.7 G", "217.7 G (64.3%)"]
+    assert cells["U-Net x 25"] == ["8.469 T", "5.443 T (64.3%)"]
+    assert cells["VAE decoder"] == ["1.240 T", "1.240 T (100.0%)"]
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_tables_fit_the_terminal(width: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three students side by side, and the blocks, whole: no column is left out, no row is longer than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    archs = [a for name in ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny") for a in ("--arch", name)]
+    code, out, _ = run("cost", "--model", "sd-v1-4", *archs)
+    assert code == 0
+    assert all(text in out for text in ("859.5 M", "579.4 M (67.4%)", "482.3 M (56.1%)", "323.4 M (37.6%)", "205.0 G (60.5%)"))
+    assert "no room" not in out
+    assert max(map(len, out.splitlines())) <= width
+    _, out, _ = run("graph", "--model", "sd-v1-4")
+    assert max(len(line) for line in out.splitlines() if line.startswith(("│", "┃"))) <= width
+    row = next(line for line in out.splitlines() if ("up_blocks.3.resnets.0" if width == 200 else "up 3 R0") in line)
+    assert all(text in row for text in ("64x64", "960 → 320"))
+
+
+def test_several_students_in_json_are_exact(run: Run) -> None:
+    _, out, _ = run("cost", "--model", "sd-v1-4", "--arch", "bk-sdm-base", "--arch", "bk-sdm-tiny", "--json")
+    students = {student["label"]: student["unet"] for student in json.loads(out)["students"]}
+    assert {name: s["params"] for name, s in students.items()} == {"bk-sdm-base": 579_384_964, "bk-sdm-tiny": 323_384_964}
+    assert students["bk-sdm-tiny"]["macs"]["thop"] == 205_035_274_240
 
 
 def test_components_of_the_published_students_side_by_side(run: Run) -> None:
@@ -128,12 +154,17 @@ def test_components_of_the_published_students_side_by_side(run: Run) -> None:
 def test_components_are_timed_one_by_one(run: Run, sd1: Path) -> None:
     args = ["--model", sd1, "--arch", "bk-sdm-tiny", "--components", "--latency", "--rounds", 5, "--steps", 3, "--device", "cpu"]
     _, out, _ = run("cost", *args, "--json")
-    seconds = {(r["who"], r["name"]): r["latency_s"] for r in json.loads(out)["components"]}
+    rows = {(r["who"], r["name"]): r for r in json.loads(out)["components"]}
+    seconds = {part: row["latency_s"] for part, row in rows.items()}
     names = ("text encoder", "U-Net x 1", "U-Net x 3", "VAE decoder", "whole")
     assert set(seconds) == {(who, name) for who in ("teacher", "bk-sdm-tiny") for name in names}
     assert min(seconds.values()) > 0
     _, out, _ = run("cost", *args)
-    assert "ms: bk-sdm-tiny" in out
+    for (who, _), row in rows.items():
+        assert (row["ratio"] is None) == (who == "teacher")
+        assert who == "teacher" or row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    (line,) = (line for line in out.split("latency, × teacher")[1].splitlines() if line.startswith("U-Net x 3"))
+    assert line.count("[") == 1  # the ratio with its interval, and no milliseconds of the student
 
 
 def test_cost_of_two_text_encoders(run: Run, tiny_folder: Callable[[str], Path]) -> None:
@@ -182,7 +213,9 @@ def test_latency_is_measured_in_turn(run: Run, sd1: Path) -> None:
         (["cost", "--model", "SD1", "--arch", "missing.json"], "missing.json"),
         (["cost", "--model", "SD1", "--arch", "-mid_block,+mid_block"], "removes nothing"),
         (["cost", "--model", "SD1", "--steps", "0"], "--steps must be at least 1"),
-        (["cost", "--model", "SD1", "--arch", "bk-sdm-base", "--arch", "mid_block"], "add --components, or give one"),
+        (["cost", "--model", "SD1", "--arch", "bk-sdm-base", "--arch", "mid_block", "--latency"], "add --components, or give one"),
+        (["cost", "--model", "SD1", "--arch", "bk-sdm-smal"], "did you mean bk-sdm-small"),
+        (["cost", "--model", "SD1", "--arch", "mid_block,bksdm-tiny"], "no preset or block 'bksdm-tiny': did you mean bk-sdm-tiny"),
         (["cost", "--model", "SD1", "--components", "--verify"], "--components goes without --verify"),
         (["cost", "--model", "SD1", "--latency", "--rounds", "1"], "--rounds must be at least 5"),
         (["cost", "--model", "SD1", "--latency", "--batch-size", "0"], "--batch-size must be at least 1"),

@@ -128,6 +128,10 @@ class EvaluationPlan:
         at = setting.checkpoint
         return self.finished.archs[at] if self.finished and at is not None else self.subject.arch
 
+    def masked(self, setting: Setting) -> Architecture:
+        """What the model's own network is without while it runs a setting."""
+        return self.arch(setting) if self.finished else self.subject.masked
+
     def network(self, setting: Setting) -> UNet2DConditionModel:
         """The network of a setting: the model's own, a checkpoint, or a copy of one of these in 8 bits."""
         network, model = self.model.network, self.model

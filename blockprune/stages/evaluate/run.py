@@ -30,6 +30,8 @@ from blockprune.stages.evaluate.protocol import Setting, slug_of
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.series import Series
 from blockprune.stages.evaluate.teacher import Teacher
+from blockprune.stages.evaluate.work import counted
+from blockprune.stages.outline import outlined, say_how_long
 from blockprune.stages.plan import N_PICTURES
 
 POLL_S = 0.3
@@ -49,13 +51,16 @@ def evaluate(request: EvaluateRequest, out: Path | None, progress: Listener, pip
     ):
         for line in plan.warnings:
             progress.say(f"warning: {line}", "yellow")
+        work = counted(plan.request, outlined(plan.model), {setting: plan.masked(setting) for setting in plan.settings})
+        say_how_long(work, plan.model, progress)
         share = Share(plan, run, progress, out or Path(scratch))
+        share.announce()
         if plan.teacher is not None and plan.teacher.run is None:
             share.draw_teacher(plan.teacher)
         with plan.model.removed(plan.subject.masked):
             share.work()
             with run.alone():
-                for row in timing.rows(plan, run.rows(), share.network):
+                for row in timing.rows(plan, run.rows(), share.network, partial(progress.tick, "latency", 1)):
                     run.append(row)
     return run
 
@@ -72,7 +77,15 @@ class Share:
     _network: tuple[tuple[str, int | None] | None, UNet2DConditionModel | None] = (None, None)
     _computed: dict[Setting, torch.nn.Module] = field(default_factory=dict)
     _series: dict[str, Series] = field(default_factory=dict)
-    _announced: set[str] = field(default_factory=set)
+
+    def announce(self) -> None:
+        """Says what is still to be drawn and timed, by this process or another."""
+        drawn_here = self.plan.teacher is not None and self.plan.teacher.run is None
+        labels = [parts.paired_label(s.of_teacher.label) for s in self.plan.settings if drawn_here]
+        left = {label: len(self.series(label).missing()) for label in [*labels, *(s.label for s in self.plan.settings)]}
+        self.progress.plan(left, "images", "images")
+        if n := timing.n_timings(self.plan, self.run.rows()):
+            self.progress.plan({"latency": n}, "timings")
 
     def draw_teacher(self, teacher: Teacher) -> None:
         """Ends when the images of the teacher that a student's are paired with are all seen, by this process or another."""
@@ -140,9 +153,6 @@ class Share:
         first = next(batches, None)
         if first is None:
             return False
-        if series.label not in self._announced:
-            self._announced.add(series.label)
-            self.progress.plan({series.label: len(series.missing())})
         tick = partial(self.progress.tick, series.label)
         evaluator = Evaluator(model, plan.rules, plan.prompts, plan.request.seed, plan.judges, plan.inputs, tick)
         with model.running(network()):

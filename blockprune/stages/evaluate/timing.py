@@ -21,14 +21,34 @@ Row = Mapping[str, Any]
 NetworkOf = Callable[[Setting], UNet2DConditionModel]
 
 
-def rows(plan: EvaluationPlan, there: Sequence[Row], network_of: NetworkOf) -> Iterator[Row]:
-    """The rows that the request asks for and that are not there yet."""
-    if plan.request.latency:
-        timed = {row["setting"] for row in there if row["kind"] == "score" and row["measure"] == "latency"}
-        yield from _latency(plan, [s for s in plan.settings if s.label not in timed], network_of)
-    if plan.request.components and not any(row["kind"] == "component" for row in there):
+def rows(plan: EvaluationPlan, there: Sequence[Row], network_of: NetworkOf, tick: Callable[[], None]) -> Iterator[Row]:
+    """The rows that the request asks for and that are not there yet; `tick` hears of each network that was timed."""
+    for group in _networks(plan, there):
+        yield from _latency(plan, group, network_of)
+        tick()
+    if _lacks_components(plan, there):
         for component in _components(plan, network_of(plan.settings[0])):
             yield {"kind": "component", **component.to_json()}
+        tick()
+
+
+def n_timings(plan: EvaluationPlan, there: Sequence[Row]) -> int:
+    """How often `rows` ticks."""
+    return len(_networks(plan, there)) + _lacks_components(plan, there)
+
+
+def _lacks_components(plan: EvaluationPlan, there: Sequence[Row]) -> bool:
+    return plan.request.components and not any(row["kind"] == "component" for row in there)
+
+
+def _networks(plan: EvaluationPlan, there: Sequence[Row]) -> list[list[Setting]]:
+    """The settings whose network has no latency yet, those of one network together."""
+    timed = {row["setting"] for row in there if row["kind"] == "score" and row["measure"] == "latency"}
+    groups: dict[tuple[str, int | None], list[Setting]] = {}
+    for setting in plan.settings if plan.request.latency else ():
+        if setting.label not in timed:
+            groups.setdefault((setting.quantize, setting.checkpoint), []).append(setting)
+    return list(groups.values())
 
 
 def _teacher(plan: EvaluationPlan) -> UNet2DConditionModel:
@@ -37,18 +57,14 @@ def _teacher(plan: EvaluationPlan) -> UNet2DConditionModel:
     return random_unet(plan.subject.configs.unet, Architecture(), model.device, model.dtype) if plan.subject.graph else None
 
 
-def _latency(plan: EvaluationPlan, settings: Sequence[Setting], network_of: NetworkOf) -> Iterator[Row]:
-    """Step latency at batch 1: measured once for each network, and a row for each setting that it serves."""
-    groups: dict[tuple[str, int | None], list[Setting]] = {}
-    for setting in settings:
-        groups.setdefault((setting.quantize, setting.checkpoint), []).append(setting)
-    teacher, request = _teacher(plan) if groups else None, plan.request
-    for group in groups.values():
-        for measure, found in _timed(plan, network_of(group[0]), teacher).items():
-            for setting in group:
-                row = (plan.arch(setting).key, request.title)
-                score = Score(*row, measure, found[0], request.rounds, request.seed, *found[1:])
-                yield {"kind": "score", "setting": setting.label, **score.to_json()}
+def _latency(plan: EvaluationPlan, group: Sequence[Setting], network_of: NetworkOf) -> Iterator[Row]:
+    """Step latency at batch 1 of one network, and a row for each setting that it serves."""
+    request = plan.request
+    for measure, found in _timed(plan, network_of(group[0]), _teacher(plan)).items():
+        for setting in group:
+            row = (plan.arch(setting).key, request.title)
+            score = Score(*row, measure, found[0], request.rounds, request.seed, *found[1:])
+            yield {"kind": "score", "setting": setting.label, **score.to_json()}
 
 
 def _timed(plan: EvaluationPlan, network: UNet2DConditionModel, teacher: UNet2DConditionModel) -> dict[str, tuple[Any, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -33,17 +33,20 @@ def work(request: EvaluateRequest, outline: Outline) -> Work:
     finished = Finished.of(Path(request.checkpoints)) if request.checkpoints else None
     masked = presets.parse(request.arch or "full", outline.graph)
     archs = finished.archs if finished else {None: masked | outline.lacks}
-    settings = settings_of(request, list(archs))
-    of_setting = {setting: archs[setting.checkpoint] for setting in settings}
+    return counted(request, outline, {setting: archs[setting.checkpoint] for setting in settings_of(request, list(archs))})
+
+
+def counted(request: EvaluateRequest, outline: Outline, of_setting: Mapping[Setting, Architecture]) -> Work:
+    """The whole of a filled request, for the settings with what the outlined network lacks at each."""
     drawn = list(_drawn(request, outline, of_setting))
     passes = [*drawn, *_timed(request, outline, of_setting)]
-    n = (request.n_images or 1) * (len(settings) + len(_of_teacher(request, of_setting)))
+    n = (request.n_images or 1) * (len(of_setting) + len(_of_teacher(request, of_setting)))
     encoded = n if request.task == "img2img" else 0
     mem_bytes = outline.scoring_bytes(passes, getattr(torch, request.dtype).itemsize)
     return Work(passes, n, encoded, mem_bytes, outline.image_bytes(n) if request.save_images else 0)
 
 
-def _of_teacher(request: EvaluateRequest, of_setting: dict[Setting, Architecture]) -> list[Setting]:
+def _of_teacher(request: EvaluateRequest, of_setting: Mapping[Setting, Architecture]) -> list[Setting]:
     """The settings at which the teacher draws, for a measure that compares with its images, unless a run has them."""
     paired = any(measure(name).paired for name in request.measures)
     there = request.teacher is not None and Path(request.teacher, "run.json").is_file()
@@ -51,7 +54,7 @@ def _of_teacher(request: EvaluateRequest, of_setting: dict[Setting, Architecture
     return [] if not paired or there or (alike and not request.teacher) else list(dict.fromkeys(s.of_teacher for s in of_setting))
 
 
-def _drawn(request: EvaluateRequest, outline: Outline, of_setting: dict[Setting, Architecture]) -> Iterator[Passes]:
+def _drawn(request: EvaluateRequest, outline: Outline, of_setting: Mapping[Setting, Architecture]) -> Iterator[Passes]:
     def images(setting: Setting, step: str, arch: Architecture) -> Iterator[Passes]:
         protocol = Protocol(request.n_images or 1, setting.steps, setting.cfg_scale, 0, outline.latent, setting.scheduler)
         part = share(outline.graph, arch)
@@ -63,7 +66,7 @@ def _drawn(request: EvaluateRequest, outline: Outline, of_setting: dict[Setting,
         yield from images(setting, "images", arch)
 
 
-def _timed(request: EvaluateRequest, outline: Outline, of_setting: dict[Setting, Architecture]) -> Iterator[Passes]:
+def _timed(request: EvaluateRequest, outline: Outline, of_setting: Mapping[Setting, Architecture]) -> Iterator[Passes]:
     """Steps of each network in turn with the teacher's, and the U-Net's lines of the table of components."""
     networks = {(s.quantize, s.checkpoint): share(outline.graph, arch) for s, arch in of_setting.items()}
     for part in networks.values() if request.latency else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from blockprune.errors import UserError
@@ -13,7 +13,7 @@ from blockprune.progress import Listener
 from blockprune.runs import AnyRun, open_run
 from blockprune.runs.provenance import fingerprint, made_with
 from blockprune.stages import loading
-from blockprune.stages.personalise.dataset import Benchmark, BenchmarkSubject, read_benchmark, read_dataset
+from blockprune.stages.personalise.dataset import BenchmarkSubject, read_benchmark, read_dataset, request_of
 from blockprune.stages.personalise.request import PersonaliseRequest
 from blockprune.stages.personalise.run import personalise
 from blockprune.stages.train.launch import launched
@@ -47,15 +47,8 @@ def benchmark(given: Model | None, request: PersonaliseRequest, out: Path | None
     }
     with open_run(out, "personalise", asked, {"made_with": made_with(model.device), "model": request.model}) as run:
         for subject in subjects:
-            _learn(run, model, _of_subject(request, rules, subject), subject, out, progress)
+            _learn(run, model, request_of(request, rules, subject), subject, out, progress)
     return Benchmarked(run)
-
-
-def requests_of(request: PersonaliseRequest) -> list[PersonaliseRequest]:
-    """What a benchmark asks for each of its subjects. Errors as those of its protocol and dataset."""
-    rules = read_benchmark(request.protocol or "")
-    subjects = read_dataset(Path(request.dataset or ""), rules, request.token, request.subjects)
-    return [_of_subject(request, rules, subject) for subject in subjects]
 
 
 def _learn(
@@ -73,31 +66,3 @@ def _learn(
                 run.append({"kind": "subject", "subject": subject.name, "step": row["step"], "score": row["score"]})
     if folder is not None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _of_subject(request: PersonaliseRequest, rules: Benchmark, subject: BenchmarkSubject) -> PersonaliseRequest:
-    """The request for one subject: the protocol's settings where the request leaves them open."""
-    words = {"{token}": request.token, "{class}": subject.of_class}
-    classes = Path(request.class_data_dir) / subject.of_class.replace(" ", "_") if request.class_data_dir else None
-    return replace(
-        request,
-        protocol=None,
-        dataset=None,
-        subjects=(),
-        instance_data_dir=str(subject.folder),
-        instance_prompt=_filled(rules.instance_prompt, words),
-        class_prompt=_filled(rules.class_prompt, words),
-        class_data_dir=None if classes is None else str(classes),
-        n_images=request.n_images or len(subject.prompts) * rules.images_per_prompt,
-        denoising_steps=request.denoising_steps or rules.steps,
-        cfg_scale=rules.cfg_scale if request.cfg_scale is None else request.cfg_scale,
-        scheduler=request.scheduler or rules.scheduler or None,
-        clip=request.clip or rules.clip or None,
-        dino=request.dino or rules.dino or None,
-    )
-
-
-def _filled(prompt: str, words: dict[str, str]) -> str:
-    for name, text in words.items():
-        prompt = prompt.replace(name, text)
-    return prompt

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from blockprune.data import captions
 from blockprune.data.image_files import IMAGE_SUFFIXES
 from blockprune.decode import Object, read_json
 from blockprune.errors import UserError
@@ -22,6 +23,7 @@ from blockprune.model.model import Model
 from blockprune.model.sampling import Protocol, check_schedule
 from blockprune.progress import Listener
 from blockprune.runs.atomic import writing
+from blockprune.stages.personalise.request import PersonaliseRequest
 
 DRAWN = re.compile(r"class-([0-9]{6,})\.png")
 ABOUT = "class_images.json"
@@ -87,6 +89,12 @@ class ClassImages:
                 f"the images in {str(self.folder)!r} were drawn otherwise ({first} is {held.get(first)!r} there, {how[first]!r} "
                 "asked): choose another --class-data-dir"
             )
+
+
+def class_prompts(request: PersonaliseRequest) -> list[str]:
+    """The prompts of class images in turn: one, or those of a file."""
+    text = request.class_prompt or ""
+    return captions.read_prompts(text) if Path(text).suffix in (".txt", ".csv", ".jsonl") else [text]
 
 
 def _write(file: Path, pixels: NDArray[np.uint8]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blockprune.assets import ASSETS
@@ -14,6 +14,7 @@ from blockprune.decode import read_bytes, read_named_toml
 from blockprune.errors import UserError
 from blockprune.model.schedulers import SCHEDULERS
 from blockprune.stages.loading import FEWEST
+from blockprune.stages.personalise.request import PersonaliseRequest
 
 BENCHMARKS = ASSETS / "benchmarks"
 LIST = "prompts_and_classes.txt"
@@ -85,6 +86,41 @@ def read_dataset(folder: Path, rules: Benchmark, token: str, wanted: Sequence[st
         prompts = [p.replace("{0}", token).replace("{1}", of_class) for p in (live if of_class in rules.live else plain)]
         subjects.append(BenchmarkSubject(name, of_class, folder / name, prompts))
     return subjects
+
+
+def requests_of(request: PersonaliseRequest) -> list[PersonaliseRequest]:
+    """What a benchmark asks for each of its subjects. Errors as those of its protocol and dataset."""
+    rules = read_benchmark(request.protocol or "")
+    subjects = read_dataset(Path(request.dataset or ""), rules, request.token, request.subjects)
+    return [request_of(request, rules, subject) for subject in subjects]
+
+
+def request_of(request: PersonaliseRequest, rules: Benchmark, subject: BenchmarkSubject) -> PersonaliseRequest:
+    """The request for one subject: the protocol's settings where the request leaves them open."""
+    words = {"{token}": request.token, "{class}": subject.of_class}
+    classes = Path(request.class_data_dir) / subject.of_class.replace(" ", "_") if request.class_data_dir else None
+    return replace(
+        request,
+        protocol=None,
+        dataset=None,
+        subjects=(),
+        instance_data_dir=str(subject.folder),
+        instance_prompt=_filled(rules.instance_prompt, words),
+        class_prompt=_filled(rules.class_prompt, words),
+        class_data_dir=None if classes is None else str(classes),
+        n_images=request.n_images or len(subject.prompts) * rules.images_per_prompt,
+        denoising_steps=request.denoising_steps or rules.steps,
+        cfg_scale=rules.cfg_scale if request.cfg_scale is None else request.cfg_scale,
+        scheduler=request.scheduler or rules.scheduler or None,
+        clip=request.clip or rules.clip or None,
+        dino=request.dino or rules.dino or None,
+    )
+
+
+def _filled(prompt: str, words: dict[str, str]) -> str:
+    for name, text in words.items():
+        prompt = prompt.replace(name, text)
+    return prompt
 
 
 def _check_images(folder: Path, names: Sequence[str]) -> None:

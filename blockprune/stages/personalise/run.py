@@ -14,11 +14,11 @@ from accelerate import Accelerator, DistributedType
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from blockprune.data import captions
 from blockprune.data.encoded import Live, Remembered
 from blockprune.data.training_data import PromptedFolder, Reader
 from blockprune.errors import UserError
 from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
+from blockprune.export.stock_config import who_loads
 from blockprune.measures.score import Score
 from blockprune.model import pretrained
 from blockprune.model.model import Model
@@ -31,10 +31,12 @@ from blockprune.runs.directory import Run
 from blockprune.runs.memory import MemoryRun
 from blockprune.runs.provenance import made_with
 from blockprune.stages import loading
-from blockprune.stages.personalise.class_images import ClassImages
+from blockprune.stages.outline import outlined, say_how_long
+from blockprune.stages.personalise.class_images import ClassImages, class_prompts
 from blockprune.stages.personalise.dreambooth import DreamBooth, Learner
 from blockprune.stages.personalise.lora import add_lora, check_peft, save_lora, unloadable
 from blockprune.stages.personalise.request import ALPHA, TEXT_ALPHA, PersonaliseRequest
+from blockprune.stages.personalise.work import counted
 from blockprune.stages.plan import N_PICTURES
 from blockprune.stages.train.checkpoints import Snapshot
 from blockprune.stages.train.launch import accelerated, launched
@@ -74,8 +76,7 @@ class Personalised:
         pipe, network = self.model.pipe, self.model.network
         arch, teacher = architecture_of(network), teacher_of(pipe)
         stock = export_pipeline(pipe, network, arch, target, card_entries(teacher[0], network.config, arch), teacher)
-        loads = f"only blockprune.load_pipeline loads it: {stock}" if isinstance(stock, str) else "any diffusers loads it"
-        return f"the pipeline is in {target}; {loads}"
+        return f"the pipeline is in {target}; {who_loads(stock)}"
 
 
 def personalise(
@@ -97,10 +98,10 @@ def personalise(
         request = request.filled(model.defaults)
         check_token(model.pipe, request.token, request.instance_prompt or "")
         prompts = prompts or _prompts(model, request)
-        validation = Validation(model, request.drawing(), SCORES, prompts)
-        validation.check()
         leads = accelerator.is_main_process
         told = progress if leads else Silent()
+        validation = Validation(model, request.drawing(), SCORES, prompts, partial(told.tick, "validation"))
+        validation.check()
         with model.undisturbed():
             if leads and request.with_prior_preservation:
                 _draw_class_images(model, request, accelerator, told)
@@ -109,6 +110,8 @@ def personalise(
             with open_run(out if leads else None, "personalise", *_about(model, request, samplers, prompts, accelerator)) as run:
                 accelerator.wait_for_everyone()
                 recorded = Recorded(request, request.max_train_steps, accelerator, run, out, told)
+                if leads:
+                    say_how_long(counted(request, outlined(model)), model, told)
                 learnt = _trained(model, request, samplers, recorded, validation)
     return Personalised(run, _as_given(model, given), learnt, request.rank, leads)
 
@@ -164,12 +167,6 @@ def _draw_class_images(model: Model, request: PersonaliseRequest, accelerator: A
     n_steps, cfg_scale, scheduler = filled.denoising_steps, filled.cfg_scale, filled.scheduler or ""
     n_steps, cfg_scale = n_steps or drawer.defaults["steps"], drawer.defaults["cfg_scale"] if cfg_scale is None else cfg_scale
     images.draw(drawer, n_steps, cfg_scale, scheduler, request.sample_batch_size, progress)
-
-
-def class_prompts(request: PersonaliseRequest) -> list[str]:
-    """The prompts of class images in turn: one, or those of a file."""
-    text = request.class_prompt or ""
-    return captions.read_prompts(text) if Path(text).suffix in (".txt", ".csv", ".jsonl") else [text]
 
 
 def samplers_of(model: Model, request: PersonaliseRequest) -> Samplers:
@@ -228,6 +225,7 @@ def _trained(
 ) -> dict[str, nn.Module]:
     """The parts that learnt, for inference, after all updates; scores and costs are in the run."""
     parts, start, n_steps = parts_of(model, request), recorded.start(), recorded.n_steps
+    recorded.announce_validations(validation.plan.protocol.n_images, start.step if start else 0)
     trainer = trainer_of(model, request, parts, samplers, recorded.accelerator, start)
     look = partial(_looked, validation, model, parts)
     recorded.train(trainer, n_steps, partial(recorded.validate, look))

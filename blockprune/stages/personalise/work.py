@@ -11,29 +11,30 @@ from blockprune.model.sampling import Protocol
 from blockprune.stages import loading
 from blockprune.stages.counts import OF_MEMORY
 from blockprune.stages.outline import TRAINED, Outline, outline_of
-from blockprune.stages.personalise.benchmark import requests_of
-from blockprune.stages.personalise.class_images import ClassImages
+from blockprune.stages.personalise.class_images import ClassImages, class_prompts
+from blockprune.stages.personalise.dataset import requests_of
 from blockprune.stages.personalise.request import PersonaliseRequest
-from blockprune.stages.personalise.run import class_prompts
 from blockprune.stages.plan import N_PICTURES
-from blockprune.stages.train.work import FLOAT, activations, n_validations, snapshots, validations
+from blockprune.stages.train.work import EXPORT, FLOAT, activations, n_validations, snapshots, validations
 
 
 def work(request: PersonaliseRequest, outline: Outline) -> Work:
     """The whole of a personalisation, of every subject of a protocol. Errors as those of the subject's images."""
     requests = requests_of(request) if request.protocol else [request]
-    parts = [_of_subject(r.filled(outline.defaults), outline) for r in requests]
+    parts = [counted(r.filled(outline.defaults), outline) for r in requests]
     first, passes = parts[0], [p for part in parts for p in part.passes]
     decoded, encoded = sum(p.decoded for p in parts), sum(p.encoded for p in parts)
     return Work(passes, decoded, encoded, first.mem_bytes, sum(p.disk_bytes for p in parts))
 
 
-def _of_subject(request: PersonaliseRequest, outline: Outline) -> Work:
+def counted(request: PersonaliseRequest, outline: Outline) -> Work:
+    """The whole of a filled request for one subject."""
     n_subject = len(loading.subject_images(request.instance_data_dir or ""))
     prior = request.with_prior_preservation
     n, times = _n_drawn(request, outline), n_validations(request)
     drawn = list(_class_images(request, outline)) if prior else []
     passes = [*drawn, *_updates(request, outline, 1 + prior), *validations(outline, request, outline.lacks, n, times)]
+    passes += [EXPORT] if request.rank is None else []
     params = outline.graph.cost(outline.lacks).params
     learnt = params if request.rank is None else params // 100  # adapters are small
     mem_bytes = outline.weight_bytes(FLOAT) + learnt * FLOAT * (TRAINED - 1) + activations(outline, request, 1 + prior)

@@ -99,7 +99,7 @@ def _work(
     run: AnyRun, model: Model, request: ScanRequest, archs: Mapping[str, Architecture], plan: Plan, progress: Listener
 ) -> None:
     done = {(row["label"], row["measure"]) for row in run.rows()}
-    progress.plan(_steps(plan, archs, done))
+    _announce(progress, plan, archs, done)
     recall, base = (lambda name: parts.recall_arrays(run, name)), label_of(request.base) if request.base else ""
     for record in Scan(model, archs, replace(plan, tick=progress.tick), done, recall, base, request.by_timestep):
         if isinstance(record, Part):
@@ -111,13 +111,14 @@ def _work(
             _say(progress, record)
 
 
-def _steps(plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> dict[str, int]:
-    """What is left to do, in images or samples."""
-    steps = {name: plan.n_noisy * len(archs) for name in plan.denoising_measures}
+def _announce(progress: Listener, plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> None:
+    """Says what is left to do: samples of denoising errors, timings, images."""
+    progress.plan({name: plan.n_noisy * len(archs) for name in plan.denoising_measures}, "samples")
     if "latency" in plan.measures:
-        steps["latency"] = sum((label, speed_measures(label)[0]) not in done for label in (FULL, *archs))
+        n_timings = sum((label, speed_measures(label)[0]) not in done for label in (FULL, *archs))
+        progress.plan({"latency": n_timings}, "timings")
     left = [label for label in (FULL, *archs) if any((label, m) not in done for m in plan.image_measures)]
-    return steps | dict.fromkeys(left, plan.protocol.n_images)
+    progress.plan(dict.fromkeys(left, plan.protocol.n_images), "images", "images")
 
 
 def _say(progress: Listener, score: Score) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from blockprune.errors import UserError
 from blockprune.model.graph import BlockGraph, Cost
+from blockprune.model.presets import PRESETS, near_presets, parse
 
 QUANTITIES = ("params", "macs", "latency")
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -53,14 +54,22 @@ class Budget:
 
 def bounds_latency(text: str) -> bool:
     """True for the text of a budget on the latency of a step."""
-    return amount(text)[2] in ("ms", "s", "%latency")
+    return text not in PRESETS and amount(text)[2] in ("ms", "s", "%latency")
+
+
+def check_budget(text: str) -> None:
+    """Raises UserError for a text that is neither an amount nor a design."""
+    if text not in PRESETS:
+        amount(text)
 
 
 def amount(text: str) -> tuple[float, str, str]:
     """(number, scale, unit) of a budget such as 220GMACs; UserError for anything else."""
     found = _FORM.fullmatch(text.strip())
     if not found:
-        raise UserError(f"cannot read the budget {text!r}: write {_EXAMPLES}")
+        near = near_presets(text.strip())
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"cannot read the budget {text!r}: {hint}write {_EXAMPLES}, or a design's name, such as bk-sdm-small")
     number, scale, unit = float(found["number"]), found["scale"], found["unit"] or ""
     scaled = {"": scale != "", "MACs": scale not in ("", "B")}
     if not scaled.get(unit, scale == ""):
@@ -68,6 +77,21 @@ def amount(text: str) -> tuple[float, str, str]:
     if not 0 < number <= LARGEST:
         raise UserError(f"a budget is above 0 and at most {LARGEST:.0e} of its unit: got {text!r}; write {_EXAMPLES}")
     return number, scale, unit
+
+
+def parse_budgets(
+    text: str, graph: BlockGraph, outside_params: int, latency_s: float | None, convention: str = "thop", scope: str = "pipeline"
+) -> list[Budget]:
+    """The budgets that `text` says: of a design's name its parameters and its MACs, else one. Errors as those of `parse_budget`,
+    and for a design of another U-Net."""
+    if text not in PRESETS:
+        return [parse_budget(text, graph, outside_params, latency_s, convention, scope)]
+    design = graph.cost(parse(text, graph))
+    outside = outside_params if scope == "pipeline" else 0
+    return [
+        Budget(f"parameters of {text}", "params", design.params, outside),
+        Budget(f"MACs of {text}", "macs", design.macs(convention)),
+    ]
 
 
 def parse_budget(

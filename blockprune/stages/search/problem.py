@@ -11,7 +11,7 @@ from blockprune.measures.measure import measure
 from blockprune.model import presets
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
-from blockprune.stages.search.budget import Budget, bounds_latency, parse_budget
+from blockprune.stages.search.budget import Budget, bounds_latency, parse_budgets
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.search import Strategy
 from blockprune.stages.search.space import Space
@@ -67,9 +67,10 @@ class Problem:
         """True when a budget or the front is about latency, which must be measured first."""
         return self.request.pareto == "latency" or any(map(bounds_latency, self.request.budget))
 
-    def budget(self, text: str) -> Budget:
+    def budgets(self, text: str) -> list[Budget]:
+        """What a text bounds: one quantity, or two of a design."""
         full_s = self.latencies.full_s if self.latencies else None
-        return parse_budget(text, self.graph, self.outside_params, full_s, self.request.macs, self.request.scope)
+        return parse_budgets(text, self.graph, self.outside_params, full_s, self.request.macs, self.request.scope)
 
     def _space(self, budgets: Sequence[Budget]) -> Space:
         latencies = self.latencies or Latencies(0.0)
@@ -83,7 +84,7 @@ class Problem:
     @cached_property
     def space(self) -> Space:
         """The budgets that are given; UserError when nothing meets them."""
-        space = self._space([self.budget(text) for text in self.request.budget])
+        space = self._space([budget for text in self.request.budget for budget in self.budgets(text)])
         space.check()
         return space
 
@@ -92,7 +93,7 @@ class Problem:
         """Where candidates are sought: `space`, or for a front one for each step of the sweep that can be reached."""
         if not self.request.pareto:
             return [self.space]
-        steps = [self.budget(f"{percent}%{self.request.pareto}") for percent in SWEEP]
+        steps = [step for percent in SWEEP for step in self.budgets(f"{percent}%{self.request.pareto}")]
         spaces = [self._space([*self.space.budgets, step]) for step in steps]
         return [space for space in spaces if next(space.best(dict.fromkeys(space.labels, 1.0), 1), None) is not None]
 

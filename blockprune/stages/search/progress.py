@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from blockprune.progress import Listener, duration
 from blockprune.runs.records import Evaluation
+
+STEPS = {"search": "search", "random": "random", "final": "finalists", "recovered": "recovered"}  # kind of trial => step
 
 
 class SearchProgress:
@@ -28,19 +30,31 @@ class SearchProgress:
         self.n = self.n_before = len(before)
         self.best = min((e for e in before if _in_question(e)), key=lambda e: e.loss, default=None)
         self.start = clock()
-        if self.n < n_trials:
-            listener.plan({"search": n_trials})
-            listener.tick("search", self.n)
+
+    def announce(
+        self, n_before: Mapping[str, int], n_random: int, n_finals: int, n_recovered: int, n_captions: int, n_images: int
+    ) -> None:
+        """Says what is to come, at most, from the search to its last pictures: architectures, of which some steps have `n_before`
+        scored; images for captions; timings; and so many images of the teacher and of each finalist."""
+        sizes = {"search": self.n_trials, "random": n_random, "finalists": n_finals, "recovered": n_recovered}
+        for step, size in sizes.items():
+            if left := max(size - n_before.get(step, 0), 0):
+                self.listener.plan({step: left}, "architectures")
+            if step == "random" and n_captions > 0:
+                self.listener.plan({"captions": n_captions})
+        self.listener.plan({"latency": 1 + n_finals}, "timings")
+        self.listener.plan({"images": (1 + n_finals) * n_images})
 
     def scored(self, kind: str, e: Evaluation) -> None:
         """One more architecture is scored: "search", "random", "final" on fresh seeds, or "recovered"."""
+        if (step := STEPS.get(kind)) is not None:
+            self.listener.tick(step, 1)
         if kind in ("final", "recovered"):
             title = "finalist" if kind == "final" else "recovered"
             self.listener.say(f"{title} {e.score.label}: {_text(e)}, n = {e.score.n}")
         if kind != "search":
             return
         self.n += 1
-        self.listener.tick("search", 1)
         if e.score.error:
             self.listener.say(f"[{self.n}/{self.n_trials}] {e.score.label} failed: {e.score.error}", "red")
             return

@@ -13,7 +13,7 @@ from blockprune.model.graph import CONVENTIONS
 from blockprune.request import LONGEST_NAME, option
 from blockprune.stages.fields import REMOVE, SCALE, Measuring, OnModel
 from blockprune.stages.search.bounds import Bound, read_objective
-from blockprune.stages.search.budget import amount
+from blockprune.stages.search.budget import check_budget
 
 BUDGET, SEARCH, RECOVERY = "Budget", "Search", "Recovery"
 MOST_TRIALS = 10**5
@@ -26,7 +26,10 @@ class SearchRequest(OnModel, Measuring):
     """Which removal set is sought, under which budgets, and how hard."""
 
     budget: tuple[str, ...] = option(
-        (), "0.66B, 480M (parameters), 220GMACs, 70ms, 65%params, 65%macs, 65%latency; repeatable, all must hold", BUDGET
+        (),
+        "0.66B, 480M (parameters), 220GMACs, 70ms, 65%params, 65%macs, 65%latency, or a design for its parameters and MACs, as "
+        "bk-sdm-small; repeatable, all must hold",
+        BUDGET,
     )
     scope: str = option(
         "pipeline", "what parameters are counted: pipeline, as the papers do, or unet", BUDGET, choices=("pipeline", "unet")
@@ -109,7 +112,7 @@ class SearchRequest(OnModel, Measuring):
 
     def check(self) -> None:
         for text in self.budget:
-            amount(text)
+            check_budget(text)
         read_objective(self.objective)
         if not self.budget and not self.pareto:
             raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import sys
 import time
@@ -33,9 +34,9 @@ from blockprune.runs.records import Evaluation
 from blockprune.runs.schema import RUNS
 from blockprune.stages.plan import pictured, possible
 from blockprune.stages.scan.scan import Scan
-from blockprune.stages.search.halving import updates_of
+from blockprune.stages.search.halving import SHARE, updates_of
 from blockprune.stages.search.problem import Latencies, Problem
-from blockprune.stages.search.progress import SearchProgress
+from blockprune.stages.search.progress import STEPS, SearchProgress
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.trials import Trials
 from blockprune.stages.search.worker import Worker, relevant
@@ -62,7 +63,8 @@ def search(model: Model, request: SearchRequest, out: Path | None, progress: Lis
     with run, model.undisturbed():
         worker.recall = lambda name: parts.recall_arrays(run, name)
         worker.keep = lambda name, arrays: parts.keep_arrays(run, name, arrays)
-        _work(_timed(worker, run) if worker.problem.timed else worker, run, known, progress)
+        worker.tick = progress.tick
+        _work(_timed(worker, run, progress) if worker.problem.timed else worker, run, known, progress)
     return run
 
 
@@ -72,6 +74,7 @@ def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, 
         trials["search"].add_scored(e.candidate, e.score)
     list(_new_rows(run, trials))
     shown = SearchProgress(progress, worker.request.trials, trials["search"].evaluations(), lambda: trials["search"].cached)
+    _announce(worker, run, trials, shown)
     if worker.request.recover:
         progress.say(_recovery_time(worker))
     if worker.request.from_scan and not known:
@@ -83,13 +86,34 @@ def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, 
             shown.scored(kind, e)
     if (n := len(trials["search"].known())) < worker.request.trials:
         progress.say(f"the search ended with {n} architectures: nothing new was proposed any more")
-    _look_at_finalists(worker, run, trials["final"].evaluations())
+    _look_at_finalists(worker, run, trials["final"].evaluations(), progress)
+
+
+def _announce(worker: Worker, run: AnyRun, trials: Mapping[str, Trials], shown: SearchProgress) -> None:
+    """Says what the search still has to do, its last stages as well."""
+    request, n_finals = worker.request, _n_finals(worker)
+    before = {STEPS[kind]: len(trials[kind].evaluations()) for kind in ("search", "random", "final")}
+    n, n_recovered = n_finals, 0
+    for updates in request.recover:
+        n_recovered += max(0, n - len(trials[f"recovered {updates}"].evaluations()))
+        n = math.ceil(n * SHARE)
+    if any(row["kind"] == "seen" for row in run.rows()):
+        return  # what is left of the end takes moments
+    measured = any(measure(m).kind == "images" for m in possible(worker.plan.judges, guided=True))
+    n_images = worker.plan.protocol.n_images if measured else worker.plan.n_pictures
+    n_captions = (n_finals - len(trials["heard"].evaluations())) * n_images if worker.hearing.measure == "clip_score" else 0
+    shown.announce(before, request.random, n_finals, n_recovered, n_captions, n_images)
+
+
+def _n_finals(worker: Worker) -> int:
+    """How many finalists there are at most."""
+    return worker.request.finalists * len(worker.problem.spaces) + len(worker.problem.presets)
 
 
 def _recovery_time(worker: Worker) -> str:
     """How long --recover will take at most, from a few updates of the teacher's own architecture."""
-    request, problem = worker.request, worker.problem
-    n = request.finalists * len(problem.spaces) + len(problem.presets)
+    request = worker.request
+    n = _n_finals(worker)
     updates = updates_of(n, request.recover)
     seconds = worker.recovery.seconds()
     return f"recovering at most {n} finalists takes {updates} updates, at most {duration(updates * seconds / request.workers)}"
@@ -229,30 +253,31 @@ def _new_rows(run: AnyRun, trials: Mapping[str, Trials]) -> Iterator[tuple[str, 
                 yield kind, e
 
 
-def _timed(worker: Worker, run: AnyRun) -> Worker:
+def _timed(worker: Worker, run: AnyRun, progress: Listener) -> Worker:
     """The search with the teacher's latency and what each unit saves of it, measured here unless rows have it already.
 
     Savings of single units do not add up exactly: they are fitted to a few random sets of units, measured as well.
     """
     problem = worker.problem
-    timings = _latencies(worker, run, problem.units)
+    timings = _latencies(worker, run, problem.units, progress)
     full = timings[FULL]["latency"]
     alone = {label: (1 - timings[label]["latency_ratio"]) * full for label in problem.units}
     free, draw = problem.free, np.random.default_rng(worker.request.seed)
     subsets = [[label for label in free.labels if draw.random() < share] for share in np.linspace(0.1, 0.8, N_CALIBRATIONS)]
     sets = {f"calibration {i}": free.repair(subset, alone, minimal=False) or frozenset() for i, subset in enumerate(subsets)}
-    measured = _latencies(worker, run, {name: free.arch(choice) for name, choice in sets.items()})
+    measured = _latencies(worker, run, {name: free.arch(choice) for name, choice in sets.items()}, progress)
     saved = [(1 - measured[name]["latency_ratio"]) * full for name in sets]
     rows = [[label in choice for label in free.labels] for choice in sets.values()]
     fitted = latency.fitted_savings(list(alone.values()), rows, saved)
     return replace(worker, latencies=Latencies(full, dict(zip(alone, fitted, strict=True))))
 
 
-def _latencies(worker: Worker, run: AnyRun, archs: Mapping[str, Architecture]) -> dict[str, dict[str, float]]:
+def _latencies(worker: Worker, run: AnyRun, archs: Mapping[str, Architecture], progress: Listener) -> dict[str, dict[str, float]]:
     """label => measure => value of the timings of `archs`, each in turn with the teacher; what has a row is not timed again."""
     rows = [row for row in run.rows() if row["kind"] == "timing"]
     done = {(row["label"], row["measure"]) for row in rows}
-    plan = replace(worker.plan, measures=["latency"])
+    plan, there = replace(worker.plan, measures=["latency"], tick=progress.tick), {label for label, _ in done}
+    progress.plan({"latency": sum(label not in there for label in (FULL, *archs))}, "timings")
     for record in Scan(worker.model, archs, plan, done):
         assert isinstance(record, Score)
         rows.append({"kind": "timing", **record.to_json()})
@@ -263,16 +288,16 @@ def _latencies(worker: Worker, run: AnyRun, archs: Mapping[str, Architecture]) -
     return timings
 
 
-def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation]) -> None:
+def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation], progress: Listener) -> None:
     """Latency, images and every measure of images that has its judge, of the teacher and of each finalist, on fresh seeds."""
     archs = {e.candidate.label: e.candidate.arch for e in finals}
-    _latencies(worker, run, archs)
+    _latencies(worker, run, archs, progress)
     judges, plan = worker.plan.judges, worker.plan
     measures = [m for m in possible(judges, guided=True) if measure(m).kind == "images"]
     protocol = replace(plan.protocol, seed=worker.fresh.protocol.seed)
     if not measures:
         protocol = replace(protocol, n_images=plan.n_pictures)
-    runner = MeasureRunner(worker.fitted, replace(plan, protocol=protocol))
+    runner = MeasureRunner(worker.fitted, replace(plan, protocol=protocol, tick=lambda what, n: progress.tick("images", n)))
     done = {row["label"] for row in run.rows() if row["kind"] == "seen"}
     if done >= {FULL, *archs}:
         return

@@ -39,8 +39,8 @@ class Solutions:
         solutions = [self._to_json(candidate, total) for candidate, total in self.candidates]
         with Run(folder, "solve", asked, {}) as run:
             run.write("solutions.json", json.dumps({"format": 1, "asked": asked, "solutions": solutions}, indent=2) + "\n")
-            for i, solution in enumerate(solutions, 1):
-                run.write(f"solution-{i}.json", json.dumps({"format": 1, **solution}, indent=2) + "\n")
+            for name, solution in zip(_names(len(solutions)), solutions, strict=True):
+                run.write(name, json.dumps({"format": 1, **solution}, indent=2) + "\n")
 
     def _to_json(self, candidate: Candidate, total: float) -> dict[str, Any]:
         return {
@@ -49,6 +49,11 @@ class Solutions:
             "cost": self.graph.cost(candidate.arch).to_json(),
             "over_budget": dict(candidate.over),
         }
+
+
+def _names(n: int) -> list[str]:
+    """The files of `n` solutions, best first."""
+    return ["best.json", *(f"solution-{i}.json" for i in range(2, n + 1))][:n]
 
 
 def solve(request: SearchRequest) -> Solutions:

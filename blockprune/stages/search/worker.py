@@ -120,7 +120,8 @@ class Worker:
     """A search on a loaded model. Several processes may hold the same one; they meet in its trials.
 
     `request` is filled with the model's defaults. `keep` stores what the teacher drew, which `recall` gives back; only the process
-    that owns the run stores it. `folder` is that of the run; None for one in memory. `number` tells workers apart.
+    that owns the run stores it. `folder` is that of the run; None for one in memory. `number` tells workers apart. `tick` hears of
+    the images that are drawn for captions.
     """
 
     model: Model
@@ -130,6 +131,7 @@ class Worker:
     keep: Callable[[str, Arrays], None] = lambda name, arrays: None
     number: int = 0
     latencies: Latencies | None = None
+    tick: Callable[[str, int], None] = lambda step, n: None
 
     @cached_property
     def plan(self) -> Plan:
@@ -277,7 +279,8 @@ class Worker:
 
     @cached_property
     def hearing(self) -> Hearing:
-        return Hearing(self.fitted, self.plan, self.teacher(self.plan, "teacher"))
+        plan = replace(self.plan, tick=lambda what, n: self.tick("captions", n))
+        return Hearing(self.fitted, plan, self.teacher(self.plan, "teacher"))
 
     def hears(self, candidate: Candidate) -> bool:
         """False for one that follows captions worse than every design by hand, unless it is allowed; all are scored for it."""

@@ -36,11 +36,6 @@ class Recorded:
     out: Path | None
     progress: Listener
 
-    @property
-    def n_images(self) -> int:
-        """Images of one update, over all processes."""
-        return self.request.train_batch_size * self.request.gradient_accumulation_steps * self.accelerator.num_processes
-
     def start(self) -> Snapshot | None:
         """The newest sound checkpoint, whose later rows go; those beyond the limit, left by a killed process, go where all are
         sound."""
@@ -51,9 +46,15 @@ class Recorded:
             drop_oldest(self.out / "checkpoints", self.request.checkpoints_total_limit)
         done = start.step if start else 0
         self.run.keep(lambda row: row["step"] <= done)
-        self.progress.plan({"training": (self.n_steps - done) * self.n_images})
+        self.progress.plan({"updates": self.n_steps - done}, "updates")
         self.accelerator.init_trackers("blockprune")
         return start
+
+    def announce_validations(self, n_images: int, done: int) -> None:
+        """Says how many images are still to be drawn on the way and at the end, so many each time."""
+        every, last = self.request.validation_steps or self.n_steps, self.n_steps - 1
+        times = 1 + last // every - min(done, last) // every
+        self.progress.plan({"validation": times * n_images})
 
     def train(self, trainer: Trainer, last: int, validate: Callable[[int], None]) -> None:
         """Trains up to update `last`; `validate(step)` looks on the way. UserError when the loss is not finite."""
@@ -94,7 +95,7 @@ class Recorded:
         self.run.append({"kind": "train", **state.to_json()})
         main = {name: value for name, value in state.losses.items() if not name.startswith("feature/")}
         self.accelerator.log(main, step=state.step)
-        self.progress.tick("training", state.n_images)
+        self.progress.tick("updates", 1)
         if state.step % max(1, self.n_steps // 20) == 0:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in main.items())
             self.progress.say(f"step {state.step}/{self.n_steps}: {terms}; {state.n_images / state.seconds:.3g} images/s")

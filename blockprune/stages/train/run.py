@@ -17,6 +17,7 @@ from torch import Tensor
 from blockprune.cost.components import outside_params
 from blockprune.data.encoded import Provider
 from blockprune.export.pipeline import ARCHITECTURE, export_pipeline, load_student, save_student
+from blockprune.export.stock_config import expressible, who_loads
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
@@ -30,6 +31,7 @@ from blockprune.runs.directory import Run
 from blockprune.runs.memory import MemoryRun
 from blockprune.runs.provenance import made_with
 from blockprune.stages import loading
+from blockprune.stages.outline import outlined, say_how_long
 from blockprune.stages.plan import N_PICTURES
 from blockprune.stages.train.checkpoints import Snapshot
 from blockprune.stages.train.distill import Distiller, student_of
@@ -41,6 +43,7 @@ from blockprune.stages.train.request import TrainRequest
 from blockprune.stages.train.samples import Sampler, data_of, provider_of, samples_of
 from blockprune.stages.train.trainer import Settings
 from blockprune.stages.train.validation import Validation
+from blockprune.stages.train.work import counted
 
 Weights = Mapping[str, Tensor]
 FIT_FROM = 2**40  # the first of them; updates take samples 0, 1, …
@@ -74,8 +77,7 @@ class Distilled:
             return f"the pipeline is in {folder} already"
         named = self.run.about["asked"]["teacher_model"], self.teacher.identity
         stock = export_pipeline(self.teacher.pipe, self.student, self.arch, folder, card, named)
-        loads = f"only blockprune.load_pipeline loads it: {stock}" if isinstance(stock, str) else "any diffusers loads it"
-        return f"the pipeline is in {folder}; {loads}"
+        return f"the pipeline is in {folder}; {who_loads(stock)}"
 
 
 def distill(given: Model | None, request: TrainRequest, out: Path | None, progress: Listener, dataset: Any = None) -> Distilled:
@@ -105,6 +107,9 @@ def distill(given: Model | None, request: TrainRequest, out: Path | None, progre
         with run, model.undisturbed():
             told = progress if leads else Silent()
             recorded = Recorded(request, phases[-1].last, accelerator, run, out, told)
+            if leads:
+                told.say(f"the student: {who_loads(expressible(model.network.config, phases[-1].arch))}")
+                say_how_long(counted(outlined(model), request, recipe, phases, encoded=0), model, told)
             student = Training(model, request, recipe, phases, provider, recorded).student()
     return Distilled(run, given or model, student, phases[-1].arch, leads)
 
@@ -184,11 +189,13 @@ class Training:
 
     def student(self) -> UNet2DConditionModel:
         """The trained student: every phase that is not done yet is run, the last one ends with a validation."""
-        validation = Validation(self.model, self.request.drawing())
+        validation = Validation(self.model, self.request.drawing(), tick=partial(self.recorded.progress.tick, "validation"))
         start, out = self.recorded.start(), self.recorded.out
         done = start.step if start else 0
         weights: Weights | None = start.parts["student"] if start else None
         ended = done == self.recorded.n_steps and out is not None and (out / "student" / ARCHITECTURE).exists()
+        if not ended:
+            self.recorded.announce_validations(validation.plan.protocol.n_images, done)
         for phase in self.phases:
             last = phase is self.phases[-1]
             if phase.last <= done and (ended or not last):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,13 +24,14 @@ class Validation:
     """Draws with networks of one model at fixed prompts and seeds, and scores the images by the measures that have what they need.
 
     `wanted` are the measures, all where there are none; those that pair with the teacher's images are left out. `prompts` are
-    drawn in place of those that are `asked` for.
+    drawn in place of those that are `asked` for. `tick` hears how many images were just drawn.
     """
 
     model: Model
     asked: Measuring
     wanted: Sequence[str] = ()
     prompts: Sequence[str] = ()
+    tick: Callable[[int], None] = lambda n: None
 
     def check(self) -> None:
         """Raises UserError where the images could not be drawn."""
@@ -46,7 +47,8 @@ class Validation:
         there = [m for m in there if not self.wanted or m in self.wanted]
         n_images = plan.protocol.n_images if there else plan.n_pictures
         protocol = replace(plan.protocol, n_images=n_images)
-        return replace(plan, measures=there, protocol=protocol, prompts=self.prompts or plan.prompts)
+        prompts = self.prompts or plan.prompts
+        return replace(plan, measures=there, protocol=protocol, prompts=prompts, tick=lambda what, n: self.tick(n))
 
     def look(self, student: UNet2DConditionModel, arch: Architecture, label: str) -> tuple[Images, list[Score]]:
         """The first images (k, H, W, 3) of a student, and its scores. Raises NotFinite."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blockprune.cost.work import Passes, Work, activation_bytes, share
@@ -12,13 +12,14 @@ from blockprune.data.training_data import source_of
 from blockprune.model.architecture import Architecture
 from blockprune.stages.counts import Counts
 from blockprune.stages.outline import TRAINED, Outline
-from blockprune.stages.train.phases import planned
+from blockprune.stages.train.phases import PlannedPhase, planned
 from blockprune.stages.train.recipe import Recipe, read_recipe
 from blockprune.stages.train.request import Stepping, TrainRequest
 from blockprune.stages.train.samples import data_of
 
 CHECKPOINTED = 4 / 3  # what an update takes with gradient checkpointing, for one without
 FLOAT = 4
+EXPORT = Passes("check of the pipeline", 2, 1)  # of the student as it was trained, and as it was read back
 
 
 def work(request: TrainRequest, outline: Outline) -> Work:
@@ -26,16 +27,21 @@ def work(request: TrainRequest, outline: Outline) -> Work:
 
     Errors as those of the request's architecture, recipe and data.
     """
-    request = request.filled(outline.defaults)
-    phases = planned(recipe := read_recipe(request.recipe), request, outline.graph)
+    request, recipe = request.filled(outline.defaults), read_recipe(request.recipe)
+    phases = planned(recipe, request, outline.graph)
+    return counted(outline, request, recipe, phases, n_encoded(outline, request.data, request))
+
+
+def counted(outline: Outline, request: TrainRequest, recipe: Recipe, phases: Sequence[PlannedPhase], encoded: int) -> Work:
+    """The whole of a filled request with its phases, for which so many images must be encoded."""
     arch = phases[-1].arch
     passes = [p for phase in phases for p in updates(outline, request, recipe, phase.arch, phase.last - phase.first)]
-    passes += validations(outline, request, arch, n := images_of(outline, request), n_validations(request))
-    encoded = n_encoded(outline, request.data, request)
+    n, times = images_of(outline, request), n_validations(request)
+    passes += [*validations(outline, request, arch, n, times), EXPORT]
     params = outline.graph.cost(arch).params
     mem_bytes = outline.weight_bytes(FLOAT) + params * FLOAT * (TRAINED + request.ema) + activations(outline, request, 1)
     disk_bytes = outline.weight_bytes(FLOAT) + snapshots(request) * params * FLOAT * (3 + request.ema)
-    return Work(passes, n * n_validations(request), encoded, mem_bytes, disk_bytes)
+    return Work(passes, n * times, encoded, mem_bytes, disk_bytes)
 
 
 def updates(outline: Outline, request: Stepping, recipe: Recipe, arch: Architecture, n: int) -> Iterator[Passes]:
