@@ -179,16 +179,19 @@ class Bars:
                 self._tasks[name] = self._bars.add_task(name, total=1, unit=stage.unit, visible=False)
             here = self._current and self.steps[self._current][0] == name and self._current != name
             title = f"{name}: {self._current}" if here else name
-            shown = {"total": max(stage.size, 1), "completed": stage.done, "visible": stage.size > 0}
-            self._bars.update(self._tasks[name], description=title, **shown)
+            total, task = max(stage.size, 1), self._tasks[name]
+            self._bars.update(task, description=title, total=total, completed=stage.done, visible=stage.size > 0)
 
     def _line(self, step: str) -> str:
         """ "[3/40] mid_block: 64 images, 12.3 images/s, 0:03:20 left, then 12 timings"; these have no speed that is known yet."""
         stage = self.stages[self.steps[step][0]]
         ended = sum(self.done[name] >= size for name, (_, size) in self.steps.items())
         known = [s.left_s for s in self.stages.values() if s.left_s is not None]
-        later = [f"{s.size:,} {s.unit}" for s in self.stages.values() if s.left_s is None]
-        then = f", then {', '.join(later)}" if later else ""
+        later: dict[str, int] = {}
+        for s in self.stages.values():
+            if s.left_s is None:
+                later[s.unit] = later.get(s.unit, 0) + s.size
+        then = f", then {', '.join(f'{size:,} {unit}' for unit, size in later.items())}" if later else ""
         rate = f"{stage.done / max(stage.spent_s, 1e-9):.3g} {stage.unit}/s"
         return f"[{ended}/{len(self.steps)}] {step}: {self.done[step]:,} {stage.unit}, {rate}, {duration(sum(known))} left{then}"
 

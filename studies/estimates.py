@@ -9,9 +9,11 @@ just before. About five minutes. Expected: ratios between 0.67 and 1.5; a search
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -31,20 +33,27 @@ def requests(folder: Path) -> dict[str, tuple[Callable[..., object], Request]]:
     for i in range(3):
         Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(folder / f"{i}.png")
     measures = ("eps_mse", "guided_mse", "clip_score")
-    subject = {"instance_data_dir": str(folder), "instance_prompt": "bold upright: sks top left"}
+    subject = PersonaliseRequest(instance_data_dir=str(folder), instance_prompt="bold upright: sks top left")
     return {
-        "scan --unit stage": (bp.scan, ScanRequest(unit="stage", measures=measures, n_images=16, steps=4, eps_samples=64)),
+        "scan --unit stage": (bp.scan, ScanRequest(unit="stage", measures=measures, n_images=8, steps=3, eps_samples=32)),
         "search --budget 75%params": (
             bp.search,
-            SearchRequest(unit="stage", budget=("75%params",), trials=20, n_images=8, steps=4, eps_samples=64, finalists=2),
+            SearchRequest(unit="stage", budget=("75%params",), trials=16, n_images=4, steps=3, eps_samples=32, finalists=1),
         ),
-        "distill --arch bk-sdm-small": (bp.distill, TrainRequest(arch="bk-sdm-small", max_train_steps=20)),
+        "distill --arch bk-sdm-small": (bp.distill, TrainRequest(arch="bk-sdm-small", max_train_steps=12)),
         "evaluate --arch bk-sdm-small": (bp.evaluate, EvaluateRequest(arch="bk-sdm-small", n_images=64, steps=(5,))),
-        "personalise": (bp.personalise, PersonaliseRequest(**subject, max_train_steps=60, train_batch_size=4, n_images=16)),
+        "personalise": (bp.personalise, replace(subject, max_train_steps=30, train_batch_size=4, n_images=16)),
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="print the passes of each, reckoned for a device that is not here")
+    if parser.parse_args().dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, (_, request) in requests(Path(folder)).items():
+                print(f"{name}: {bp.estimate(request, 'T4 fp16').work.n_passes:,} passes")
+        return
     print("| command | passes | said, s | taken, s | said / taken |\n| --- | ---: | ---: | ---: | ---: |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, (run, request) in requests(Path(folder)).items():

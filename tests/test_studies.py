@@ -23,6 +23,7 @@ PLANS = {
     "bench_scan.py": (["--out", OUT], "scan, replay, pricing: 3 rounds, 64 images"),
     "bench_search.py": (["table", "--out", OUT], "6 budgets x 5 methods x 10 seeds"),
     "edit_digits.py": (["--out", OUT, "--reports", OUT], "128 scenes edited by 3 models at 3 strengths"),
+    "estimates.py": ([], "distill --arch bk-sdm-small: "),
     "exhaustive_pairs.py": (["--out", OUT], "removal sets of 14 units within 71%params"),
     "personalise_tiny_digits.py": (["--out", OUT, "--reports", OUT], "blockprune personalise --model tiny-digits"),
     "predictors.py": (["--reports", OUT], "shared: 0 students are left"),

@@ -109,7 +109,7 @@ def print_components(rows: Sequence[Component], console: Console, convention: st
         columns = [(Column(title, "text"), [Cell(name) for name in names])]
         for who in (full, *students):
             pairs = [(value(by[name, who]), value(by[name, full])) for name in names]
-            cells = [Cell(part, remark=f"{part / whole:.1%}" if who != full and whole else "") for part, whole in pairs]
+            cells = [Cell(part, remark=f"{part / whole:.0%}" if who != full and whole else "") for part, whole in pairs]
             columns.append((Column(who, "quantity"), cells))
         print_table(Table.of_columns("", columns), console)
 

@@ -8,8 +8,6 @@ import typer
 
 from blockprune.cli import options
 from blockprune.model.graph import KINDS, Block, BlockGraph
-from blockprune.reports.table import quantity
-from blockprune.reports.view import short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +43,7 @@ def graph(
     $ blockprune graph --unit pair --json
     """
     from blockprune import api
+    from blockprune.reports.table import quantity
 
     convention = options.convention(macs)
     found = api.graph(model, resolution=resolution)
@@ -78,6 +77,9 @@ def _table(title: str, left: list[str], right: list[str], last: list[str]) -> Ta
 
 def _block_table(found: BlockGraph, convention: str, narrow: bool) -> Table:
     """Every block in a row; a `narrow` table has short names, which say the kind as well."""
+    from blockprune.reports.table import quantity
+    from blockprune.reports.view import short
+
     table = _table(
         "U-Net blocks in forward order",
         ["block"] if narrow else ["block", "kind"],
@@ -122,6 +124,8 @@ def _how(block: Block) -> str:
 
 
 def _unit_table(found: BlockGraph, unit: str, convention: str) -> Table:
+    from blockprune.reports.table import quantity
+
     table = _table(f"units of removal: {unit}", ["unit"], ["params saved", f"MACs saved ({convention})"], ["removed blocks"])
     for label, arch in found.units(unit).items():
         saved = found.total - found.cost(arch)

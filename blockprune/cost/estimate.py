@@ -150,10 +150,12 @@ def _run(part: Part) -> None:
 
 
 def _of_rows(run: Callable[[int], None], rows: int, device: torch.device, limit_s: float) -> float:
-    """Seconds of a call over `rows` rows, measured on as many of them as take less than the limit."""
-    one = _timed(partial(run, 1), device, limit_s / 4)
-    few = max(1, min(rows, int(limit_s / 4 / one)))
-    return one * rows if few == 1 else _timed(partial(run, few), device, limit_s / 2) * rows / few
+    """Seconds of a call over `rows` rows: measured on 1, 2, 4 … of them while there is time, since few rows take longer each."""
+    few, took = 1, _timed(partial(run, 1), device, 0)
+    while few < rows and took < limit_s / 2:
+        few = min(2 * few, rows)
+        took = _timed(partial(run, few), device, 0)
+    return took * rows / few
 
 
 def _timed(run: Callable[[], None], device: torch.device, limit_s: float) -> float:
@@ -168,4 +170,4 @@ def _timed(run: Callable[[], None], device: torch.device, limit_s: float) -> flo
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - begun)
-    return sorted(took)[len(took) // 2]
+    return sorted(took)[(len(took) - 1) // 2]

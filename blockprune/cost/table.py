@@ -74,8 +74,8 @@ def components(
             if steps > 1 or name != "unet_steps":
                 macs = {c: cost.macs(c) for c in CONVENTIONS}
                 timed = timings[name][who] if timings else None
-                ratio = (timed and timed.over) or (None, None, None)
-                yield Component(component_title(name, steps), who, cost.params, macs, timed and timed.median_s, *ratio)
+                seconds, ratio = (timed.median_s, timed.over) if timed else (None, None)
+                yield Component(component_title(name, steps), who, cost.params, macs, seconds, *(ratio or ()))
 
 
 def reductions(full: Mapping[str, Cost], kept: Mapping[str, Cost]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from blockprune.model.sampling import NotFinite, Protocol
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.uint8]
 FULL = TEACHER
+N_TIMINGS = 10  # rounds in which steps are timed
 FIT_SEED = 10**6  # noise and timesteps of the samples that are fitted on are other ones than those that are scored
 
 
@@ -45,7 +46,7 @@ class Plan:
     judges: Judges = field(default_factory=Judges)
     batch_size: int = 16
     n_pictures: int = 6
-    n_timings: int = 10
+    n_timings: int = N_TIMINGS
     tick: Callable[[str, int], None] = lambda what, n: None
 
     def __post_init__(self) -> None:

@@ -223,14 +223,14 @@ class SearchView:
 
     @property
     def knee(self) -> Evaluation | None:
-        """Where the front bends most: the finalist furthest below the line between its ends, both axes scaled to these; None for
-        fewer than three."""
+        """Where the front bends most: the finalist furthest below the line between its ends, both axes scaled to these; None where
+        there is none below."""
         front = self.front(self.quantity)
         if len(front) < 3:
             return None
         sizes, losses = ([value(e) for e in front] for value in (lambda e: self.share(e, self.quantity), lambda e: e.loss))
         x, y = ((np.array(v) - v[-1]) / (v[0] - v[-1]) for v in (sizes, losses))
-        return front[int(np.argmin(y - x))]
+        return front[int(np.argmin(y - x))] if (y - x).min() < 0 else None
 
     @property
     def known_designs(self) -> list[Evaluation]:

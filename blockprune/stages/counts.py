@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from blockprune.cost.work import Passes, batches, share
 from blockprune.measures.measure import MEASURES, measure
-from blockprune.measures.runner import Plan
+from blockprune.measures.runner import N_TIMINGS
 from blockprune.model import fit
 from blockprune.model.architecture import Architecture
 from blockprune.model.sampling import Protocol
@@ -16,7 +16,7 @@ from blockprune.stages.loading import judge_names
 from blockprune.stages.outline import Outline
 from blockprune.stages.plan import N_PICTURES
 
-WARMUP, N_TIMINGS = 2, Plan.__dataclass_fields__["n_timings"].default
+WARMUP = 2
 FULL = Architecture()
 OF_MEMORY = 20  # what the memory of a pass takes on a processor, in passes
 

@@ -94,14 +94,16 @@ def test_cost_as_json_prices_student_and_teacher(run: Run, sd1: Path) -> None:
 
 def test_cost_of_a_published_model_in_its_table(run: Run) -> None:
     _, out, _ = run("cost", "--model", "sd-v1-4", "--arch", "bk-sdm-small")
-    params, macs = ({line.split("  ")[0].strip(): line.split("  ") for line in part.splitlines()} for part in out.split("MACs (thop)"))
+    params, macs = (
+        {line.split("  ")[0].strip(): line.split("  ") for line in part.splitlines()} for part in out.split("MACs (thop)")
+    )
     cells = {name: [cell.strip() for cell in cells[1:] if cell.strip()] for name, cells in params.items()}
-    assert cells["U-Net x 1"] == ["859.5 M", "482.3 M (56.1%)"]
-    assert cells["whole"] == ["1.032 G", "654.9 M (63.5%)"]
+    assert cells["U-Net x 1"] == ["859.5 M", "482.3 M (56%)"]
+    assert cells["whole"] == ["1.032 G", "654.9 M (63%)"]
     cells = {name: [cell.strip() for cell in cells[1:] if cell.strip()] for name, cells in macs.items()}
-    assert cells["U-Net x 1"] == ["338.7 G", "217.7 G (64.3%)"]
-    assert cells["U-Net x 25"] == ["8.469 T", "5.443 T (64.3%)"]
-    assert cells["VAE decoder"] == ["1.240 T", "1.240 T (100.0%)"]
+    assert cells["U-Net x 1"] == ["338.7 G", "217.7 G (64%)"]
+    assert cells["U-Net x 25"] == ["8.469 T", "5.443 T (64%)"]
+    assert cells["VAE decoder"] == ["1.240 T", "1.240 T (100%)"]
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
@@ -111,7 +113,7 @@ def test_tables_fit_the_terminal(width: int, run: Run, monkeypatch: pytest.Monke
     archs = [a for name in ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny") for a in ("--arch", name)]
     code, out, _ = run("cost", "--model", "sd-v1-4", *archs)
     assert code == 0
-    assert all(text in out for text in ("859.5 M", "579.4 M (67.4%)", "482.3 M (56.1%)", "323.4 M (37.6%)", "205.0 G (60.5%)"))
+    assert all(text in out for text in ("859.5 M", "579.4 M (67%)", "482.3 M (56%)", "323.4 M (38%)", "205.0 G (61%)"))
     assert "no room" not in out
     assert max(map(len, out.splitlines())) <= width
     _, out, _ = run("graph", "--model", "sd-v1-4")
@@ -163,7 +165,7 @@ def test_components_are_timed_one_by_one(run: Run, sd1: Path) -> None:
     for (who, _), row in rows.items():
         assert (row["ratio"] is None) == (who == "teacher")
         assert who == "teacher" or row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-    (line,) = (line for line in out.split("latency, × teacher")[1].splitlines() if line.startswith("U-Net x 3"))
+    (line,) = (line for line in out.split("latency, × teacher")[1].splitlines() if "U-Net x 3" in line)
     assert line.count("[") == 1  # the ratio with its interval, and no milliseconds of the student
 
 

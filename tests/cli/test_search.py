@@ -76,6 +76,10 @@ def test_same_command_again_adds_nothing(searched: Path, cli: Cli) -> None:
     code, out, _ = cli("search", *QUICK, "--random", "3", "--out", searched)
     assert code == 0
     assert "best.json" in out
+    best = json.loads((searched / "best.json").read_text())
+    assert f"{best['label']}: " in out  # which tools load the student
+    assert "diffusers loads it" in out or "only blockprune.load_pipeline loads it" in out
+    assert "parameters, whole pipeline" in out
     assert (searched / "rows.jsonl").read_bytes() == before
 
 
@@ -186,14 +190,32 @@ def test_other_budgets_are_solved_without_forward_passes(
         scores = {
             row["tiers"][-1]["label"]: row["tiers"][-1]["value"] for row in directory.read_rows(searched) if row["kind"] == "search"
         }
-        first = Architecture.from_json(json.loads((tmp_path / str(i) / "solution-1.json").read_text()))
+        first = Architecture.from_json(json.loads((tmp_path / str(i) / "best.json").read_text()))
         units = [u for u in scores if u in stages() and stages()[u] <= first]
         assert sums[0] <= sum(scores[u] for u in units) * (1 + 1e-9)
-        assert not (tmp_path / str(i) / "best.json").exists()
-        code, out, _ = cli("cost", "--arch", tmp_path / str(i) / "solution-1.json", "--json")
+        assert "predicted guided_mse" in out
+        assert (tmp_path / str(i) / "solution-2.json").exists()
+        code, out, _ = cli("cost", "--arch", tmp_path / str(i) / "best.json", "--json")
         assert code == 0
         assert json.loads(out)["unet"]["params"] == data[0]["cost"]["params"]
     assert found[0] != found[1]
+
+
+def test_a_budget_may_be_a_design(searched: Path, cli: Cli, tmp_path: Path, one_line: Callable[..., str]) -> None:
+    """Then its parameters and its MACs must hold, whichever unit either is said in."""
+    args = ["--unit", "stage", "--solve-only", "--from-scan", searched]
+    for scope in ("pipeline", "unet"):
+        out = tmp_path / scope
+        assert cli("search", *args, "--budget", "bk-sdm-small", "--scope", scope, "--out", out)[0] == 0
+        best = json.loads((out / "best.json").read_text())
+        design = json.loads(cli("cost", "--arch", "bk-sdm-small", "--json")[1])["unet"]
+        assert best["over_budget"].keys() == {"parameters of bk-sdm-small", "MACs of bk-sdm-small"}
+        assert best["cost"]["params"] <= design["params"]
+        assert best["cost"]["macs"]["thop"] <= design["macs"]["thop"]
+    assert "cannot read the budget 'bk-sdm-smal': did you mean bk-sdm-small?" in one_line(
+        "search", *args, "--budget", "bk-sdm-smal"
+    )
+    assert "preset 'ssd-1b' is for another U-Net" in one_line("search", *args, "--budget", "ssd-1b")
 
 
 def stages() -> dict[str, Architecture]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import report_rows
@@ -14,6 +15,7 @@ from blockprune.cli.console import print_finalists
 from blockprune.reports import searches
 from blockprune.reports.html.page import report_files
 from blockprune.reports.report_data import report_data
+from blockprune.reports.search_view import SearchView
 from blockprune.runs.directory import Stored
 
 LOST = {"mine": 1.0, "mid-removed": 0.0015}
@@ -86,3 +88,11 @@ def test_a_front_without_a_budget_has_no_best(tmp_path: Path) -> None:
     assert list(students.values()) == [["mid-removed"], ["mine"]]
     assert "has the best" not in report_files(report_data([folder]), "thop")[".html"]
     assert "best.json" in written(report_rows.search(tmp_path / "within", drifts=LOST, pareto="params"))
+
+
+@pytest.mark.parametrize(("losses", "knee"), [((9.0, 2.0, 1.0), 1), ((9.0, 8.0, 1.0), None), ((9.0, 1.0), None)])
+def test_the_knee_is_where_the_front_bends_most(losses: tuple[float, ...], knee: int | None) -> None:
+    front = [SimpleNamespace(loss=loss, size=float(i)) for i, loss in enumerate(losses)]
+    view = SimpleNamespace(quantity="params", front=lambda quantity: front, share=lambda e, quantity: e.size)
+    found = SearchView.knee.fget(view)  # type: ignore[attr-defined]
+    assert found is (None if knee is None else front[knee])

@@ -316,9 +316,9 @@ def test_progress_without_a_terminal_is_a_line_per_step() -> None:
 
     lines = printed(Console(width=40, force_terminal=False), work).splitlines()
     assert lines == [
-        "[1/3] eps_mse: 4 images, 4 images/s, 0:00:01 left",
+        "[1/3] eps_mse: 4 images, 2 images/s, 0:00:00 left, then 4 images",
         "failed: [i]NaN[/i] !",
-        "[3/3] mid_block: 2 images, 3.5 images/s, 0:00:00 left",
+        "[3/3] mid_block: 2 images, 2 images/s, 0:00:00 left",
     ]
 
 
@@ -332,7 +332,6 @@ def test_progress_on_a_terminal_is_bars(monkeypatch: pytest.MonkeyPatch) -> None
             progress.tick("[b]mid", 2)
 
     text = printed(Console(width=120, force_terminal=True), work)
-    assert "step 2/2" in text
     assert "[b]mid" in text
     assert "2/4 images" in text
 
@@ -342,8 +341,8 @@ def test_bars_know_the_time_left_of_slow_work(monkeypatch: pytest.MonkeyPatch) -
     now = [0.0]
 
     def work(console: Console) -> None:
-        with Bars(console, unit="architectures", clock=lambda: now[0]) as progress:
-            progress.plan({"search": 40})
+        with Bars(console, clock=lambda: now[0]) as progress:
+            progress.plan({"search": 40}, "architectures")
             for _ in range(4):
                 now[0] += 60
                 progress.tick("search", 1)

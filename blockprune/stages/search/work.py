@@ -13,8 +13,9 @@ import torch
 from blockprune.cost.components import outside_params
 from blockprune.cost.work import Passes, Work, recorded_bytes, share
 from blockprune.measures.measure import measure
+from blockprune.measures.runner import N_TIMINGS
 from blockprune.model.architecture import Architecture
-from blockprune.stages.counts import N_TIMINGS, WARMUP, Counts
+from blockprune.stages.counts import WARMUP, Counts
 from blockprune.stages.outline import TRAINED, Outline
 from blockprune.stages.search.halving import SHARE, updates_of
 from blockprune.stages.search.problem import Problem
