@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 from pathlib import Path
@@ -65,9 +65,14 @@ class _Sought:
         return None if choice is None else space.arch(choice)
 
     @property
+    def _denoises(self) -> bool:
+        """True where what comes before the first removed block is replayed while architectures are scored."""
+        return measure(self.request.measure).kind == "denoising"
+
+    @property
     def of_network(self) -> float:
         """The share of the network that a candidate runs."""
-        return UNKNOWN if self.typical is None else share(self.outline.graph, self.typical, replayed=True)
+        return UNKNOWN if self.typical is None else share(self.outline.graph, self.typical, self._denoises)
 
     @cached_property
     def units(self) -> list[Architecture]:
@@ -123,7 +128,7 @@ class _Sought:
 
     @property
     def _sizes(self) -> Sequence[int]:
-        n = self.counts.n_noisy if measure(self.request.measure).kind == "denoising" else self.counts.protocol.n_images
+        n = self.counts.n_noisy if self._denoises else self.counts.protocol.n_images
         return tier_sizes(n, self.request)
 
     def _fits(self) -> Iterator[Passes]:
@@ -141,7 +146,7 @@ class _Sought:
             yield from self.counts.denoised(name, n_noisy, step=step)
         for n in sizes:
             for unit in self.units:
-                yield from self._by(name, n, share(graph, unit, replayed=bool(unit)), 1, step)
+                yield from self._by(name, n, share(graph, unit, self._denoises), 1, step)
             yield from self._by(name, n, self.of_network, self.n_candidates, step)
         for bound in self.request.bounds:
             whole = n_noisy if measure(bound.measure).kind == "denoising" else n_images
@@ -153,7 +158,8 @@ class _Sought:
             size = self.counts.batch_size
             yield from self.counts.denoised(name, min(ceil(n / size) * size, max(n, self.counts.n_noisy)), of_network, times, step)
         else:
-            yield from self.counts.drawn(f"images: {step}", n, self.typical or Architecture(), times)
+            protocol = replace(self.counts.protocol, n_images=n)
+            yield from self.outline.drawing(f"images: {step}", protocol, self.counts.batch_size, of_network, times)
 
     def _heard(self) -> Iterator[Passes]:
         """Designs and finalists, by how they follow captions."""
