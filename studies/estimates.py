@@ -38,7 +38,16 @@ def requests(folder: Path) -> dict[str, tuple[Callable[..., object], Request]]:
         "scan --unit stage": (bp.scan, ScanRequest(unit="stage", measures=measures, n_images=8, steps=3, eps_samples=32)),
         "search --budget 75%params": (
             bp.search,
-            SearchRequest(unit="stage", budget=("75%params",), trials=16, n_images=4, steps=3, eps_samples=32, finalists=1),
+            SearchRequest(
+                unit="stage",
+                budget=("75%params",),
+                objective=("guided_mse",),
+                trials=16,
+                n_images=4,
+                steps=3,
+                eps_samples=32,
+                finalists=1,
+            ),
         ),
         "distill --arch bk-sdm-small": (bp.distill, TrainRequest(arch="bk-sdm-small", max_train_steps=12)),
         "evaluate --arch bk-sdm-small": (bp.evaluate, EvaluateRequest(arch="bk-sdm-small", n_images=64, steps=(5,))),

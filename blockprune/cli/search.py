@@ -68,8 +68,8 @@ def _solve(request: SearchRequest, out: Path | None) -> None:
     if out:
         solutions.save(out)
     if solutions.unscored:
-        print(f"left out, for want of {request.measure} in {request.from_scan}: {', '.join(solutions.unscored)}")
-    console.print_solutions(solutions.candidates, request.measure, solutions.graph.total, console.make_console())
+        print(f"left out, for want of {solutions.request.measure} in {request.from_scan}: {', '.join(solutions.unscored)}")
+    console.print_solutions(solutions.candidates, solutions.request.measure, solutions.graph.total, console.make_console())
     if out:
         print(f"best.json, the next ones as solution-2.json and so on, and solutions.json are in {out}")
 

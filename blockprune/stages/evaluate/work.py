@@ -32,7 +32,7 @@ def work(request: EvaluateRequest, outline: Outline) -> Work:
     request = filled(request, rules, outline.defaults)
     finished = Finished.of(Path(request.checkpoints)) if request.checkpoints else None
     masked = presets.parse(request.arch or "full", outline.graph)
-    archs: dict[int | None, Architecture] = {**finished.archs} if finished else {None: masked | outline.lacks}
+    archs: dict[int | None, Architecture] = dict(finished.archs.items()) if finished else {None: masked | outline.lacks}
     return counted(request, outline, {setting: archs[setting.checkpoint] for setting in settings_of(request, list(archs))})
 
 

@@ -128,8 +128,12 @@ class _Sought:
 
     @property
     def _sizes(self) -> Sequence[int]:
-        n = self.counts.n_noisy if self._denoises else self.counts.protocol.n_images
-        return tier_sizes(n, self.request)
+        return tier_sizes(self.n, self.request)
+
+    @property
+    def n(self) -> int:
+        """The samples of a score, or its images."""
+        return self.counts.n_noisy if self._denoises else self.counts.protocol.n_images
 
     def _fits(self) -> Iterator[Passes]:
         """Of the units exactly; of candidates one for each, in one batch."""
@@ -191,7 +195,7 @@ class _Sought:
         updates, timed, trainings = updates_of(n, request.recover), 1 + TIMED, 0
         for _ in request.recover:
             trainings += n
-            yield from self._by(request.measure, factor * self.counts.n_noisy, part, n, "recovered")
+            yield from self._by(request.measure, factor * self.n, part, n, "recovered")
             n = ceil(n * SHARE)
         yield Passes("recovery: checks", 2 * (trainings + 1), 1)
         yield from (Passes("recovery: teacher", updates + timed, rows), Passes("recovery: student", timed, rows, learns=True))
