@@ -213,9 +213,7 @@ def test_a_budget_may_be_a_design(searched: Path, cli: Cli, tmp_path: Path, one_
         assert best["over_budget"].keys() == {"parameters of bk-sdm-small", "MACs of bk-sdm-small"}
         assert best["cost"]["params"] <= design["params"]
         assert best["cost"]["macs"]["thop"] <= design["macs"]["thop"]
-    assert "cannot read the budget 'bk-sdm-smal': did you mean bk-sdm-small?" in one_line(
-        "search", *args, "--budget", "bk-sdm-smal"
-    )
+    assert "cannot read the budget 'bk-sdm-smal': did you mean bk-sdm-small" in one_line("search", *args, "--budget", "bk-sdm-smal")
     assert "preset 'ssd-1b' is for another U-Net" in one_line("search", *args, "--budget", "ssd-1b")
 
 
