@@ -108,7 +108,6 @@ def distill(given: Model | None, request: TrainRequest, out: Path | None, progre
             told = progress if leads else Silent()
             recorded = Recorded(request, phases[-1].last, accelerator, run, out, told)
             if leads:
-                told.say(f"the student: {who_loads(expressible(model.network.config, phases[-1].arch))}")
                 say_how_long(counted(outlined(model), request, recipe, phases, encoded=0), model, told)
             student = Training(model, request, recipe, phases, provider, recorded).student()
     return Distilled(run, given or model, student, phases[-1].arch, leads)
@@ -209,6 +208,8 @@ class Training:
     def _trained(self, phase: PlannedPhase, weights: Weights | None, start: Snapshot | None, validation: Validation) -> Weights:
         """The weights after a phase: those to go on with, or of the last phase those of the student."""
         distiller = self._distiller(phase, weights, start)
+        if phase is self.phases[-1]:  # whose first sample could be read
+            self.recorded.progress.say(f"the student: {who_loads(expressible(self.model.network.config, phase.arch))}")
 
         def validate(step: int) -> None:
             student = self._network(distiller.weights(averaged=True), phase.arch)
