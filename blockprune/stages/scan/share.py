@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from blockprune.measures.images import failed, statistic_of
+from blockprune.measures.intervals import Statistic
 from blockprune.measures.measure import names
 from blockprune.measures.runner import FULL, Arrays
 from blockprune.measures.score import Score
@@ -27,7 +28,8 @@ TIMESTEPS = "timesteps"  # the part that says at which timestep each noisy sampl
 class Share:
     """A batch of noisy samples, or of the images of one removal, is a claim. A killed process's claims are free at once.
 
-    With `racing`, a measure, images go to the removals whose rank by it is open. Scores are for one process alone: who finds all of something seen scores it, and whoever comes next finds the row.
+    With `racing`, a measure, images go to the removals whose rank by it is open. Scores are for one process alone: who finds all of
+    something seen scores it, and whoever comes next finds the row.
     """
 
     scan: Scan
@@ -179,12 +181,12 @@ class Share:
         left = self._missing(names("images"))
         if not race.open or any(label in left for label in race.open.difference(drawn)):
             return False
-        seen, judges = {label: self._seen(label) for label in drawn}, self.scan.plan.judges
-        statistics = {
-            label: statistic_of(self.racing or "", of, first(teacher, wanted[label]), judges) for label, of in seen.items()
-        }
-        race.end_round(statistics)
+        race.end_round({label: self._statistic(label, teacher) for label in drawn})
         return True
+
+    def _statistic(self, label: str, teacher: Arrays) -> Statistic:
+        """The measure that the race goes by, of the images that a removal has got."""
+        return statistic_of(self.racing or "", self._seen(label), first(teacher, self._wanted(label)), self.scan.plan.judges)
 
 
 def first(seen: Arrays, n: int) -> Arrays:
