@@ -79,6 +79,6 @@ def in_order(seen: Iterable[Arrays]) -> Arrays:
     if any(form != forms[0] for form in forms) or len({*np.concatenate([row["index"] for row in rows])}) < sum(
         len(row["index"]) for row in rows
     ):
-        raise UserError("the parts of a setting do not belong together: delete its folder in parts/ and run the same command again")
+        raise UserError("parts of a series do not belong together: delete their folder in parts/ and run the same command again")
     order = np.argsort(np.concatenate([row["index"] for row in rows]))
     return {name: np.concatenate([row[name] for row in rows])[order] for name in rows[0] if name != "index"}

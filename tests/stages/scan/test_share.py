@@ -1,0 +1,158 @@
+"""Processes that share a scan: every row once, by whomever, also when some are killed; and images go where ranks are open."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_scan import ARCHS, PLAN, scanned
+
+from blockprune.measures.images import Judges
+from blockprune.measures.intervals import mean_statistic, paired_interval
+from blockprune.measures.measure import MEASURES, Measure
+from blockprune.measures.score import Score
+from blockprune.model.model import Model, of_pipeline
+from blockprune.progress import Silent
+from blockprune.runs.directory import Run, read_rows
+from blockprune.runs.memory import MemoryRun
+from blockprune.stages.scan.racing import Race, rounds_of
+from blockprune.stages.scan.scan import Scan
+from blockprune.stages.scan.share import Share
+
+MINE = Measure(
+    "mine", "", "up", "mine", "images", compute=lambda seen, *_: mean_statistic(seen["mine"]), look=lambda x, _: bright(x)
+)
+SHARED = replace(PLAN, measures=["params", "eps_mse", "mine"], judges=Judges(own=(MINE,)))
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # these processes have no other threads at work
+
+
+def bright(images: Any) -> np.ndarray:
+    return np.asarray(images.double().mean((1, 2, 3)))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Callable[[str], Path]) -> Model:
+    from blockprune.model.pretrained import load
+
+    return of_pipeline(load(str(tiny_folder("sd1"))))
+
+
+@pytest.fixture(autouse=True)
+def mine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MEASURES, "mine", MINE)
+
+
+class Dying(Run):
+    """A run whose process is killed just before it keeps its second part, while it holds a claim."""
+
+    n_parts = 0
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        self.n_parts += name.startswith("parts/")
+        if self.n_parts == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write(name, content)
+
+
+def process(kind: type[Run], model: Model, folder: Path) -> int:
+    """A process that takes part in a scan; its id."""
+    if pid := os.fork():
+        return pid
+    try:
+        with kind(folder, "scan", {}, {}, shared=True) as run:
+            Share(Scan(model, ARCHS, SHARED), run, Silent()).work()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def numbers(rows: list[Score]) -> dict[tuple[str, str], tuple[float, ...]]:
+    """What each row says; every row is there once."""
+    found = {(r.label, r.measure): (r.value or 0.0, r.low or 0.0, r.high or 0.0, r.delta or 0.0, float(r.n)) for r in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.mark.parametrize("killed", [0, 2])
+def test_processes_share_a_scan_and_take_over_from_the_dead(model: Model, tmp_path: Path, killed: int) -> None:
+    """The rows are those of a single process: the same batches by the same arithmetic, so within rounding."""
+    alone = numbers(scanned(model, ARCHS, SHARED))
+    doomed = [process(Dying, model, tmp_path / "run") for _ in range(killed)]
+    others = [process(Run, model, tmp_path / "run") for _ in range(2)]
+    assert [exit_code(pid) for pid in doomed] == [-signal.SIGKILL] * killed
+    assert [exit_code(pid) for pid in others] == [0, 0]
+    together = numbers([Score.from_json(row) for row in read_rows(tmp_path / "run", "scan")])
+    assert together.keys() == alone.keys()
+    for key, values in alone.items():
+        assert together[key] == pytest.approx(values, rel=1e-5, abs=1e-9), key
+
+
+def race(of: Mapping[str, np.ndarray], n: int) -> Race:
+    """A race over values that are known beforehand."""
+    found = Race(of, rounds_of(n), 0)
+    while found.open:
+        found.end_round({label: mean_statistic(values[: found.wanted[label]]) for label, values in of.items()})
+    return found
+
+
+def test_a_race_gives_images_to_those_that_are_not_told_apart() -> None:
+    noise = np.random.default_rng(0).normal(size=(8, 64))
+    level = [0, 0.05, 10, 20, 30, 40, 50, 60]
+    of = {f"mask {i}": level[i] + noise[i] for i in range(8)}
+    wanted = race(of, 64).wanted
+    assert {label for label, n in wanted.items() if n == 64} == {"mask 0", "mask 1"}
+    assert {n for label, n in wanted.items() if label > "mask 1"} == {8}
+    assert 2 * sum(wanted.values()) <= 8 * 64
+
+
+@given(st.integers(0, 10**6), st.floats(0, 2), st.sampled_from([8, 20, 64]))
+def test_only_what_is_clear_of_its_neighbours_is_stopped(seed: int, spread: float, n: int) -> None:
+    """Whoever got no more images was, when it was stopped, beyond the paired intervals to both neighbours in the ranking of then."""
+    draw = np.random.default_rng(seed)
+    of = {str(i): spread * i + draw.normal(size=n) for i in range(5)}
+    found = Race(of, rounds_of(n), 0)
+    while found.open:
+        wanted, running = dict(found.wanted), set(found.open)
+        found.end_round({label: mean_statistic(values[: wanted[label]]) for label, values in of.items()})
+        order = sorted(of, key=lambda label: of[label][: wanted[label]].mean())
+        for pair in pairwise(order):
+            stopped = {label for label in pair if label in running and found.wanted[label] == wanted[label] < n}
+            low, high = paired_interval(
+                *(mean_statistic(of[label]) for label in pair), min(wanted[label] for label in pair), 0
+            ) or (0.0, 0.0)
+            assert not stopped or not low <= 0 <= high
+
+
+def test_a_raced_scan_draws_and_scores_what_the_race_says(model: Model) -> None:
+    plan = replace(SHARED, measures=["mine"], protocol=replace(PLAN.protocol, n_images=16), batch_size=4)
+    whole, run = scanned(model, ARCHS, plan), MemoryRun("scan", {}, {})
+    share = Share(Scan(model, ARCHS, plan), run, Silent(), racing="mine")
+    share.work()
+    rows = {row["label"]: Score.from_json(row) for row in run.rows()}
+    assert len(rows) == len(run.rows()) == len(whole) == 1 + len(ARCHS)
+    uniform = MemoryRun("scan", {}, {})
+    alone = Share(Scan(model, ARCHS, plan), uniform, Silent())
+    alone.work()
+    of = {label: alone.images_of(label).seen()["mine"] for label in ARCHS}
+    wanted = race(of, 16).wanted
+    assert {label: rows[label].n for label in ARCHS} == wanted
+    assert {len(share.images_of(label).seen()["mine"]) for label in ("full",)} == {16}
+    for label in ARCHS:
+        assert len(share.images_of(label).seen()["mine"]) == wanted[label]
+        assert rows[label].value == pytest.approx(of[label][: wanted[label]].mean(), rel=1e-5)
+    again = list(run.rows())
+    Share(Scan(model, ARCHS, plan), run, Silent(), racing="mine").work()
+    assert run.rows() == again
