@@ -3,8 +3,8 @@
     python studies/racing.py --unit stage --out runs/racing
 
 Every removal gets all images once; the race is then run over what was seen, as `scan --racing` runs it over images as they come,
-for as many images as were drawn, and for halves of that. Two removals are told apart where the 95 % interval of their paired difference
-over all images excludes 0. About 5 minutes on a core for the ten stages of tiny-digits; the same command again goes on.
+for as many images as were drawn, and for halves of that. Two removals are told apart where the 95 % interval of their paired
+difference over all images excludes 0. About 5 minutes on a core for the stages of tiny-digits; the same command again goes on.
 """
 
 from __future__ import annotations

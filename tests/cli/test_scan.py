@@ -95,10 +95,8 @@ def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_pat
 def test_workers_share_a_scan_two_of_them_killed(scanned: Path, tmp_path: Path) -> None:
     """Two workers of three die at their work; the third takes over, and the rows are those of a single process, within rounding."""
     out = tmp_path / "run"
-    args = ["scan", *QUICK, "--workers", "3", "--out", str(out)]
-    scan = subprocess.Popen(
-        [sys.executable, "-m", "blockprune", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, "-m", "blockprune", "scan", *QUICK, "--workers", "3", "--out", str(out)]
+    scan = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while scan.poll() is None and not any(out.glob("parts/*/*.safetensors")):
         time.sleep(0.05)
     for victim in workers_of(scan.pid)[:2]:
