@@ -42,7 +42,7 @@ def raced(of: Mapping[str, Floats], n: int) -> dict[str, int]:
     return race.wanted
 
 
-def compared(of: Mapping[str, Floats], n: int) -> dict[str, object]:
+def compared(of: Mapping[str, Floats], n: int) -> dict[str, float]:
     """The race for at most `n` images beside the scan of `n` images each."""
     wanted = raced(of, n)
     whole, part = {k: v[:n].mean() for k, v in of.items()}, {k: v[: wanted[k]].mean() for k, v in of.items()}
@@ -53,7 +53,7 @@ def compared(of: Mapping[str, Floats], n: int) -> dict[str, object]:
             apart.append((part[a] < part[b]) == (whole[a] < whole[b]))
     images, tau = sum(wanted.values()), kendall_tau(list(whole.values()), list(part.values()))
     saved = {"all": n * len(of), "raced": images, "saved": n * len(of) / images}
-    return {"n": n, **saved, "alike": sum(apart), "apart": len(apart), "tau": tau}
+    return {"n": n, **saved, "alike": sum(apart), "apart": len(apart), "tau": tau or 0.0}
 
 
 def main() -> None:
@@ -73,7 +73,15 @@ def main() -> None:
     print("| at most | images of all | raced | times fewer | Kendall τ of both rankings | pairs told apart, ranked alike |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
-        print("| {n} | {all} | {raced} | {saved:.2f} | {tau:.3f} | {alike} of {apart} |".format(**row))
+        cells = (
+            row["n"],
+            row["all"],
+            row["raced"],
+            f"{row['saved']:.2f}",
+            f"{row['tau']:.3f}",
+            f"{row['alike']} of {row['apart']}",
+        )
+        print("|", " | ".join(map(str, cells)), "|")
 
 
 if __name__ == "__main__":

@@ -65,14 +65,18 @@ def _check(request: ScanRequest, plan: Plan, out: Path | None) -> None:
 
 
 def _follow(run: AnyRun, steps: Iterator[None], progress: Listener) -> None:
-    """Tells of the rows that other processes write."""
-    told = len(run.rows())
+    """Tells of the rows that other processes write, and counts what they are of."""
+    told, drawn = len(run.rows()), set[str]()
     for _ in itertools.chain(steps, [None]):
         rows = [Score.from_json(row) for row in run.rows()]
         for score in rows[told:]:
             say(progress, score)
-            if measure(score.measure).kind == "denoising":
+            kind = measure(score.measure).kind
+            if kind == "denoising":
                 progress.tick(score.measure, score.n)
+            elif kind == "images" and score.label not in drawn:
+                progress.tick(score.label, score.n)
+                drawn.add(score.label)
         told = len(rows)
 
 

@@ -104,6 +104,8 @@ def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
     """The scores of another run that hold under the terms of this search; UserError names the terms that differ."""
     source, objective = Path(worker.request.from_scan or ""), worker.request.measure
     theirs = relevant(read_run(source)["asked"], objective)
+    if measure(objective).kind == "images" and read_run(source)["asked"].get("racing"):
+        raise UserError(f"{str(source)!r} was raced, so its {objective} is not of all images: scan without --racing")
     if (theirs_fit := _score_fit(source)) and theirs_fit != worker.request.scored_with:
         raise UserError(
             f"the scores in {str(source)!r} are with {theirs_fit} fits: give --score-fit {theirs_fit}, or another --from-scan"

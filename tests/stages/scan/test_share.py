@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_scan import ARCHS, PLAN, scanned
 
+from blockprune.errors import UserError
 from blockprune.measures.images import Judges
 from blockprune.measures.intervals import mean_statistic, paired_interval
 from blockprune.measures.measure import MEASURES, Measure
@@ -22,7 +24,10 @@ from blockprune.model.model import Model, of_pipeline
 from blockprune.progress import Silent
 from blockprune.runs.directory import Run, read_rows
 from blockprune.runs.memory import MemoryRun
+from blockprune.stages import workers
 from blockprune.stages.scan.racing import Race, rounds_of
+from blockprune.stages.scan.request import ScanRequest
+from blockprune.stages.scan.run import scan
 from blockprune.stages.scan.scan import Scan
 from blockprune.stages.scan.share import Share
 
@@ -153,3 +158,20 @@ def test_a_raced_scan_draws_and_scores_what_the_race_says(model: Model) -> None:
     again = list(run.rows())
     Share(Scan(model, ARCHS, plan), run, Silent(), racing="mine").work()
     assert run.rows() == again
+
+
+def test_each_worker_takes_a_gpu_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "device_of", str)
+    monkeypatch.setattr(workers, "load_model", lambda name, resolution, device, dtype: device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    on = {device: [workers.own_model(ScanRequest(workers=3, device=device), i) for i in range(3)] for device in ("cuda", "cuda:1")}
+    assert on == {"cuda": ["cuda:0", "cuda:1", "cuda:0"], "cuda:1": ["cuda:1"] * 3}
+
+
+def test_workers_need_a_place_to_meet_and_measures_that_they_know(model: Model, tmp_path: Path) -> None:
+    request = ScanRequest(workers=2, measures=("eps_mse",), n_images=2, steps=1)
+    with pytest.raises(UserError, match="--workers needs a run directory where they meet"):
+        scan(model, request, None, Silent())
+    with pytest.raises(UserError, match="--workers does not know the measure 'mine'"):
+        scan(model, replace(request, measures=("mine",)), tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()
