@@ -73,14 +73,8 @@ def main() -> None:
     print("| at most | images of all | raced | times fewer | Kendall τ of both rankings | pairs told apart, ranked alike |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
-        cells = (
-            row["n"],
-            row["all"],
-            row["raced"],
-            f"{row['saved']:.2f}",
-            f"{row['tau']:.3f}",
-            f"{row['alike']} of {row['apart']}",
-        )
+        alike = f"{row['alike']} of {row['apart']}"
+        cells = (row["n"], row["all"], row["raced"], f"{row['saved']:.2f}", f"{row['tau']:.3f}", alike)
         print("|", " | ".join(map(str, cells)), "|")
 
 
