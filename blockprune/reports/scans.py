@@ -44,7 +44,7 @@ def _errors(run: Readable, removals: Sequence[str], n: int) -> dict[str, dict[st
     """Measure => removal => (n,) the denoising error of each sample, where all are there."""
     kept = {measure: Series(run, measure, n) for measure in names("denoising")}
     shape = {"errors": (len(removals),)}
-    seen = {m: parts.check_kept(f"parts/{m}", of.seen(), shape, n)["errors"] for m, of in kept.items() if not of.missing()}
+    seen = {m: parts.check_kept(f"parts/{of.slug}", of.seen(), shape, n)["errors"] for m, of in kept.items() if not of.missing()}
     return {measure: dict(zip(removals, errors.T, strict=True)) for measure, errors in seen.items()}
 
 

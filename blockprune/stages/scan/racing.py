@@ -7,12 +7,12 @@ from itertools import pairwise
 
 from blockprune.measures.intervals import Statistic, paired_interval, value_of
 
-N_ROUNDS = 8
+N_ROUNDS, LEAST = 8, 8  # of fewer images than that an interval says little
 
 
 def rounds_of(n_images: int) -> list[int]:
     """How many images a removal has got after each round, as long as its rank is open."""
-    return sorted({-(-n_images * i // N_ROUNDS) for i in range(1, N_ROUNDS + 1)})
+    return sorted({min(n_images, max(LEAST, -(-n_images * i // N_ROUNDS))) for i in range(1, N_ROUNDS + 1)})
 
 
 class Race:

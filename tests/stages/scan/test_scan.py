@@ -129,7 +129,7 @@ def test_pictures_are_the_first_images(whole_run: MemoryRun) -> None:
         assert strip is not None and strip_images(strip, 3).shape == (3, 16, 16, 3)
 
 
-@pytest.mark.parametrize("change", [1, 4, 9, 12, 17, 25, 40, 60])
+@pytest.mark.parametrize("change", [1, 9, 17, 25, 40])
 def test_resumes_anywhere_with_the_same_rows(model: Model, plan: Plan, whole_run: MemoryRun, change: int) -> None:
     run = Killed("scan", {}, {})
     run.left = change
@@ -229,7 +229,7 @@ def test_clean_data_needs_no_images(model: Model) -> None:
     plan = replace(PLAN, measures=["eps_mse"], clean=(torch.randn(2, 4, 8, 8), ["a cat", ""]))
     run = MemoryRun("scan", {}, {})
     scanned(model, {"mid": Architecture(frozenset({"mid_block"}))}, plan, run)
-    assert sorted(run.files) == [f"parts/eps_mse/{i:06d}.safetensors" for i in (0, 2, 4, 6)]
+    assert sorted(run.files) == [f"parts/eps-mse/{i:06d}.safetensors" for i in (0, 2, 4, 6)]
     assert len(run.rows()) == 1
 
 
