@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler
+from small_scan import ARCHS, GRAPH, PLAN, scanned
 from stand_ins import Eye
 
 from blockprune.errors import UserError
@@ -27,9 +28,6 @@ from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import rounding
 from blockprune.model.model import Model, of_pipeline
-from blockprune.model.sampling import Protocol
-from blockprune.model.trace import trace
-from blockprune.progress import Silent
 from blockprune.reports import results, text, view
 from blockprune.reports.html import page
 from blockprune.reports.report_data import ReportData
@@ -38,16 +36,6 @@ from blockprune.runs.memory import MemoryRun
 from blockprune.runs.parts import strip_images
 from blockprune.stages.plan import possible
 from blockprune.stages.scan.scan import Scan, timings
-from blockprune.stages.scan.share import Share
-
-PLAN = Plan(
-    measures=["params", "macs", "eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"],
-    protocol=Protocol(n_images=5, n_steps=2, cfg_scale=3.0, seed=1, latent=(8, 8)),
-    prompts=["a cat", "two dogs", "a kite"],
-    n_noisy=7,
-    batch_size=2,
-    n_pictures=3,
-)
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +49,6 @@ def model(tiny_folder: Callable[[str], Path]) -> Model:
 def plan() -> Plan:
     real = np.random.default_rng(0).uniform(0, 255, (20, 3))
     return replace(PLAN, judges=Judges(Eye(), Stats.of(real, keep=True), Eye()))
-
-
-GRAPH = trace(tiny.config("sd1"), (8, 8), tiny.N_TOKENS)
-ARCHS = {label: arch for label, arch in GRAPH.units("stage").items() if label in ("mid_block", "up_blocks.3", "innermost")}
-
-
-def scanned(model: Model, archs: Mapping[str, Architecture], plan: Plan, run: MemoryRun | None = None) -> list[Score]:
-    """The rows of a scan, one that goes on where the run is given."""
-    run = MemoryRun("scan", {}, {}) if run is None else run
-    Share(Scan(model, archs, plan), run, Silent()).work()
-    return [Score.from_json(row) for row in run.rows()]
 
 
 def values(rows: list[Score]) -> dict[tuple[str, str], float | None]:

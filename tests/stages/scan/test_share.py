@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_scan import ARCHS, PLAN, scanned
+from small_scan import ARCHS, PLAN, scanned
 
 from blockprune.errors import UserError
 from blockprune.measures.images import Judges
