@@ -212,7 +212,7 @@ def _load_compiled(path: Path) -> Runner:
 def _runner(module: Callable[..., Any] | nn.Module) -> Runner:
     @torch.inference_mode()
     def run(inputs: Inputs) -> list[Tensor]:
-        found = module(*inputs.values())
+        found = module(*(t.contiguous() for t in inputs.values()))  # a compiled program takes the strides that it was traced with
         return [found] if isinstance(found, Tensor) else list(found)
 
     return run
