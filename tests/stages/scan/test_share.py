@@ -19,6 +19,7 @@ from blockprune.errors import UserError
 from blockprune.measures.images import Judges
 from blockprune.measures.intervals import mean_statistic, paired_interval
 from blockprune.measures.measure import MEASURES, Measure
+from blockprune.measures.runner import Plan
 from blockprune.measures.score import Score
 from blockprune.model.model import Model, of_pipeline
 from blockprune.progress import Silent
@@ -33,7 +34,6 @@ from blockprune.stages.scan.share import Share
 
 LOOK = {"compute": lambda seen, *_: mean_statistic(seen["mine"]), "look": lambda images, prompts: bright(images)}
 MINE = Measure("mine", "", "up", "mine", "images", **LOOK)
-SHARED = replace(PLAN, measures=["params", "eps_mse", "mine"], judges=Judges(own=(MINE,)))
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # these processes have no other threads at work
 
 
@@ -49,8 +49,10 @@ def model(tiny_folder: Callable[[str], Path]) -> Model:
 
 
 @pytest.fixture(autouse=True)
-def mine(monkeypatch: pytest.MonkeyPatch) -> None:
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """What is measured here: a measure of each kind, one of them of this module's own."""
     monkeypatch.setitem(MEASURES, "mine", MINE)
+    return replace(PLAN, measures=["params", "eps_mse", "mine"], judges=Judges(own=(MINE,)))
 
 
 class Dying(Run):
@@ -65,13 +67,13 @@ class Dying(Run):
         return super().write(name, content)
 
 
-def process(kind: type[Run], model: Model, folder: Path) -> int:
+def process(kind: type[Run], model: Model, plan: Plan, folder: Path) -> int:
     """A process that takes part in a scan; its id."""
     if pid := os.fork():
         return pid
     try:
         with kind(folder, "scan", {}, {}, shared=True) as run:
-            Share(Scan(model, ARCHS, SHARED), run, Silent()).work()
+            Share(Scan(model, ARCHS, plan), run, Silent()).work()
         os._exit(0)
     except BaseException:
         os._exit(1)
@@ -89,12 +91,12 @@ def numbers(rows: list[Score]) -> dict[tuple[str, str], tuple[float, ...]]:
 
 
 @pytest.mark.parametrize("killed", [0, 2])
-def test_processes_share_a_scan_and_take_over_from_the_dead(model: Model, tmp_path: Path, killed: int) -> None:
+def test_processes_share_a_scan_and_take_over_from_the_dead(model: Model, plan: Plan, tmp_path: Path, killed: int) -> None:
     """The rows are those of a single process: the same batches by the same arithmetic, so within rounding."""
-    alone = numbers(scanned(model, ARCHS, SHARED))
-    doomed = [process(Dying, model, tmp_path / "run") for _ in range(killed)]
+    alone = numbers(scanned(model, ARCHS, plan))
+    doomed = [process(Dying, model, plan, tmp_path / "run") for _ in range(killed)]
     assert [exit_code(pid) for pid in doomed] == [-signal.SIGKILL] * killed
-    others = [process(Run, model, tmp_path / "run") for _ in range(2)]
+    others = [process(Run, model, plan, tmp_path / "run") for _ in range(2)]
     assert [exit_code(pid) for pid in others] == [0, 0]
     together = numbers([Score.from_json(row) for row in read_rows(tmp_path / "run", "scan")])
     assert together.keys() == alone.keys()
@@ -112,8 +114,8 @@ def race(of: Mapping[str, np.ndarray], n: int) -> Race:
 
 def test_a_race_gives_images_to_those_that_are_not_told_apart() -> None:
     noise = np.random.default_rng(0).normal(size=(8, 64))
-    level = [0, 0.05, 10, 20, 30, 40, 50, 60]
-    of = {f"mask {i}": level[i] + noise[i] for i in range(8)}
+    of = {f"mask {i}": 10 * i + noise[i] for i in range(8)}
+    of["mask 1"] = of["mask 0"] + np.resize([1.0, -1.0], 64)  # on average just as good
     wanted = race(of, 64).wanted
     assert {label for label, n in wanted.items() if n == 64} == {"mask 0", "mask 1"}
     assert {n for label, n in wanted.items() if label > "mask 1"} == {8}
@@ -138,8 +140,8 @@ def test_only_what_is_clear_of_its_neighbours_is_stopped(spread: float, n: int) 
             assert not stopped or not low <= 0 <= high
 
 
-def test_a_raced_scan_draws_and_scores_what_the_race_says(model: Model) -> None:
-    plan = replace(SHARED, measures=["mine"], protocol=replace(PLAN.protocol, n_images=16), batch_size=4)
+def test_a_raced_scan_draws_and_scores_what_the_race_says(model: Model, plan: Plan) -> None:
+    plan = replace(plan, measures=["mine"], protocol=replace(PLAN.protocol, n_images=16), batch_size=4)
     whole, run = scanned(model, ARCHS, plan), MemoryRun("scan", {}, {})
     share = Share(Scan(model, ARCHS, plan), run, Silent(), racing="mine")
     share.work()
