@@ -65,6 +65,20 @@ def compared(of: Mapping[str, Floats], n: int) -> dict[str, float]:
     return {"n": n, **saved, "alike": sum(apart), "apart": len(apart), "tau": tau or 0.0}
 
 
+def simulated(gap: float, n: int, races: int = 150) -> str:
+    """How often two removals that are `gap` standard deviations apart are called clear of one another, and the wrong way round."""
+    clear = wrong = 0
+    for seed in range(races):
+        draw = np.random.default_rng(seed)
+        of = {"better": draw.normal(size=n), "worse": gap + draw.normal(size=n)}
+        seen = raced(of, n)["better"]
+        clear += seen < n
+        wrong += bool(seen < n and of["worse"][:seen].mean() < of["better"][:seen].mean())
+    return (
+        f"two removals {gap} apart, {n} images at most: called clear in {clear / races:.1%}, the wrong way in {wrong / races:.1%}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unit", default="stage")
@@ -86,6 +100,8 @@ def main() -> None:
         alike = f"{row['alike']} of {row['apart']}"
         cells = (row["n"], row["all"], row["raced"], f"{row['saved']:.2f}", f"{row['tau']:.3f}", alike)
         print("|", " | ".join(map(str, cells)), "|")
+    for gap in (0.0, 0.35, 0.5):
+        print(simulated(gap, 64))
 
 
 if __name__ == "__main__":
