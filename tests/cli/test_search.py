@@ -29,7 +29,8 @@ from blockprune.reports.table import number
 from blockprune.runs import directory
 
 SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8", "--final-factor", "2", "--finalists", "2"]
-QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", "20", *SMALL]
+BY_ERROR = ["--objective", "guided_mse"]  # which takes no images
+QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", "20", *SMALL, *BY_ERROR]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def _best(folder: Path) -> dict[str, str]:
 def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(searched, tmp_path / "run")
     before = scored(searched)
-    args = [*QUICK[:5], "24", *SMALL, "--study-name", "run", "--out", tmp_path / "run"]
+    args = [*QUICK[:5], "24", *SMALL, *BY_ERROR, "--study-name", "run", "--out", tmp_path / "run"]
     assert cli("search", *args)[0] == 0
     after = scored(tmp_path / "run")
     assert len(after) == 24

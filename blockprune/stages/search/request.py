@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from blockprune.errors import UserError
 from blockprune.measures.measure import of_drawings
@@ -42,8 +44,9 @@ class SearchRequest(Shared, Measuring):
         commas=True,
     )
     objective: tuple[str, ...] = option(
-        ("guided_mse",),
-        f"what is made best, {', '.join(of_drawings())}; then what must hold, as in guided_mse,clip_score>=0.7",
+        (),
+        f"what is made best, {', '.join(of_drawings())}; then what must hold, as in guided_mse,clip_score>=0.7. Left out: "
+        "feature_distance where a detector is given or is the model's own, else guided_mse",
         SEARCH,
         commas=True,
     )
@@ -90,9 +93,15 @@ class SearchRequest(Shared, Measuring):
         None, "name of the study in the storage; that of --out when left out", SCALE, longest=LONGEST_NAME, compared=False
     )
 
+    def filled(self, defaults: Mapping[str, Any]) -> Self:
+        """With the objective that ranks students best by what they are worth after training (reports/after-training/table.md)."""
+        looked_at = self.detector or self.inception_weights or self.reference or defaults.get("detector")
+        objective = self.objective or ("feature_distance" if looked_at else "guided_mse",)
+        return replace(super().filled(defaults), objective=objective)
+
     @property
     def measure(self) -> str:
-        """What is made best."""
+        """What is made best, in a request that is filled."""
         return read_objective(self.objective)[0]
 
     @property
@@ -108,7 +117,8 @@ class SearchRequest(Shared, Measuring):
     def check(self) -> None:
         for text in self.budget:
             amount(text)
-        read_objective(self.objective)
+        if self.objective:
+            read_objective(self.objective)
         if not self.budget and not self.pareto:
             raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")
         if list(self.recover) != sorted(set(self.recover)):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from blockprune.cost.components import outside_params
 from blockprune.errors import UserError
 from blockprune.model import pretrained
+from blockprune.model.defaults import defaults_of
 from blockprune.model.graph import BlockGraph
 from blockprune.model.identity import identity
 from blockprune.model.trace import trace
@@ -52,15 +53,20 @@ class Solutions:
 
 
 def solve(request: SearchRequest) -> Solutions:
-    """The removal sets with the least sum of the scores in the run `request.from_scan` that hold the budgets."""
+    """The removal sets with the least sum of the scores in the run `request.from_scan` that hold the budgets.
+
+    Without an objective that of an earlier search, of a scan the one that a search would have."""
     if request.from_scan is None:
         raise UserError("--solve-only solves on the scores of an earlier run: give --from-scan, a scan or search directory")
+    source = Path(request.from_scan)
+    about = read_run(source)
+    if not request.objective and (theirs := about["asked"].get("objective")):
+        request = replace(request, objective=(theirs,))
+    request = request.filled(defaults_of(request.model))
     if request.bounds:
         raise UserError(
             f"--solve-only draws nothing, so it cannot hold {request.bounds[0].text}: give --objective {request.measure} alone"
         )
-    source, objective = Path(request.from_scan), request.measure
-    about = read_run(source)
     configs = pretrained.configs(request.model)
     latent = configs.latent(request.resolution)
     graph = trace(configs.unet, latent, configs.n_tokens)
@@ -70,6 +76,7 @@ def solve(request: SearchRequest) -> Solutions:
     problem = Problem(graph, request, outside)
     if problem.timed:
         raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")
+    objective = request.measure
     known = list(scores_in(source, objective))
     scored = {arch.key for _, arch, _ in known}
     unscored = [label for label, unit in problem.units.items() if unit.key not in scored]
