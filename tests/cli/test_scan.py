@@ -112,6 +112,21 @@ def test_workers_share_a_scan_two_of_them_killed(scanned: Path, tmp_path: Path) 
         assert ours[key]["n"] == row["n"]
 
 
+def test_a_raced_scan_says_so_and_a_search_takes_none_of_its_scores(cli: Cli, one_line: Callable[..., str], tmp_path: Path) -> None:
+    """A removal that draws clean digits and one that draws noise are told apart by the first images."""
+    measured = ["--racing", "feature_distance", "--measures", "feature_distance,clip_score"]
+    args = ["--arch", "mid_block.resnets.1", "--arch", "up_blocks.3.resnets.2", "--n-images", "16", "--steps", "2", *measured]
+    code, _, err = cli("scan", *args, "--out", tmp_path / "run")
+    assert code == 0, err
+    n = {(row["label"], row["measure"]): row["n"] for row in directory.read_rows(tmp_path / "run")}
+    assert set(n.values()) == {8, 16}
+    assert {label for (label, _), images in n.items() if images == 16} == {"full"}
+    assert "as long as their rank by `feature_distance` was open" in (tmp_path / "run" / "report.md").read_text()
+    searched = ["--budget", "75%params", "--objective", "feature_distance", "--n-images", "16", "--steps", "2"]
+    line = one_line("search", *searched, "--from-scan", tmp_path / "run", "--out", tmp_path / "search")
+    assert "was raced, so its feature_distance is not of all images: scan without --racing" in line
+
+
 def test_another_protocol_in_the_same_directory(scanned: Path, one_line: Callable[..., str]) -> None:
     changed = [*QUICK, "--batch-size", "2", "--cfg-scale", "5.5", "--out", scanned]
     line = one_line("scan", *changed)

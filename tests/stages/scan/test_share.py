@@ -55,8 +55,19 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     return replace(PLAN, measures=["params", "eps_mse", "mine"], judges=Judges(own=(MINE,)))
 
 
-class Dying(Run):
-    """A run whose process is killed just before it keeps its second part, while it holds a claim."""
+class Noting(Run):
+    """A run that notes beside it every part that is kept."""
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = super().write(name, content)
+        if name.startswith("parts/"):
+            with (self.path.parent / "parts.log").open("a", encoding="utf-8") as log:
+                log.write(f"{name}\n")
+        return path
+
+
+class Dying(Noting):
+    """One whose process is killed just before it keeps its second part, while it holds a claim."""
 
     n_parts = 0
 
@@ -92,12 +103,14 @@ def numbers(rows: list[Score]) -> dict[tuple[str, str], tuple[float, ...]]:
 
 @pytest.mark.parametrize("killed", [0, 2])
 def test_processes_share_a_scan_and_take_over_from_the_dead(model: Model, plan: Plan, tmp_path: Path, killed: int) -> None:
-    """The rows are those of a single process: the same batches by the same arithmetic, so within rounding."""
+    """No batch is done twice, and the rows are those of a single process: the same arithmetic, so within rounding."""
     alone = numbers(scanned(model, ARCHS, plan))
     doomed = [process(Dying, model, plan, tmp_path / "run") for _ in range(killed)]
     assert [exit_code(pid) for pid in doomed] == [-signal.SIGKILL] * killed
-    others = [process(Run, model, plan, tmp_path / "run") for _ in range(2)]
+    others = [process(Noting, model, plan, tmp_path / "run") for _ in range(2)]
     assert [exit_code(pid) for pid in others] == [0, 0]
+    kept = (tmp_path / "parts.log").read_text(encoding="utf-8").split()
+    assert sorted(kept) == sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").glob("parts/*/*.safetensors"))
     together = numbers([Score.from_json(row) for row in read_rows(tmp_path / "run", "scan")])
     assert together.keys() == alone.keys()
     for key, values in alone.items():
