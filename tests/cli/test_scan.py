@@ -121,7 +121,7 @@ def test_a_raced_scan_says_so_and_a_search_takes_none_of_its_scores(cli: Cli, on
     n = {(row["label"], row["measure"]): row["n"] for row in directory.read_rows(tmp_path / "run")}
     assert set(n.values()) == {8, 16}
     assert {label for (label, _), images in n.items() if images == 16} == {"full"}
-    assert "as long as their rank by `feature_distance` was open" in (tmp_path / "run" / "report.md").read_text()
+    assert "Removals got images as long as their rank by feature" in (tmp_path / "run" / "report.md").read_text()
     searched = ["--budget", "75%params", "--objective", "feature_distance", "--n-images", "16", "--steps", "2"]
     line = one_line("search", *searched, "--from-scan", tmp_path / "run", "--out", tmp_path / "search")
     assert "was raced, so its feature_distance is not of all images: scan without --racing" in line
