@@ -91,8 +91,8 @@ def scan(
 ) -> ScanResult:
     """Scores the teacher and every removal without retraining.
 
-    What is asked are the fields of `ScanRequest`, as keywords or as a `request`. With `out`, a run directory is written, and the
-    same call again resumes it.
+    What is asked are the fields of `ScanRequest`, as keywords or as a `request`. With `out`, a run directory is written, the same
+    call again resumes it, and several processes that are given the same one share the work; `workers` starts some.
 
     >>> import blockprune as bp
     >>> found = bp.scan(unit="stage", measures=["eps_mse"], eps_samples=4, progress=bp.Silent())

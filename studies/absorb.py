@@ -76,8 +76,8 @@ def changed(layer: nn.Module, w: Tensor, b: Tensor) -> Iterator[None]:
 def main(model: Model) -> list[dict[str, object]]:
     plan = plan_of(model, ScanRequest(measures=("eps_mse",)).filled(model.defaults), ["eps_mse"])
     samples = MeasureRunner(model, plan).noisy({})
-    answer = Answer(model.network, model.graph, samples, 0, samples.n, replay=False)
-    batch = replace(samples, seed=FIT_SEED).batch(0, samples.n, model.network)
+    answer = Answer(model.network, model.graph, samples, range(samples.n), replay=False)
+    batch = replace(samples, seed=FIT_SEED).batch(range(samples.n), model.network)
     fitter, rows = Fitter(model.network, model.graph, [batch]), []
     for name, last in before(model.graph):
         seen: dict[str, Tensor] = {}

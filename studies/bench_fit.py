@@ -96,7 +96,7 @@ def tiny(args: argparse.Namespace) -> dict[str, Any]:
     plan = plan_of(model, ScanRequest(measures=("eps_mse",)).filled(model.defaults), ["eps_mse"])
     samples = MeasureRunner(model, plan).noisy({})
     batch = NoisySamples(samples.latents, samples.condition, samples.schedule, args.samples, FIT_SEED).batch(
-        0, args.samples, model.network
+        range(args.samples), model.network
     )
     plain, rounds = Plain(model.network, model.graph, batch), []
     for r in range(args.rounds):

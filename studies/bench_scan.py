@@ -40,15 +40,17 @@ import torch
 from blockprune.measures.denoising import NoisySamples, denoising_errors
 from blockprune.measures.images import Judges
 from blockprune.measures.runner import Plan
-from blockprune.measures.score import Score
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import Model, load_model
-from blockprune.model.sampling import Protocol
+from blockprune.model.sampling import Protocol, batches_of
 from blockprune.model.trace import trace
+from blockprune.progress import Silent
+from blockprune.runs.memory import MemoryRun
 from blockprune.runs.provenance import made_with
 from blockprune.stages import loading
 from blockprune.stages.scan.scan import Scan
+from blockprune.stages.scan.share import Share
 
 MASKS = ("down_blocks.0.resnets.0", "down_blocks.2.attentions.1", "mid_block", "up_blocks.1.resnets.1", "up_blocks.3.attentions.2")
 GIB = 2**30
@@ -135,7 +137,9 @@ def ours(
     plan = Plan(["fid"], protocol, prompts, judges=replace(judges, scorer=None), batch_size=BATCH)
     removals = {label: arch for label, arch in archs.items() if arch}
     with watch.of(model.pipe, judges.detector):
-        return {r.label: r.value or 0.0 for r in Scan(model, removals, plan) if isinstance(r, Score)}
+        run = MemoryRun("scan", {}, {})
+        Share(Scan(model, removals, plan), run, Silent()).work()
+        return {row["label"]: row["value"] or 0.0 for row in run.rows()}
 
 
 def compare_scan(n_images: int, rounds: int) -> dict[str, Any]:
@@ -187,9 +191,10 @@ def compare_replay(n: int, rounds: int) -> dict[str, Any]:
         errors = {}
         for replay in (False, True):
             start = time.perf_counter()
-            errors[replay] = list(
-                denoising_errors(model.network, model.graph, model.graph.units("block"), samples, 64, replay=replay)
-            )
+            errors[replay] = [
+                denoising_errors(model.network, model.graph, model.graph.units("block"), samples, index, replay=replay)
+                for index in batches_of(samples.n, 64)
+            ]
             seconds[replay].append(time.perf_counter() - start)
         for plain, fast in zip(errors[False], errors[True], strict=True):
             for label, errors_of in plain.items():

@@ -26,7 +26,7 @@ from steps import Step
 from blockprune.data.digits import EMPTY, DigitScenes, exchanged
 from blockprune.measures.intervals import interval, mean_statistic
 from blockprune.runs.directory import Stored
-from blockprune.stages.evaluate.protocol import slug_of
+from blockprune.runs.parts import slug_of
 
 STRENGTHS = (0.3, 0.5, 0.8)
 STUDENT = "bk-sdm-small"

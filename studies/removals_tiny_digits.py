@@ -24,7 +24,7 @@ from blockprune.measures.fid_kid import fid_statistic
 from blockprune.measures.intervals import Statistic, mean_statistic, paired_interval
 from blockprune.model.architecture import Architecture
 from blockprune.model.model import load_model
-from blockprune.model.sampling import Protocol
+from blockprune.model.sampling import Protocol, batches_of
 from blockprune.runs.provenance import made_with
 from blockprune.stages import loading
 
@@ -45,7 +45,8 @@ class Scenes:
 
     def measure(self, arch: Architecture) -> dict[str, Statistic]:
         with self.model.removed(arch):
-            batches = [images for _, images in self.model.draw(self.protocol, *self.conditions, 64, lambda n: None)]
+            numbers = batches_of(self.protocol.n_images, 64)
+            batches = [self.model.draw(self.protocol, *self.conditions, index)[1] for index in numbers]
         images = torch.cat(batches)
         assert self.judges.detector
         assert self.judges.reference

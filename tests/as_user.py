@@ -31,3 +31,17 @@ def pictures(folder: Path, n: int, side: int = 32) -> Path:
     for i in range(n):
         Image.fromarray(draw.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
     return folder
+
+
+def workers_of(parent: int) -> list[int]:
+    """The worker processes of a command, by its process id."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            line = stat.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and b"spawn_main" in line:
+            found.append(int(stat.parent.name))
+    return found

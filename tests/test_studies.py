@@ -28,6 +28,7 @@ PLANS = {
     "personalise_tiny_digits.py": (["--out", OUT, "--reports", OUT], "blockprune personalise --model tiny-digits"),
     "predictors.py": (["--reports", OUT], "shared: 0 students are left"),
     "quality_tiny_digits.py": (["--out", OUT], "1000 scenes drawn in 10 steps"),
+    "racing.py": (["--out", OUT], "10 removals, 128 images each"),
     "removals_tiny_digits.py": (["--out", OUT], "every block removed by itself, 128 images each"),
     "report_screenshots.py": (["report.html", "--out", OUT], "report.html at 1280 and 390 pixels of width, light and dark"),
     "sd_folder.py": (["sd-v1-4", OUT], "1,032,071,623 random weights"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from blockprune.model.families import Condition, join, take
 from blockprune.model.fit import Fits, no_fits
 from blockprune.model.graph import BlockGraph
 from blockprune.model.replay import Recording
-from blockprune.model.sampling import guide, noise
+from blockprune.model.sampling import batches_of, guide, noise
 
 Floats = NDArray[np.float64]
 
@@ -46,15 +46,16 @@ class NoisySamples:
         where = torch.randperm(self.n, generator=draw) + torch.rand(self.n, generator=draw, dtype=torch.float64)
         return (where / self.n * self.schedule.config.num_train_timesteps).long()
 
-    def batch(self, start: int, stop: int, unet: UNet2DConditionModel) -> tuple[Tensor, Tensor, Condition]:
-        """(noisy latents, timesteps, condition) of samples start…stop-1, on the U-Net's device in its dtype.
+    def batch(self, index: Sequence[int], unet: UNet2DConditionModel) -> tuple[Tensor, Tensor, Condition]:
+        """(noisy latents, timesteps, condition) of the samples of these numbers, on the U-Net's device in its dtype.
 
         Guided samples have two rows each: first all without a prompt, then all with theirs.
         """
-        rows = torch.arange(start, stop) % len(self.latents)
+        numbers = torch.tensor(index)
+        rows = numbers % len(self.latents)
         clean = self.latents[rows].float().cpu()
-        t = self.timesteps[start:stop]
-        noisy = self.schedule.add_noise(clean, noise(clean.shape[1:], [self.seed + i for i in range(start, stop)]), t)
+        t = self.timesteps[numbers]
+        noisy = self.schedule.add_noise(clean, noise(clean.shape[1:], [self.seed + i for i in index]), t)
         condition = take(self.condition, rows)
         if self.blank is not None:
             noisy, t = torch.cat([noisy, noisy]), torch.cat([t, t])
@@ -63,7 +64,7 @@ class NoisySamples:
 
 
 class Answer:
-    """The teacher's answer to noisy samples start…stop-1, kept for comparison with any masked U-Net.
+    """The teacher's answer to the noisy samples of these numbers, kept for comparison with any masked U-Net.
 
     With `replay` the modules before the first removed block return what they returned in the teacher's pass; the numbers are those
     of a whole pass within rounding.
@@ -75,15 +76,14 @@ class Answer:
         unet: UNet2DConditionModel,
         graph: BlockGraph,
         samples: NoisySamples,
-        start: int,
-        stop: int,
+        index: Sequence[int],
         replay: bool = True,
         fits: Fits = no_fits,
     ) -> None:
         self.fits = fits
         self.unet, self.recording = unet, Recording(graph) if replay else None
         self.cfg_scale = samples.cfg_scale if samples.blank is not None else None
-        self.input = samples.batch(start, stop, unet)
+        self.input = samples.batch(index, unet)
         with self.recording.of(unet) if self.recording else nullcontext():
             self.output = self._forward(unet).float()
 
@@ -119,15 +119,13 @@ def denoising_errors(
     graph: BlockGraph,
     archs: Mapping[str, Architecture],
     samples: NoisySamples,
-    batch_size: int,
-    start: int = 0,
+    index: Sequence[int],
     replay: bool = True,
     fits: Fits = no_fits,
-) -> Iterator[dict[str, Floats]]:
-    """Per batch from sample `start` on: label => the errors (batch,) of every architecture. Keeps one batch at a time."""
-    for first in range(start, samples.n, batch_size):
-        answer = Answer(unet, graph, samples, first, min(first + batch_size, samples.n), replay, fits)
-        yield {label: answer.errors(arch) for label, arch in archs.items()}
+) -> dict[str, Floats]:
+    """label => the errors of every architecture on the samples of these numbers, which the teacher sees once."""
+    answer = Answer(unet, graph, samples, index, replay, fits)
+    return {label: answer.errors(arch) for label, arch in archs.items()}
 
 
 class Denoiser:
@@ -145,7 +143,8 @@ class Denoiser:
         keep_bytes: int = 2**31,
         fits: Fits = no_fits,
     ) -> None:
-        self._answer = lambda start, replay: Answer(unet, graph, samples, start, min(start + batch_size, samples.n), replay, fits)
+        self._batches = batches_of(samples.n, batch_size)
+        self._answer = lambda index, replay: Answer(unet, graph, samples, index, replay, fits)
         self.n, self.batch_size, self.keep_bytes = samples.n, batch_size, keep_bytes
         self._answers: list[Answer] = []
 
@@ -161,5 +160,5 @@ class Denoiser:
         n_batches = -(-min(n or self.n, self.n) // self.batch_size)
         while len(self._answers) < n_batches:
             replay = sum(a.mem_bytes for a in self._answers) < self.keep_bytes
-            self._answers.append(self._answer(len(self._answers) * self.batch_size, replay))
+            self._answers.append(self._answer(self._batches[len(self._answers)], replay))
         return self._answers[:n_batches]

@@ -82,7 +82,8 @@ def stack(batches: Iterable[Seen]) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def _statistic(name: str, seen: Seen, teacher: Seen, judges: Judges) -> Statistic:
+def statistic_of(name: str, seen: Seen, teacher: Seen, judges: Judges) -> Statistic:
+    """A measure of images as a statistic of what was seen of them, and of the teacher's; UserError for one that cannot be had."""
     about = measure(name)
     if about.compute is None:
         raise UserError(f"measure {name!r} is not computed from images: leave it out of --measures")
@@ -97,13 +98,13 @@ def judge(
     """A Score for each image measure, with its interval and, where there is a teacher, the paired difference to it."""
     n = len(next(iter(seen.values())))
     for name in measures:
-        statistic = _statistic(name, seen, seen if teacher is None else teacher, judges)
+        statistic = statistic_of(name, seen, seen if teacher is None else teacher, judges)
         value = float(statistic(np.arange(n)[None])[0])
         score = Score(arch, label, name, value, n, seed, *(intervals.interval(statistic, n, seed) or (None, None)))
         if teacher is None:
             yield score
             continue
-        base = _statistic(name, teacher, teacher, judges)
+        base = statistic_of(name, teacher, teacher, judges)
         below, above = intervals.paired_interval(statistic, base, n, seed) or (None, None)
         yield replace(score, delta=value - float(base(np.arange(n)[None])[0]), delta_low=below, delta_high=above)
 

@@ -42,8 +42,9 @@ class Measure:
     """One measure: its unit, whether "down" or "up" is better, its title in tables and figures.
 
     `kind` says what it is measured on: noisy samples, drawn images, the architecture itself, or a clock. `paired` ones compare with
-    the teacher sample by sample and are 0 for the teacher. `compute(seen, teacher's, judges)` gives a measure of images its
-    statistic; `look(images NCHW uint8, prompts) => (N,)` sees of each image what that needs, where the judges do not.
+    the teacher sample by sample and are 0 for the teacher; `biased` ones compare at one number of images only.
+    `compute(seen, teacher's, judges)` gives a measure of images its statistic; `look(images NCHW uint8, prompts) => (N,)` sees of
+    each image what that needs, where the judges do not.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Measure:
     paired: bool = False
     compute: Callable[[Seen, Seen, Any], Statistic] | None = None
     look: Callable[[Any, Any], NDArray[Any]] | None = None
+    biased: bool = False
 
     def __post_init__(self) -> None:
         if self.compute is not None and self.kind != "images":
@@ -138,14 +140,14 @@ def _mean(values: Any) -> Statistic:
 _KNOWN = (
     Measure("eps_mse", "", "down", "denoising error against the teacher", "denoising", paired=True),
     Measure("guided_mse", "", "down", "guided denoising error against the teacher", "denoising", ("guidance",), paired=True),
-    Measure("fid", "", "down", "FID", "images", ("reference", "detector"), compute=_fid),
+    Measure("fid", "", "down", "FID", "images", ("reference", "detector"), compute=_fid, biased=True),
     Measure("kid", "", "down", "KID", "images", ("reference", "reference features", "detector"), compute=_kid),
     Measure(
         "feature_distance", "", "down", "feature distance to the teacher's image", "images", ("detector",), True, _feature_distance
     ),
     Measure("clip_score", "cosine", "up", "CLIP score", "images", ("scorer",), compute=_clip_score),
     Measure("input_l1", "", "down", "L1 distance to the input image", "images", ("input",), compute=_input_l1),
-    Measure("is", "", "up", "Inception Score", "images", ("detector", "classes"), compute=_inception_score),
+    Measure("is", "", "up", "Inception Score", "images", ("detector", "classes"), compute=_inception_score, biased=True),
     Measure("dino", "cosine", "up", "DINO: cosine to the subject's images", "images", ("subject", "vision"), compute=_dino),
     Measure("clip_i", "cosine", "up", "CLIP-I: cosine to the subject's images", "images", ("subject", "scorer"), compute=_clip_i),
     Measure("clip_t", "cosine", "up", "CLIP-T: cosine to the prompt", "images", ("subject", "scorer"), compute=_clip_t),

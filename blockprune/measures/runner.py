@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.model.families import Condition
 from blockprune.model.fit import Fitter, at_a_time
 from blockprune.model.model import Model
-from blockprune.model.sampling import NotFinite, Protocol
+from blockprune.model.sampling import NotFinite, Protocol, batches_of, teacher_fails
 
 Arrays = dict[str, NDArray[Any]]
 Images = NDArray[np.uint8]
@@ -100,24 +100,34 @@ class MeasureRunner:
 
     def observe(self, arch: Architecture, label: str, n: int | None = None) -> tuple[Arrays, Images]:
         """What the judges see of the first `n` images (None: all), with their latents; and the first images. Raises NotFinite."""
-        plan, seen = self.plan, list[Arrays]()
-        protocol = replace(plan.protocol, n_images=min(n or plan.protocol.n_images, plan.protocol.n_images))
-        first: list[Images] = []
-        with self.model.removed(arch):
-            batches = self.model.draw(protocol, *self.conditions, plan.batch_size, lambda n: plan.tick(label, n))
-            for i, (latents, images) in enumerate(batches):
-                start = i * plan.batch_size
-                look = plan.judges.look(images, self.prompts[start : start + len(images)])
-                seen.append({**look, "latents": latents.float().cpu().numpy()})
-                first += list(images.permute(0, 2, 3, 1).numpy())[: max(0, plan.n_pictures - len(first))]
+        plan, seen, first = self.plan, list[Arrays](), list[Images]()
+        n_images = min(n or plan.protocol.n_images, plan.protocol.n_images)
+        for _, arrays, images in self.look(arch, label, batches_of(n_images, plan.batch_size)):
+            seen.append(arrays)
+            first += list(images)[: max(0, plan.n_pictures - len(first))]
         return stack(seen), np.stack(first)
+
+    def look(
+        self, arch: Architecture, label: str, batches: Iterable[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], Arrays, Images]]:
+        """Of each batch of numbers: these, what the judges see of its images, with their latents, and (N, H, W, 3) the images.
+
+        The next batch is asked for when what was seen of the last has been taken. Raises NotFinite.
+        """
+        plan = self.plan
+        with self.model.removed(arch):
+            for index in batches:
+                latents, images = self.model.draw(plan.protocol, *self.conditions, index)
+                seen = plan.judges.look(images, [self.prompts[i] for i in index])
+                yield index, {**seen, "latents": latents.float().cpu().numpy()}, images.permute(0, 2, 3, 1).numpy()
+                plan.tick(label, len(index))
 
     def teacher(self) -> tuple[Arrays, Images]:
         """`observe` of the teacher itself; UserError when it gives no finite images."""
         try:
             return self.observe(Architecture(), FULL)
         except NotFinite as err:
-            raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
+            raise teacher_fails(err) from None
 
     def noisy(self, teacher: Arrays, name: str = "eps_mse") -> NoisySamples:
         """The samples of a denoising error: of the plan's clean latents, else of what the teacher drew."""
@@ -131,26 +141,8 @@ class MeasureRunner:
         model, samples = self.model, self.noisy(teacher)
         samples = replace(samples, seed=samples.seed + FIT_SEED)
         size = at_a_time(samples.n, model.latent, self.plan.batch_size)
-        starts = range(0, samples.n, size)
-        batches = [samples.batch(start, min(start + size, samples.n), model.network) for start in starts]
+        batches = [samples.batch(index, model.network) for index in batches_of(samples.n, size)]
         return Fitter(model.network, model.graph, batches)
-
-
-def check_kept(name: str, arrays: Arrays, wanted: Mapping[str, tuple[int, ...] | None], n: int | None = None) -> Arrays:
-    """The arrays of a part of an earlier attempt, or UserError.
-
-    It has those that are wanted, a row for each sample, of `n` samples (None: any number) and of that shape (None: any).
-    """
-    lengths = sorted({len(a) for a in arrays.values()})
-    if missing := sorted(wanted.keys() - arrays.keys()):
-        why = f"it lacks {missing[0]!r}"
-    elif len(lengths) != 1 or lengths[0] != (lengths[0] if n is None else n):
-        why = f"it has {' and '.join(map(str, lengths)) or 'no'} rows{'' if n is None else f' in place of {n}'}"
-    elif odd := [k for k, shape in wanted.items() if shape is not None and arrays[k].shape[1:] != shape]:
-        why = f"{odd[0]!r} is of shape {arrays[odd[0]].shape}"
-    else:
-        return arrays
-    raise UserError(f"the part parts/{name}.safetensors is damaged ({why}): delete it and run the same command again")
 
 
 def error_score(name: str, arch: Architecture, label: str, errors: NDArray[np.float64], seed: int) -> Score:

@@ -103,11 +103,9 @@ class Model:
         """The network's condition for each prompt, and the one-row condition of no prompt that guidance starts from."""
         return sampling.encode(self.pipe, prompts, self.latent)
 
-    def draw(
-        self, protocol: Protocol, condition: Condition, blank: Condition, batch_size: int, tick: Callable[[int], None]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(latents, images NCHW uint8) batch by batch, image i from condition row i (cycled) and seed `protocol.seed + i`."""
-        return sampling.draw(self.pipe, protocol, condition, blank, batch_size, tick)
+    def draw(self, protocol: Protocol, condition: Condition, blank: Condition, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(latents, images NCHW uint8), image i from condition row i (cycled) and seed `protocol.seed + i`. Raises NotFinite."""
+        return sampling.draw(self.pipe, protocol, condition, blank, index)
 
     def images(self, protocol: Protocol, condition: Condition, blank: Condition, seeds: Sequence[int]) -> Tensor:
         """Images NCHW uint8, one for each row of `condition`, each from a seed of its own. Raises NotFinite."""

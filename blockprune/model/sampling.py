@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,11 @@ from blockprune.model.schedulers import MAX_SEED, SCHEDULERS
 
 class NotFinite(ArithmeticError):
     """The U-Net or the decoder gave NaN or infinity."""
+
+
+def teacher_fails(err: NotFinite) -> UserError:
+    """What a user is told when it is the teacher's."""
+    return UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32")
 
 
 @dataclass(frozen=True)
@@ -191,18 +196,15 @@ def upcast(vae: AutoencoderKL) -> Iterator[None]:
 
 
 def draw(
-    pipe: DiffusionPipeline,
-    protocol: Protocol,
-    condition: Condition,
-    blank: Condition,
-    batch_size: int,
-    tick: Callable[[int], None],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(latents, images NCHW uint8) batch by batch, image i from prompt i and seed `protocol.seed + i`; `tick` hears of each."""
+    pipe: DiffusionPipeline, protocol: Protocol, condition: Condition, blank: Condition, index: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(latents, images NCHW uint8) of these numbers, image i from prompt i and seed `protocol.seed + i`. Raises NotFinite."""
     n_prompts = condition["encoder_hidden_states"].shape[0]
-    for start in range(0, protocol.n_images, batch_size):
-        index = range(start, min(start + batch_size, protocol.n_images))
-        rows = take(condition, torch.tensor([i % n_prompts for i in index]))
-        latents = denoise(pipe, protocol, rows, blank, [protocol.seed + i for i in index])
-        yield latents, decode(pipe, latents)
-        tick(len(index))
+    rows = take(condition, torch.tensor([i % n_prompts for i in index]))
+    latents = denoise(pipe, protocol, rows, blank, [protocol.seed + i for i in index])
+    return latents, decode(pipe, latents)
+
+
+def batches_of(n: int, size: int) -> list[range]:
+    """Numbers 0 to n - 1 in batches of at most `size`."""
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from blockprune.reports.timesteps import timestep_rows
 from blockprune.reports.view import ScanView, ranking
 from blockprune.runs import Readable, parts
 from blockprune.runs.reading import images_of, rows_of
+from blockprune.runs.series import Series
 
 
 def scan_view(run: Readable, unread: list[str] | None = None) -> ScanView:
@@ -35,16 +36,16 @@ def scan_view(run: Readable, unread: list[str] | None = None) -> ScanView:
         images=pictures(run, archs, len(prompts), unread),
         prompts=prompts,
         timesteps=known["timestep"] if known else None,
-        errors={measure: _errors(run, measure) for measure in names("denoising")} if known else {},
+        errors=_errors(run, list(archs)[1:], len(known["timestep"])) if known else {},
     )
 
 
-def _errors(run: Readable, measure: str) -> dict[str, NDArray[np.float64]]:
-    """Label => (n,) the denoising error of each sample, of all parts that the run keeps."""
-    found = list[parts.Arrays]()
-    while part := parts.recall_arrays(run, f"{measure}-{len(found):05d}"):
-        found.append(part)
-    return {label: np.concatenate([part[label] for part in found]) for label in (found[0] if found else ())}
+def _errors(run: Readable, removals: Sequence[str], n: int) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Measure => removal => (n,) the denoising error of each sample, where all are there."""
+    kept = {measure: Series(run, measure, n) for measure in names("denoising")}
+    shape = {"errors": (len(removals),)}
+    seen = {m: parts.check_kept(f"parts/{of.slug}", of.seen(), shape, n)["errors"] for m, of in kept.items() if not of.missing()}
+    return {measure: dict(zip(removals, errors.T, strict=True)) for measure, errors in seen.items()}
 
 
 def pictures(run: Readable, archs: Mapping[str, Architecture], n: int, unread: list[str] | None) -> dict[str, NDArray[np.uint8]]:

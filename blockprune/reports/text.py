@@ -306,6 +306,8 @@ def caveats(view: ScanView) -> list[str]:
     detector = view.protocol.get("detector")
     if detector and seen:
         lines.append(f"Features come from the detector {escaped(detector)}; numbers of another detector do not compare.")
+    if racing := view.protocol.get("racing"):
+        lines.append(f"Removals got images as long as their rank by {escaped(racing)} was open: n differs, and is in `scan.csv`.")
     if {"latency", "latency_ratio"} & set(view.measures):
         machine = view.protocol.get("machine") or view.protocol.get("processor")
         where = escaped(machine) if machine else "a machine that the protocol does not name"

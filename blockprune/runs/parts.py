@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ from blockprune.runs.memory import MemoryRun
 
 Arrays = dict[str, NDArray[Any]]
 INPUTS = "inputs"  # what the images of an evaluation were made from, under this label among its settings
+
+
+def slug_of(label: str) -> str:
+    """A label as a file name."""
+    return re.sub(r"[^a-z0-9.+]+", "-", label.lower())
 
 
 def paired_label(label: str) -> str:
@@ -49,6 +55,23 @@ def _arrays(file: str, data: bytes) -> Arrays:
     if len(lengths) != 1 or lengths == {()} or not all(np.issubdtype(a.dtype, np.number) for a in arrays.values()):
         raise UserError(f"the part {file} is damaged (its arrays are not numbers, a row for each sample): {MAKE_AGAIN}")
     return arrays
+
+
+def check_kept(place: str, arrays: Arrays, wanted: Mapping[str, tuple[int, ...] | None], n: int | None = None) -> Arrays:
+    """The arrays that an earlier attempt left at a place in the run, or UserError.
+
+    It has those that are wanted, a row for each sample, of `n` samples (None: any number) and of that shape (None: any).
+    """
+    lengths = sorted({len(a) for a in arrays.values()})
+    if missing := sorted(wanted.keys() - arrays.keys()):
+        why = f"it lacks {missing[0]!r}"
+    elif len(lengths) != 1 or lengths[0] != (lengths[0] if n is None else n):
+        why = f"it has {' and '.join(map(str, lengths)) or 'no'} rows{'' if n is None else f' in place of {n}'}"
+    elif odd := [k for k, shape in wanted.items() if shape is not None and arrays[k].shape[1:] != shape]:
+        why = f"{odd[0]!r} is of shape {arrays[odd[0]].shape}"
+    else:
+        return arrays
+    raise UserError(f"the part {place} is damaged ({why}): {MAKE_AGAIN}")
 
 
 def keep_picture(run: Run | MemoryRun, arch: Architecture, images: NDArray[np.uint8]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from blockprune.model.defaults import MOST_BATCH, MOST_GUIDANCE, MOST_IMAGES, MOST_SAMPLES, MOST_STEPS
@@ -24,6 +25,13 @@ class OnModel(Request):
     resolution: str | None = option(None, "image size in pixels, 512 or HEIGHTxWIDTH; the model's own when left out", MODEL)
     device: str | None = option(None, "cpu, cuda, cuda:1 …; cuda where there is one when left out", SCALE, compared=False)
     dtype: str = option("float32", "precision of the weights", MODEL, choices=DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared(OnModel):
+    """Work on a model that several processes share."""
+
+    workers: int = option(1, "processes on this machine", SCALE, least=1, most=max(16, 2 * (os.cpu_count() or 1)), compared=False)
 
 
 @dataclass(frozen=True, kw_only=True)

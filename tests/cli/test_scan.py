@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from as_user import pictures, run
+from as_user import pictures, run, workers_of
 from conftest import Cli
 
 from blockprune.measures import fid_kid
@@ -91,6 +91,42 @@ def test_killed_and_started_again_ends_with_the_same_rows(scanned: Path, tmp_pat
     assert rows_of(tmp_path / "run") == rows_of(scanned)
 
 
+@pytest.mark.slow
+def test_workers_share_a_scan_two_of_them_killed(scanned: Path, tmp_path: Path) -> None:
+    """Two workers of three die at their work; the third takes over, and the rows are those of a single process, within rounding."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "blockprune", "scan", *QUICK, "--workers", "3", "--out", str(out)]
+    scan = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while scan.poll() is None and not any(out.glob("parts/*/*.safetensors")):
+        time.sleep(0.05)
+    for victim in workers_of(scan.pid)[:2]:
+        os.kill(victim, signal.SIGKILL)
+    text, _ = scan.communicate(timeout=1200)
+    assert scan.returncode == 0, text
+    assert text.count("others take over its work") == 2
+    ours, theirs = ({(r["label"], r["measure"]): r for r in rows_of(folder)} for folder in (out, scanned))
+    assert len(ours) == len(rows_of(out))
+    assert ours.keys() == theirs.keys()
+    for key, row in theirs.items():
+        assert ours[key]["value"] == pytest.approx(row["value"], rel=1e-3, abs=1e-6), key
+        assert ours[key]["n"] == row["n"]
+
+
+def test_a_raced_scan_says_so_and_a_search_takes_none_of_its_scores(cli: Cli, one_line: Callable[..., str], tmp_path: Path) -> None:
+    """A removal that draws clean digits and one that draws noise are told apart by the first images."""
+    measured = ["--racing", "feature_distance", "--measures", "feature_distance,clip_score"]
+    args = ["--arch", "mid_block.resnets.1", "--arch", "up_blocks.3.resnets.2", "--n-images", "16", "--steps", "2", *measured]
+    code, _, err = cli("scan", *args, "--out", tmp_path / "run")
+    assert code == 0, err
+    n = {(row["label"], row["measure"]): row["n"] for row in directory.read_rows(tmp_path / "run")}
+    assert set(n.values()) == {8, 16}
+    assert {label for (label, _), images in n.items() if images == 16} == {"full"}
+    assert "Removals got images as long as their rank by feature" in (tmp_path / "run" / "report.md").read_text()
+    searched = ["--budget", "75%params", "--objective", "feature_distance", "--n-images", "16", "--steps", "2"]
+    line = one_line("search", *searched, "--from-scan", tmp_path / "run", "--out", tmp_path / "search")
+    assert "was raced, so its feature_distance is not of all images: scan without --racing" in line
+
+
 def test_another_protocol_in_the_same_directory(scanned: Path, one_line: Callable[..., str]) -> None:
     changed = [*QUICK, "--batch-size", "2", "--cfg-scale", "5.5", "--out", scanned]
     line = one_line("scan", *changed)
@@ -132,6 +168,12 @@ def test_bad_architectures(one_line: Callable[..., str], tmp_path: Path, arch: s
         (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--resolution", "33"], "multiple of"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--racing", "vibes"], "unknown measure 'vibes'"),
+        (["--racing", "fid"], "--racing cannot go by fid: choose from kid, feature_distance, clip_score"),
+        (["--racing", "eps_mse"], "--racing cannot go by eps_mse"),
+        (["--racing", "kid", "--measures", "kid,fid"], "measure 'fid' is biased by the number of images"),
+        (["--racing", "kid", "--measures", "clip_score"], "--racing kid goes by what is measured: add kid to --measures"),
     ],
 )
 def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str) -> None:

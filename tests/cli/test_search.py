@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import tiny
-from as_user import run, run_in_own_process
+from as_user import run, run_in_own_process, workers_of
 from conftest import Cli
 
 from blockprune.cost import latency
@@ -496,7 +496,7 @@ def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Pat
     for host, out in zip(hosts, outs, strict=True):
         while host.poll() is None and len(directory.read_rows(out) if (out / "run.json").exists() else []) < 2:
             time.sleep(0.05)
-        victim = next(iter(_workers(host.pid)), None)
+        victim = next(iter(workers_of(host.pid)), None)
         assert victim, host.communicate()[0]
         os.kill(victim, signal.SIGKILL)
     texts = [host.communicate(timeout=600)[0].decode() for host in hosts]
@@ -511,17 +511,3 @@ def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Pat
     assert len(alone) >= int(n) - 1  # a trial less is an exact solution less; a proposal takes its place
     assert {key: found[key] for key in alone} == pytest.approx(alone)
     assert min(alone, key=alone.__getitem__) == min(alone, key=found.__getitem__)
-
-
-def _workers(parent: int) -> list[int]:
-    """The worker processes of a search, by its process id."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            line = stat.with_name("cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and b"spawn_main" in line:
-            found.append(int(stat.parent.name))
-    return found

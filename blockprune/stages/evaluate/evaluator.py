@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockprune.data.image_files import as_stored, file_bytes, pixels
-from blockprune.errors import UserError
 from blockprune.measures.images import Judges
 from blockprune.model.model import Model
 from blockprune.model.sampling import Protocol
@@ -89,15 +88,3 @@ def _known(file: bytes | None) -> Tensor | None:
         return None if file is None else pixels(file)
     except (OSError, SyntaxError, ValueError):
         return None
-
-
-def in_order(parts: Iterable[Arrays]) -> Arrays:
-    """What was seen of all images in the order of their numbers, without the numbers."""
-    rows = list(parts)
-    forms = [{name: values.shape[1:] for name, values in row.items()} for row in rows]
-    if any(form != forms[0] for form in forms) or len({*np.concatenate([row["index"] for row in rows])}) < sum(
-        len(row["index"]) for row in rows
-    ):
-        raise UserError("the parts of a setting do not belong together: delete its folder in parts/ and run the same command again")
-    order = np.argsort(np.concatenate([row["index"] for row in rows]))
-    return {name: np.concatenate([row[name] for row in rows])[order] for name in rows[0] if name != "index"}

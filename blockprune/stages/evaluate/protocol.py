@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -14,6 +13,7 @@ from blockprune.assets import ASSETS
 from blockprune.decode import read_named_toml
 from blockprune.errors import UserError
 from blockprune.measures.measure import MEASURES, measure
+from blockprune.runs.parts import slug_of
 
 PROTOCOLS = ASSETS / "protocols"
 IMAGES = ("png", "jpeg")
@@ -131,11 +131,6 @@ class Setting:
         if self.strength is None:  # as runs of earlier versions have it, which go on
             del known["strength"]
         return {"label": self.label, **known}
-
-
-def slug_of(label: str) -> str:
-    """A label as a file name."""
-    return re.sub(r"[^a-z0-9.+]+", "-", label.lower())
 
 
 def grid(

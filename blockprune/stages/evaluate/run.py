@@ -14,21 +14,21 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from blockprune.cost.latency import weight_bytes
-from blockprune.errors import UserError
 from blockprune.export.runtimes.network import in_runtime
 from blockprune.measures.images import failed, judge
 from blockprune.measures.measure import names
 from blockprune.measures.score import Score
 from blockprune.model.model import Model
-from blockprune.model.sampling import NotFinite
+from blockprune.model.sampling import NotFinite, teacher_fails
 from blockprune.progress import Listener
 from blockprune.runs import AnyClaims, AnyRun, open_run, parts
+from blockprune.runs.parts import slug_of
+from blockprune.runs.series import Series, keep_seen
 from blockprune.stages.evaluate import timing
 from blockprune.stages.evaluate.evaluator import Drawn, Evaluator
 from blockprune.stages.evaluate.plan import EvaluationPlan, plan_of
-from blockprune.stages.evaluate.protocol import Setting, slug_of
+from blockprune.stages.evaluate.protocol import Setting
 from blockprune.stages.evaluate.request import EvaluateRequest
-from blockprune.stages.evaluate.series import Series
 from blockprune.stages.evaluate.teacher import Teacher
 from blockprune.stages.evaluate.work import counted
 from blockprune.stages.outline import outlined, say_how_long
@@ -97,11 +97,11 @@ class Share:
                 time.sleep(POLL_S)
 
     def _draw_of_teacher(self, teacher: Model, setting: Setting, series: Series) -> bool:
-        with self.run.claims(_claims(series)) as claims:
+        with self.run.claims(series.claims) as claims:
             try:
                 return self._draw(teacher, lambda: teacher.network, setting, series, claims)
             except NotFinite as err:
-                raise UserError(f"the teacher itself fails: {err}; check its weights or use --dtype float32") from None
+                raise teacher_fails(err) from None
 
     def work(self) -> None:
         """Ends when every setting has its scores, by this process or another."""
@@ -132,14 +132,14 @@ class Share:
     def step(self, setting: Setting) -> bool:
         """Does what there is to do for a setting now; False when that is nothing."""
         series = self.series(setting.label)
-        with self.run.claims(_claims(series)) as claims:
+        with self.run.claims(series.claims) as claims:
             try:
                 if self._draw(self.plan.model, partial(self.computed, setting), setting, series, claims):
                     return True
             except NotFinite as err:
                 self._fail(setting, str(err))
                 return True
-            if series.missing() or not claims.take(1, lambda: [series.n_images] if self.missing_measures(setting) else []):
+            if series.missing() or not claims.take(1, lambda: [series.n] if self.missing_measures(setting) else []):
                 return False
             self._score(setting, series)
             return True
@@ -158,7 +158,7 @@ class Share:
         with model.running(network()):
             for record in evaluator.look(setting, itertools.chain([first], batches), series.file):
                 if not isinstance(record, Drawn):
-                    parts.keep_arrays(self.run, f"{series.slug}/{record.arrays['index'][0]:06d}", record.arrays)
+                    keep_seen(self.run, series, record.arrays)
                 elif plan.request.save_images or record.index < N_PICTURES:
                     self.run.write(series.path(record.index), record.file)
         return True
@@ -176,9 +176,9 @@ class Share:
         if "weight_bytes" in missing:
             self._keep(setting, [Score(*row, "weight_bytes", weight_bytes(self.network(setting)), 0, seed)])
         teacher = None if plan.teacher is None else self._of_teacher(plan.teacher, setting)
-        self.run.write(f"images/{series.slug}.png", series.strip())
+        self.run.write(f"images/{series.slug}.png", series.strip(N_PICTURES))
         if teacher is not None:
-            self.run.write(f"images/{slug_of(parts.paired_label(setting.label))}.png", teacher.strip())
+            self.run.write(f"images/{slug_of(parts.paired_label(setting.label))}.png", teacher.strip(N_PICTURES))
         if plan.inputs is not None:
             self.run.write(f"images/{slug_of(parts.INPUTS)}.png", parts.strip_png(plan.inputs.first(N_PICTURES)))
         of_images = [name for name in missing if name in names("images")]
@@ -200,7 +200,3 @@ class Share:
         return (
             [] if any(row["error"] for row in rows) else [m for m in ("weight_bytes", *self.plan.request.measures) if m not in have]
         )
-
-
-def _claims(series: Series) -> str:
-    return f"parts/{series.slug}/.claims"

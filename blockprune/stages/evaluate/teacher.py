@@ -18,9 +18,9 @@ from blockprune.model.identity import identity
 from blockprune.model.model import Model, load_model
 from blockprune.model.pretrained import ALIASES
 from blockprune.runs.directory import Stored, differences
+from blockprune.runs.series import Series
 from blockprune.stages.evaluate.protocol import Setting
 from blockprune.stages.evaluate.request import EvaluateRequest
-from blockprune.stages.evaluate.series import Series
 from blockprune.stages.evaluate.subject import Subject
 
 ALIKE = "evaluate the teacher by the same command, or leave out --teacher"

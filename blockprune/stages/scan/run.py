@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,71 @@ from blockprune.model import presets
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
-from blockprune.progress import Listener
-from blockprune.runs import AnyRun, open_run, parts
+from blockprune.progress import Listener, Silent
+from blockprune.runs import AnyRun, open_run
 from blockprune.runs.provenance import fingerprint, made_with
 from blockprune.stages.plan import pictured, plan_of, terms
 from blockprune.stages.scan.request import ScanRequest
-from blockprune.stages.scan.scan import Part, Picture, Scan, speed_measures
+from blockprune.stages.scan.scan import Scan, speed_measures
+from blockprune.stages.scan.share import Share, say
+from blockprune.stages.workers import own_model, started
 
 
 def scan(model: Model, request: ScanRequest, out: Path | None, progress: Listener) -> AnyRun:
-    """Scores what is asked and has no row yet, and returns the run with its rows; `out` None keeps it in memory."""
+    """Scores what is asked and has no row yet, together with other processes that were given the same `out`; returns the run.
+
+    `out` None keeps it in memory.
+    """
     request = request.filled(model.defaults)
     archs = removals(model.graph, request)
-    plan = plan_of(model, request, request.measures)
-    run = open_run(out, "scan", *_about(model, request, plan, archs))
+    plan = _plan(model, request, progress)
+    _check(request, plan, out)
+    run = open_run(out, "scan", *_about(model, request, plan, archs), shared=True)
     with run, model.undisturbed():
-        _work(run, model, request, archs, plan, progress)
+        share = Share(Scan(model, archs, plan, label_of(request.base) if request.base else ""), run, progress, request.racing)
+        _announce(progress, plan, share.race.wanted, {(row["label"], row["measure"]) for row in run.rows()})
+        if request.workers > 1 and out is not None:
+            _follow(run, started(request.workers, partial(_share, request, out), progress), progress)
+        share.work(request.by_timestep)
     return run
+
+
+def _plan(model: Model, request: ScanRequest, progress: Listener) -> Plan:
+    """What is measured; under --racing, where no measures are named, none that is biased by the number of images."""
+    plan = plan_of(model, request, request.measures)
+    fair = [name for name in plan.measures if not (request.racing and measure(name).biased)]
+    return replace(plan, measures=fair, tick=progress.tick)
+
+
+def _check(request: ScanRequest, plan: Plan, out: Path | None) -> None:
+    """Raises UserError for workers that cannot meet, or that do not know a measure, and for a race by what is not measured."""
+    if request.workers > 1 and out is None:
+        raise UserError("--workers needs a run directory where they meet: give --out")
+    if request.workers > 1 and plan.judges.own:
+        raise UserError(f"--workers does not know the measure {plan.judges.own[0].name!r} of this process: leave one of them out")
+    if request.racing and request.racing not in plan.measures:
+        raise UserError(f"--racing {request.racing} goes by what is measured: add {request.racing} to --measures")
+
+
+def _follow(run: AnyRun, steps: Iterator[None], progress: Listener) -> None:
+    """Tells of the rows that other processes write, and counts what they are of."""
+    told, drawn = len(run.rows()), set[str]()
+    for _ in itertools.chain(steps, [None]):
+        rows = [Score.from_json(row) for row in run.rows()]
+        for score in rows[told:]:
+            say(progress, score)
+            kind = measure(score.measure).kind
+            if kind == "denoising":
+                progress.tick(score.measure, score.n)
+            elif kind == "images" and score.label not in drawn:
+                progress.tick(score.label, score.n)
+                drawn.add(score.label)
+        told = len(rows)
+
+
+def _share(request: ScanRequest, out: Path, number: int) -> None:
+    """A worker process: the same command with one worker."""
+    scan(own_model(request, number), replace(request, workers=1), out, Silent())
 
 
 def removals(graph: BlockGraph, request: ScanRequest) -> dict[str, Architecture]:
@@ -95,36 +145,11 @@ def _about(model: Model, request: ScanRequest, plan: Plan, archs: Mapping[str, A
     }
 
 
-def _work(
-    run: AnyRun, model: Model, request: ScanRequest, archs: Mapping[str, Architecture], plan: Plan, progress: Listener
-) -> None:
-    done = {(row["label"], row["measure"]) for row in run.rows()}
-    _announce(progress, plan, archs, done)
-    recall, base = (lambda name: parts.recall_arrays(run, name)), label_of(request.base) if request.base else ""
-    for record in Scan(model, archs, replace(plan, tick=progress.tick), done, recall, base, request.by_timestep):
-        if isinstance(record, Part):
-            parts.keep_arrays(run, record.name, record.arrays)
-        elif isinstance(record, Picture):
-            parts.keep_picture(run, archs.get(record.label, Architecture()), record.images)
-        else:
-            run.append(record.to_json())
-            _say(progress, record)
-
-
-def _announce(progress: Listener, plan: Plan, archs: Mapping[str, Architecture], done: set[tuple[str, str]]) -> None:
-    """Says what is left to do: samples of denoising errors, timings, images."""
-    progress.plan({name: plan.n_noisy * len(archs) for name in plan.denoising_measures}, "samples")
+def _announce(progress: Listener, plan: Plan, n_images: Mapping[str, int], done: set[tuple[str, str]]) -> None:
+    """Says what is left to do: samples, images, timings. Each removal gets so many images, as far as is known."""
+    progress.plan({name: plan.n_noisy * len(n_images) for name in plan.denoising_measures}, "samples")
+    images = {FULL: plan.protocol.n_images, **n_images}
+    left = {label: n for label, n in images.items() if any((label, m) not in done for m in plan.image_measures)}
+    progress.plan(left, "images", "images")
     if "latency" in plan.measures:
-        n_timings = sum((label, speed_measures(label)[0]) not in done for label in (FULL, *archs))
-        progress.plan({"latency": n_timings}, "timings")
-    left = [label for label in (FULL, *archs) if any((label, m) not in done for m in plan.image_measures)]
-    progress.plan(dict.fromkeys(left, plan.protocol.n_images), "images", "images")
-
-
-def _say(progress: Listener, score: Score) -> None:
-    """One line for each row that took work to get."""
-    if score.error:
-        progress.say(f"{score.label}: {score.measure} failed: {score.error}", "red")
-    elif score.measure in ("eps_mse", "fid"):
-        spread = f" ({score.low:.4g} to {score.high:.4g})" if score.low is not None and score.high is not None else ""
-        progress.say(f"{score.label}: {score.measure} {score.value:.4g}{spread}")
+        progress.plan({"latency": sum((label, speed_measures(label)[0]) not in done for label in images)}, "timings")

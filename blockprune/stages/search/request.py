@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -13,7 +12,7 @@ from blockprune.model.architecture import FITS
 from blockprune.model.defaults import MOST_BATCH
 from blockprune.model.graph import CONVENTIONS
 from blockprune.request import LONGEST_NAME, option
-from blockprune.stages.fields import REMOVE, SCALE, Measuring, OnModel
+from blockprune.stages.fields import REMOVE, SCALE, Measuring, Shared
 from blockprune.stages.search.bounds import Bound, read_objective
 from blockprune.stages.search.budget import check_budget
 
@@ -24,7 +23,7 @@ MOST_OF_A_FINALIST = 10**6  # samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchRequest(OnModel, Measuring):
+class SearchRequest(Shared, Measuring):
     """Which removal set is sought, under which budgets, and how hard."""
 
     budget: tuple[str, ...] = option(
@@ -90,7 +89,6 @@ class SearchRequest(OnModel, Measuring):
     )
     recover_batch_size: int = option(8, "images of each such update", RECOVERY, least=1, most=MOST_BATCH)
     train_data: str | None = option(None, "training pairs for --recover: see `blockprune distill --data`", RECOVERY)
-    workers: int = option(1, "processes on this machine", SCALE, least=1, most=max(16, 2 * (os.cpu_count() or 1)), compared=False)
     storage: str | None = option(
         None, "Optuna storage URL, such as postgresql://…, shared by hosts; in --out when left out", SCALE, compared=False
     )

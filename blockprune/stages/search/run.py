@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from blockprune.cost import latency
-from blockprune.errors import UserError, explanation, redacted
+from blockprune.errors import UserError
 from blockprune.measures.images import failed, judge
 from blockprune.measures.measure import measure
 from blockprune.measures.runner import FULL, MeasureRunner
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
-from blockprune.model.device import device_of
-from blockprune.model.model import Model, load_model
+from blockprune.model.model import Model
 from blockprune.model.sampling import NotFinite
 from blockprune.progress import Listener, duration
 from blockprune.runs import AnyRun, open_run, parts
@@ -33,7 +27,7 @@ from blockprune.runs.provenance import made_with
 from blockprune.runs.records import Evaluation
 from blockprune.runs.schema import RUNS
 from blockprune.stages.plan import pictured, possible
-from blockprune.stages.scan.scan import Scan
+from blockprune.stages.scan.scan import timings
 from blockprune.stages.search.halving import SHARE, updates_of
 from blockprune.stages.search.problem import Latencies, Problem
 from blockprune.stages.search.progress import STEPS, SearchProgress
@@ -41,8 +35,8 @@ from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.trials import Trials
 from blockprune.stages.search.worker import Worker, relevant
 from blockprune.stages.train.samples import data_of
+from blockprune.stages.workers import own_model, started
 
-POLL_S = 0.5
 N_CALIBRATIONS = 12
 
 
@@ -134,6 +128,8 @@ def _known(worker: Worker) -> list[tuple[str, Architecture, Score]]:
     """The scores of another run that hold under the terms of this search; UserError names the terms that differ."""
     source, objective = Path(worker.request.from_scan or ""), worker.request.measure
     theirs = relevant(read_run(source)["asked"], objective)
+    if measure(objective).kind == "images" and read_run(source)["asked"].get("racing"):
+        raise UserError(f"{str(source)!r} was raced, so its {objective} is not of all images: scan without --racing")
     if (theirs_fit := _score_fit(source)) and theirs_fit != worker.request.scored_with:
         raise UserError(
             f"the scores in {str(source)!r} are with {theirs_fit} fits: give --score-fit {theirs_fit}, or another --from-scan"
@@ -190,51 +186,12 @@ def _steps(worker: Worker, progress: Listener) -> Iterator[None]:
         return
     worker.teacher(worker.plan, "teacher")
     worker.teacher(worker.fresh, "teacher-fresh")
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(n)]
-    arguments = [(worker.request, worker.folder, worker.latencies, i, errors) for i, (_, errors) in enumerate(pipes)]
-    processes = [context.Process(target=_work_apart, args=args, daemon=True) for args in arguments]
-    for process in processes:
-        process.start()
-    try:
-        yield from _wait(processes, [errors for errors, _ in pipes], progress)
-    finally:
-        for process in processes:
-            process.terminate()
-
-
-def _wait(processes: Sequence[BaseProcess], errors: Sequence[Connection], progress: Listener) -> Iterator[None]:
-    reported: set[int | None] = set()
-    while any(process.is_alive() for process in processes):
-        for i, process in enumerate(processes):
-            if process.exitcode and process.pid not in reported:
-                reported.add(process.pid)
-                why = errors[i].recv() if errors[i].poll() else f"exit code {process.exitcode}"
-                progress.say(f"worker {i + 1} died ({why}); others take over its architecture", "red")
-        yield
-        time.sleep(POLL_S)
-    if all(process.exitcode for process in processes):
-        raise UserError("all workers died: see their messages above; the same command goes on from here")
-
-
-def _work_apart(request: SearchRequest, folder: Path, latencies: Latencies | None, number: int, errors: Connection) -> None:
-    """A worker process. What a user or the system can mend of its failure goes to `errors` in a line."""
-    try:
-        _share(request, folder, latencies, number)
-    except Exception as err:
-        if (line := explanation(err)) is None:
-            raise
-        errors.send(redacted(line))
-        sys.exit(2)
+    yield from started(n, partial(_share, worker.request, worker.folder, worker.latencies), progress)
 
 
 def _share(request: SearchRequest, folder: Path, latencies: Latencies | None, number: int) -> None:
-    """One worker's part of a search: with its share of the processor's threads, or on the GPU of its number."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // request.workers))
-    device = request.device
-    if device in (None, "cuda") and (n_gpus := torch.cuda.device_count()):
-        device = f"cuda:{number % n_gpus}"
-    model = load_model(request.model, request.resolution, device_of(device), getattr(torch, request.dtype))
+    """One worker's part of a search."""
+    model = own_model(request, number)
     worker = Worker(
         model, request, folder, lambda name: parts.recall_arrays(Stored(folder, "search"), name), number=number, latencies=latencies
     )
@@ -259,9 +216,9 @@ def _timed(worker: Worker, run: AnyRun, progress: Listener) -> Worker:
     Savings of single units do not add up exactly: they are fitted to a few random sets of units, measured as well.
     """
     problem = worker.problem
-    timings = _latencies(worker, run, problem.units, progress)
-    full = timings[FULL]["latency"]
-    alone = {label: (1 - timings[label]["latency_ratio"]) * full for label in problem.units}
+    timed = _latencies(worker, run, problem.units, progress)
+    full = timed[FULL]["latency"]
+    alone = {label: (1 - timed[label]["latency_ratio"]) * full for label in problem.units}
     free, draw = problem.free, np.random.default_rng(worker.request.seed)
     subsets = [[label for label in free.labels if draw.random() < share] for share in np.linspace(0.1, 0.8, N_CALIBRATIONS)]
     sets = {f"calibration {i}": free.repair(subset, alone, minimal=False) or frozenset() for i, subset in enumerate(subsets)}
@@ -278,14 +235,13 @@ def _latencies(worker: Worker, run: AnyRun, archs: Mapping[str, Architecture], p
     done = {(row["label"], row["measure"]) for row in rows}
     plan, there = replace(worker.plan, measures=["latency"], tick=progress.tick), {label for label, _ in done}
     progress.plan({"latency": sum(label not in there for label in (FULL, *archs))}, "timings")
-    for record in Scan(worker.model, archs, plan, done):
-        assert isinstance(record, Score)
-        rows.append({"kind": "timing", **record.to_json()})
+    for score in timings(worker.model, archs, plan, done):
+        rows.append({"kind": "timing", **score.to_json()})
         run.append(rows[-1])
-    timings: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, float]] = {}
     for row in rows:
-        timings.setdefault(row["label"], {})[row["measure"]] = row["value"]
-    return timings
+        values.setdefault(row["label"], {})[row["measure"]] = row["value"]
+    return values
 
 
 def _look_at_finalists(worker: Worker, run: AnyRun, finals: list[Evaluation], progress: Listener) -> None:

@@ -16,14 +16,14 @@ from blockprune.cost import latency
 from blockprune.cost.components import outside_params, unet_inputs
 from blockprune.measures.images import Judges
 from blockprune.measures.measure import measure
-from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Objective, Plan, check_kept
+from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Objective, Plan
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.model.graph import BlockGraph
 from blockprune.model.model import Model
 from blockprune.model.pretrained import configs_of
 from blockprune.model.sampling import NotFinite
-from blockprune.runs.parts import strip_png
+from blockprune.runs.parts import check_kept, strip_png
 from blockprune.runs.records import BoundCheck, Candidate, Evaluation, deaf
 from blockprune.stages import loading
 from blockprune.stages.plan import plan_of, terms
@@ -233,7 +233,7 @@ class Worker:
         if (drawn := self.recall(part)) is None:
             drawn, _ = MeasureRunner(self.model, plan).teacher()
             self.keep(part, drawn)
-        return check_kept(part, drawn, plan.observed, plan.protocol.n_images)
+        return check_kept(f"parts/{part}.safetensors", drawn, plan.observed, plan.protocol.n_images)
 
     def work(self) -> Iterator[tuple[str, Evaluation]]:
         """Scores until the search and its finals are done; yields what this process scored, with the kind of its trials."""

@@ -28,7 +28,8 @@ from blockprune.model import quantize, sampling
 from blockprune.model.model import Model, load_model
 from blockprune.model.sampling import Protocol
 from blockprune.runs.directory import Claims, Run
-from blockprune.stages.evaluate.evaluator import Drawn, Evaluator, Seen, in_order
+from blockprune.runs.series import in_order
+from blockprune.stages.evaluate.evaluator import Drawn, Evaluator, Seen
 from blockprune.stages.evaluate.protocol import FREE, PROTOCOLS, Rules, Setting, grid, protocol_hash, read_protocol
 
 JPEG = Rules(image="jpeg", resize=8)
@@ -159,8 +160,7 @@ def test_images_are_those_of_sampling_draw(model: Model) -> None:
     files: dict[int, bytes] = {}
     looked(model, [[0, 1, 2], [3, 4]], files, Rules())
     conditions = model.encode(PROMPTS)
-    batches = model.draw(Protocol(5, 2, 3.0, 3, (8, 8)), *conditions, 5, lambda n: None)
-    images = torch.cat([images for _, images in batches])
+    _, images = model.draw(Protocol(5, 2, 3.0, 3, (8, 8)), *conditions, range(5))
     assert all((pixels(files[i]).int() - images[i].int()).abs().max() <= 1 for i in range(5))
 
 

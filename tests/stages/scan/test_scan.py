@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler
+from small_scan import ARCHS, GRAPH, PLAN, scanned
 from stand_ins import Eye
 
 from blockprune.errors import UserError
@@ -27,24 +28,14 @@ from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import rounding
 from blockprune.model.model import Model, of_pipeline
-from blockprune.model.sampling import Protocol
-from blockprune.model.trace import trace
 from blockprune.reports import results, text, view
 from blockprune.reports.html import page
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.table import to_csv
+from blockprune.runs.memory import MemoryRun
+from blockprune.runs.parts import strip_images
 from blockprune.stages.plan import possible
-from blockprune.stages.scan import scan as stage
-from blockprune.stages.scan.scan import Part, Scan
-
-PLAN = Plan(
-    measures=["params", "macs", "eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"],
-    protocol=Protocol(n_images=5, n_steps=2, cfg_scale=3.0, seed=1, latent=(8, 8)),
-    prompts=["a cat", "two dogs", "a kite"],
-    n_noisy=7,
-    batch_size=2,
-    n_pictures=3,
-)
+from blockprune.stages.scan.scan import Scan, timings
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +51,43 @@ def plan() -> Plan:
     return replace(PLAN, judges=Judges(Eye(), Stats.of(real, keep=True), Eye()))
 
 
-GRAPH = trace(tiny.config("sd1"), (8, 8), tiny.N_TOKENS)
-ARCHS = {label: arch for label, arch in GRAPH.units("stage").items() if label in ("mid_block", "up_blocks.3", "innermost")}
+def values(rows: list[Score]) -> dict[tuple[str, str], float | None]:
+    return {(r.label, r.measure): r.value for r in rows}
 
 
-def values(records: list[Any]) -> dict[tuple[str, str], float | None]:
-    return {(r.label, r.measure): r.value for r in records if isinstance(r, Score)}
+class Killed(MemoryRun):
+    """A run whose process dies at its `left`-th change."""
+
+    left = 10**6
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._count()
+        super().append(row)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        self._count()
+        super().write(name, content)
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
-def whole(model: Model, plan: Plan) -> list[Any]:
-    return list(Scan(model, ARCHS, plan))
+def whole_run(model: Model, plan: Plan) -> MemoryRun:
+    run = MemoryRun("scan", {}, {})
+    scanned(model, ARCHS, plan, run)
+    return run
 
 
-def test_every_row_once_and_the_teacher_first(whole: list[Any], plan: Plan) -> None:
-    rows = [r for r in whole if isinstance(r, Score)]
+@pytest.fixture(scope="module")
+def whole(whole_run: MemoryRun) -> list[Score]:
+    return [Score.from_json(row) for row in whole_run.rows()]
+
+
+def test_every_row_once_and_the_teacher_first(whole: list[Score], plan: Plan) -> None:
+    rows = whole
     wanted = {(label, m) for label in ("full", *ARCHS) for m in plan.measures} - {("full", "eps_mse"), ("full", "guided_mse")}
     assert len(rows) == len(wanted) == len(values(whole))
     assert values(whole).keys() == wanted
@@ -87,27 +100,27 @@ def test_every_row_once_and_the_teacher_first(whole: list[Any], plan: Plan) -> N
     assert all(r.delta == 0 for r in rows if r.label == "full" and r.measure in ("fid", "clip_score"))
 
 
-def test_pictures_are_the_first_images(whole: list[Any]) -> None:
-    pictures = [r for r in whole if isinstance(r, stage.Picture)]
-    assert [p.label for p in pictures] == ["full", *ARCHS]
-    assert {p.images.shape for p in pictures} == {(3, 16, 16, 3)}
+def test_pictures_are_the_first_images(whole_run: MemoryRun) -> None:
+    for arch in (Architecture(), *ARCHS.values()):
+        strip = whole_run.read(f"images/{arch.key}.png")
+        assert strip is not None and strip_images(strip, 3).shape == (3, 16, 16, 3)
 
 
-@pytest.mark.parametrize("n_kept", [0, 3, 9, 10, 12, 17, 25, 40])
-def test_resumes_anywhere_with_the_same_rows(model: Model, plan: Plan, whole: list[Any], n_kept: int) -> None:
-    kept = whole[:n_kept]
-    done = {(r.label, r.measure) for r in kept if isinstance(r, Score)}
-    parts = {r.name: dict(sorted(r.arrays.items())) for r in kept if isinstance(r, Part)}  # a file keeps no order
-    rest = []
-    for record in Scan(model, ARCHS, plan, done, parts.get):
-        rest.append(record)
-        if isinstance(record, Part):
-            parts[record.name] = record.arrays
-    assert [r for r in whole if isinstance(r, Score)] == [r for r in kept + rest if isinstance(r, Score)]
+@pytest.mark.parametrize("change", [1, 9, 17, 25, 40])
+def test_resumes_anywhere_with_the_same_rows(model: Model, plan: Plan, whole_run: MemoryRun, change: int) -> None:
+    run = Killed("scan", {}, {})
+    run.left = change
+    with pytest.raises(KeyboardInterrupt):
+        scanned(model, ARCHS, plan, run)
+    run.left = 10**6
+    scanned(model, ARCHS, plan, run)
+    assert run.rows() == whole_run.rows()
+    assert run.files.keys() == whole_run.files.keys()
+    assert not scanned(model, ARCHS, plan, run)[len(whole_run.rows()) :]
 
 
-def test_batch_size_changes_nothing(model: Model, plan: Plan, whole: list[Any]) -> None:
-    other = values(list(Scan(model, ARCHS, replace(plan, batch_size=5))))
+def test_batch_size_changes_nothing(model: Model, plan: Plan, whole: list[Score]) -> None:
+    other = values(scanned(model, ARCHS, replace(plan, batch_size=5)))
     for key, value in values(whole).items():
         assert other[key] == pytest.approx(value, rel=2e-2, abs=1e-6), key
 
@@ -118,8 +131,9 @@ def test_replay_equals_the_plain_way(model: Model) -> None:
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     samples = NoisySamples(latents, condition, DDPMScheduler.from_config(model.pipe.scheduler.config), 6, 0)
     archs, tolerance = GRAPH.units("block"), 2 * rounding(model.network, torch.float32)
-    ways = [list(denoising_errors(model.network, GRAPH, archs, samples, 4, replay=replay)) for replay in (True, False)]
-    for fast, plain in zip(*ways, strict=True):
+    for index in ([0, 1, 2, 3], [4, 5]):
+        ways = [denoising_errors(model.network, GRAPH, archs, samples, index, replay=replay) for replay in (True, False)]
+        fast, plain = ways
         assert fast.keys() == plain.keys() == archs.keys()
         for label in archs:
             np.testing.assert_allclose(np.sqrt(fast[label]), np.sqrt(plain[label]), rtol=0, atol=tolerance, err_msg=label)
@@ -135,13 +149,13 @@ def test_the_guided_error_is_that_of_the_guided_prediction(model: Model) -> None
         return NoisySamples(latents, {"encoder_hidden_states": condition}, schedule, 3, 0, **guidance)
 
     guided = errors(text, blank={"encoder_hidden_states": blank}, cfg_scale=scale)
-    (found,) = denoising_errors(model.network, GRAPH, {"mid": arch}, guided, 3)
+    found = denoising_errors(model.network, GRAPH, {"mid": arch}, guided, range(3))
 
     @torch.inference_mode()
     def plainly() -> torch.Tensor:
         out = []
         for condition in (blank.expand(3, -1, -1), text):
-            x, t, c = errors(condition).batch(0, 3, model.network)
+            x, t, c = errors(condition).batch(range(3), model.network)
             out.append(model.network(x, t, **c, return_dict=False)[0])
         return (1 - scale) * out[0] + scale * out[1]
 
@@ -167,7 +181,7 @@ def test_timesteps_are_stratified() -> None:
 
 def test_a_mask_that_gives_nan_is_a_failed_row(model: Model, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.break_mid(monkeypatch)
-    rows = [r for r in Scan(model, ARCHS, plan) if isinstance(r, Score)]
+    rows = scanned(model, ARCHS, plan)
     failed = {r.measure for r in rows if r.value is None}
     assert failed == {"eps_mse", "guided_mse", "fid", "is", "clip_score", "feature_distance", "kid"}
     assert all(r.label == "mid_block" and "not finite" in r.error for r in rows if r.value is None)
@@ -180,7 +194,7 @@ def test_a_broken_teacher_stops_the_scan(tiny_folder: Callable[[str], Path], pla
     model = of_pipeline(load(str(tiny_folder("sd1"))))
     model.network.conv_out.bias.fill_(torch.nan)
     with pytest.raises(UserError, match="teacher itself fails"):
-        list(Scan(model, ARCHS, plan))
+        scanned(model, ARCHS, plan)
 
 
 def test_measures_without_a_judge_are_refused(model: Model) -> None:
@@ -190,20 +204,22 @@ def test_measures_without_a_judge_are_refused(model: Model) -> None:
 
 def test_clean_data_needs_no_images(model: Model) -> None:
     plan = replace(PLAN, measures=["eps_mse"], clean=(torch.randn(2, 4, 8, 8), ["a cat", ""]))
-    records = list(Scan(model, {"mid": Architecture(frozenset({"mid_block"}))}, plan))
-    assert [type(r).__name__ for r in records] == ["Part"] * 4 + ["Score"]
+    run = MemoryRun("scan", {}, {})
+    scanned(model, {"mid": Architecture(frozenset({"mid_block"}))}, plan, run)
+    assert sorted(run.files) == [f"parts/eps-mse/{i:06d}.safetensors" for i in (0, 2, 4, 6)]
+    assert len(run.rows()) == 1
 
 
 @pytest.mark.parametrize("asked", ["latency", "latency_ratio"])
 def test_a_step_is_timed_in_turn_with_the_teacher(model: Model, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     tiny.drifting_clock(monkeypatch)
     plan = replace(PLAN, measures=[asked])
-    rows = {(r.label, r.measure): r for r in Scan(model, ARCHS, plan) if isinstance(r, Score)}
+    rows = {(r.label, r.measure): r for r in scanned(model, ARCHS, plan)}
     assert rows.keys() == {("full", "latency")} | {(label, "latency_ratio") for label in ARCHS}
     assert rows["full", "latency"].value == pytest.approx(GRAPH.total.params / 10**9)
     for label, arch in ARCHS.items():
         assert rows[label, "latency_ratio"].value == pytest.approx(GRAPH.cost(arch).params / GRAPH.total.params)
-    assert not list(Scan(model, ARCHS, plan, rows.keys()))
+    assert not list(timings(model, ARCHS, plan, rows.keys()))
 
 
 def test_a_measure_added_as_the_guide_says_is_computed_ranked_and_shown(
@@ -218,13 +234,9 @@ def test_a_measure_added_as_the_guide_says_is_computed_ranked_and_shown(
     monkeypatch.setitem(MEASURES, "bright", added)
     assert "bright" in possible(plan.judges, guided=True)
     assert "bright" not in possible(Judges(), guided=True)
-    records = list(Scan(model, ARCHS, replace(plan, measures=["bright"])))
-    rows = [r for r in records if isinstance(r, Score)]
+    rows = scanned(model, ARCHS, replace(plan, measures=["bright"]))
     assert [r.label for r in rows] == ["full", *ARCHS]
     assert all(r.value is not None and r.low is not None and r.delta is not None for r in rows)
-    parts = {r.name: r.arrays for r in records if isinstance(r, Part)}
-    resumed = Scan(model, ARCHS, replace(plan, measures=["bright"]), {(r.label, r.measure) for r in rows[:2]}, parts.get)
-    assert [r for r in resumed if isinstance(r, Score)] == rows[2:]
     shown = view.ScanView({"measures": ["bright"]}, GRAPH, {"full": Architecture(), **ARCHS}, rows, {}, [])
     assert view.ranked(shown) == sorted(ARCHS, key=lambda n: -(shown.value(n, "bright") or 0))
     assert "| bright ↑ |" in text.scan_markdown(shown)
