@@ -103,8 +103,11 @@ def scan(
     folder = _run_folder(out)
     with progress or Bars() as listener:
         opened = _opened(model, asked)
-        say_how_long(scan_work(asked, outlined(opened)), opened, listener)
-        return ScanResult(run_scan(opened, asked, folder, listener))
+
+        def say() -> None:
+            say_how_long(scan_work(asked, outlined(opened)), opened, listener)
+
+        return ScanResult(run_scan(opened, asked, folder, listener, say))
 
 
 def search(
@@ -136,8 +139,11 @@ def search(
         data_of(asked.model, defaults_of(asked.model), asked.train_data, "--train-data")
     with progress or Bars() as listener:
         opened = _opened(model, asked)
-        say_how_long(search_work(asked, outlined(opened)), opened, listener)
-        return SearchResult(run_search(opened, asked, folder, listener))
+
+        def say() -> None:
+            say_how_long(search_work(asked, outlined(opened)), opened, listener)
+
+        return SearchResult(run_search(opened, asked, folder, listener, say))
 
 
 def evaluate(
@@ -186,7 +192,7 @@ def estimate(request: Request, assume: str | None = None) -> Estimate:
     >>> from blockprune.stages.scan.request import ScanRequest
     >>> asked = ScanRequest(model="sd-v1-4", unit="stage", measures=("eps_mse",), data="photos", batch_size=8, eps_samples=64)
     >>> bp.estimate(asked, assume="H100 fp16").work.n_passes
-    80
+    88
     """
     outline = outline_of(*_network(request))
     work = WORKS[type(request)](request, outline)

@@ -243,8 +243,10 @@ def evaluate(
         rows += [{"kind": "score", "setting": setting.label, **s.to_json()} for s in judged]
     nets = {"teacher": graph().total} | ({"student": graph().cost(arch)} if removed else {})
     for part in components(PARTS, nets, settings[0].steps):
-        seconds = 0.01 * speed * nets[part.who].params / graph().total.params
-        rows.append({"kind": "component", **replace(part, latency_s=seconds).to_json()})
+        share = nets[part.who].params / graph().total.params
+        paired = {"ratio": share, "ratio_low": 0.9 * share, "ratio_high": 1.1 * share} if part.who == "student" else {}
+        timed = replace(part, latency_s=0.01 * speed * share, **paired)
+        rows.append({"kind": "component", **timed.to_json()})
     note = {
         "label": label,
         "model": label,

@@ -294,7 +294,7 @@ def test_around_a_base_with_fits(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--base", "bk-sdm-huge"], "no block 'bk-sdm-huge'"),
+        (["--base", "bk-sdm-huge"], "no preset or block 'bk-sdm-huge'"),
         (["--base", "bk-sdm-small", "--arch", "bk-sdm-base"], "--base bk-sdm-small and --arch bk-sdm-base: give one of them"),
         (["--by-timestep", "--measures", "fid"], "--by-timestep shows eps_mse and guided_mse: got --measures fid"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blockprune.errors import UserError
-from blockprune.model.sampling import NotFinite, Protocol, decode, draw, edit, encode, encode_images, noise
+from blockprune.model.sampling import NotFinite, Protocol, batches_of, decode, draw, edit, encode, encode_images, noise
 from blockprune.model.schedulers import SCHEDULERS
 
 PROMPTS = ["a cat", "two dogs", "", "a red kite"]
@@ -29,7 +29,7 @@ def pipe(tiny_folder: Callable[[str], Path]) -> Callable[[str], diffusers.Diffus
 
 def images(pipe, protocol: Protocol, batch_size: int) -> torch.Tensor:
     conditions = encode(pipe, PROMPTS, protocol.latent)
-    return torch.cat([batch for _, batch in draw(pipe, protocol, *conditions, batch_size, lambda n: None)])
+    return torch.cat([draw(pipe, protocol, *conditions, batch)[1] for batch in batches_of(protocol.n_images, batch_size)])
 
 
 def stock_images(pipe, protocol: Protocol) -> torch.Tensor:

@@ -30,7 +30,7 @@ JUDGED = ["evaluate", *FEW, "--protocol", "clean"]
 # what a user does one after another: each name is a folder that later commands may read
 COMMANDS = {
     "scan": ["scan", *SCORED, *REMOVALS, "--measures", "eps_mse,fid,clip_score"],
-    "search": ["search", *SCORED, *QUICK, "--unit", "stage", "--budget", "80%params"],
+    "search": ["search", *SCORED, *QUICK, "--unit", "stage", "--budget", "80%params", "--objective", "guided_mse"],
     "distill": ["distill", "--arch", "{runs}/search/best.json", *TRAINED, "--data", "digits"],
     "teacher": [*JUDGED, "--label", "tiny-digits", "--components"],
     "design": [*JUDGED, "--arch", "mid-removed", "--label", "mid-removed", "--components"],

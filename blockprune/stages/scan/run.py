@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -28,10 +28,12 @@ from blockprune.stages.scan.share import Share, say
 from blockprune.stages.workers import own_model, started
 
 
-def scan(model: Model, request: ScanRequest, out: Path | None, progress: Listener) -> AnyRun:
+def scan(
+    model: Model, request: ScanRequest, out: Path | None, progress: Listener, begins: Callable[[], None] = lambda: None
+) -> AnyRun:
     """Scores what is asked and has no row yet, together with other processes that were given the same `out`; returns the run.
 
-    `out` None keeps it in memory.
+    `out` None keeps it in memory. `begins` is called when nothing that is asked for has turned out wrong.
     """
     request = request.filled(model.defaults)
     archs = removals(model.graph, request)
@@ -39,6 +41,7 @@ def scan(model: Model, request: ScanRequest, out: Path | None, progress: Listene
     _check(request, plan, out)
     run = open_run(out, "scan", *_about(model, request, plan, archs), shared=True)
     with run, model.undisturbed():
+        begins()
         share = Share(Scan(model, archs, plan, label_of(request.base) if request.base else ""), run, progress, request.racing)
         _announce(progress, plan, share.race.wanted, {(row["label"], row["measure"]) for row in run.rows()})
         if request.workers > 1 and out is not None:

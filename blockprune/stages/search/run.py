@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,13 @@ from blockprune.stages.workers import own_model, started
 N_CALIBRATIONS = 12
 
 
-def search(model: Model, request: SearchRequest, out: Path | None, progress: Listener) -> AnyRun:
-    """Searches until `trials` architectures are scored and the best are scored again; `out` None keeps the run in memory."""
+def search(
+    model: Model, request: SearchRequest, out: Path | None, progress: Listener, begins: Callable[[], None] = lambda: None
+) -> AnyRun:
+    """Searches until `trials` architectures are scored and the best are scored again; `out` None keeps the run in memory.
+
+    `begins` is called when nothing that is asked for has turned out wrong.
+    """
     request = replace(request.filled(model.defaults), study_name=request.study_name or (out.name if out else None))
     if request.recover:
         request = replace(request, train_data=data_of(model.name, model.defaults, request.train_data, "--train-data"))
@@ -55,6 +60,7 @@ def search(model: Model, request: SearchRequest, out: Path | None, progress: Lis
         worker.trials()
     run = open_run(out, "search", worker.asked, _about(worker))
     with run, model.undisturbed():
+        begins()
         worker.recall = lambda name: parts.recall_arrays(run, name)
         worker.keep = lambda name, arrays: parts.keep_arrays(run, name, arrays)
         worker.tick = progress.tick

@@ -18,7 +18,7 @@ from blockprune.model.architecture import Architecture
 from blockprune.stages.counts import WARMUP, Counts
 from blockprune.stages.outline import TRAINED, Outline
 from blockprune.stages.search.halving import SHARE, updates_of
-from blockprune.stages.search.problem import Problem
+from blockprune.stages.search.problem import SWEEP, Problem
 from blockprune.stages.search.request import SearchRequest
 from blockprune.stages.search.run import N_CALIBRATIONS, scores_in
 from blockprune.stages.search.worker import as_scored, tier_sizes
@@ -77,8 +77,11 @@ class _Sought:
     @cached_property
     def units(self) -> list[Architecture]:
         """What is scored one by one: the units, unless their scores are taken over."""
-        strategy = self.problem.strategy(self.request.seed)
-        return [] if self.request.from_scan else [c.arch for c in strategy.alone()][: self.request.trials]
+        if self.request.from_scan:
+            return []
+        if self.problem.timed:
+            return list(self.problem.units.values())[: self.request.trials]
+        return [c.arch for c in self.problem.strategy(self.request.seed).alone()][: self.request.trials]
 
     @cached_property
     def n_candidates(self) -> int:
@@ -93,7 +96,8 @@ class _Sought:
 
     @property
     def n_finals(self) -> int:
-        return self.request.finalists * len(self.problem.spaces) + self.n_designs
+        n_spaces = len(self.problem.spaces) if not self.problem.timed else len(SWEEP) if self.request.pareto else 1
+        return self.request.finalists * n_spaces + self.n_designs
 
     @property
     def needs_teacher(self) -> bool:
@@ -136,12 +140,13 @@ class _Sought:
         return self.counts.n_noisy if self._denoises else self.counts.protocol.n_images
 
     def _fits(self) -> Iterator[Passes]:
-        """Of the units exactly; of candidates one for each, in one batch."""
+        """Of the units exactly; of candidates one for each, in one batch, and one of the teacher."""
         graph, kind = self.outline.graph, self.request.scored_with
         fitted = [as_scored(unit, graph, kind) for unit in self.units]
         yield from self.counts.fitted(fitted)
         if kind != "none" or self.request.fit:
             yield Passes("fits", self.n_candidates, self.counts.n_noisy, self.of_network / 2)
+            yield Passes("fits", 1, self.counts.n_noisy)
 
     def _scored(self, step: str, n_noisy: int, n_images: int, sizes: Sequence[int]) -> Iterator[Passes]:
         """Units and candidates on every tier of samples, candidates also by what must hold."""
