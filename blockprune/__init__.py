@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockprune.api import distill, estimate, evaluate, graph, personalise, prune, removed, report, save, scan, search
+    from blockprune.api import distill, evaluate, graph, personalise, prune, removed, report, save, scan, search
     from blockprune.export.pipeline import load_pipeline
     from blockprune.model.architecture import Architecture
     from blockprune.model.graph import BlockGraph
     from blockprune.progress import Silent
+    from blockprune.stages.estimates import estimate
     from blockprune.stages.search.budget import Budget
 
 # name => the module that has it, imported on first use, so that the package itself loads without torch
@@ -20,7 +21,7 @@ _HOMES = {
     "Budget": "stages.search.budget",
     "Silent": "progress",
     "distill": "api",
-    "estimate": "api",
+    "estimate": "stages.estimates",
     "evaluate": "api",
     "graph": "api",
     "load_pipeline": "export.pipeline",

@@ -16,8 +16,6 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
-from blockprune.cost.estimate import Estimate, assumed, measured
-from blockprune.cost.work import Work
 from blockprune.errors import UserError
 from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
 from blockprune.measures.measure import Measure, chosen
@@ -32,21 +30,17 @@ from blockprune.model.trace import trace
 from blockprune.progress import Bars, Listener, Silent
 from blockprune.reports.report import write_report
 from blockprune.reports.request import ReportRequest
-from blockprune.request import Request
 from blockprune.results import EvaluateResult, PersonaliseResult, ReportResult, ScanResult, SearchResult, TrainResult
 from blockprune.runs.directory import check_run_folder, read_run
 from blockprune.runs.memory import MemoryRun
 from blockprune.stages.evaluate.request import EvaluateRequest
 from blockprune.stages.evaluate.run import evaluate as run_evaluate
-from blockprune.stages.evaluate.work import model_of
-from blockprune.stages.evaluate.work import work as evaluate_work
 from blockprune.stages.fields import OnModel
 from blockprune.stages.fitting import fitted_weights
-from blockprune.stages.outline import Outline, outline_of, outlined, say_how_long
+from blockprune.stages.outline import outlined, say_how_long
 from blockprune.stages.personalise.benchmark import benchmark as run_benchmark
 from blockprune.stages.personalise.request import PersonaliseRequest
 from blockprune.stages.personalise.run import personalise as run_personalise
-from blockprune.stages.personalise.work import work as personalise_work
 from blockprune.stages.scan.request import ScanRequest
 from blockprune.stages.scan.run import scan as run_scan
 from blockprune.stages.scan.work import work as scan_work
@@ -57,7 +51,6 @@ from blockprune.stages.train.launch import helps
 from blockprune.stages.train.request import TrainRequest
 from blockprune.stages.train.run import distill as run_distill
 from blockprune.stages.train.samples import data_of
-from blockprune.stages.train.work import work as train_work
 
 AnyModel: TypeAlias = str | Path | DiffusionPipeline
 AnyMeasure: TypeAlias = str | Measure | Callable[..., Any]
@@ -103,11 +96,10 @@ def scan(
     folder = _run_folder(out)
     with progress or Bars() as listener:
         opened = _opened(model, asked)
-
-        def say() -> None:
-            say_how_long(scan_work(asked, outlined(opened)), opened, listener)
-
-        return ScanResult(run_scan(opened, asked, folder, listener, say))
+        run = run_scan(
+            opened, asked, folder, listener, begins=lambda: say_how_long(scan_work(asked, outlined(opened)), opened, listener)
+        )
+        return ScanResult(run)
 
 
 def search(
@@ -139,11 +131,10 @@ def search(
         data_of(asked.model, defaults_of(asked.model), asked.train_data, "--train-data")
     with progress or Bars() as listener:
         opened = _opened(model, asked)
-
-        def say() -> None:
-            say_how_long(search_work(asked, outlined(opened)), opened, listener)
-
-        return SearchResult(run_search(opened, asked, folder, listener, say))
+        run = run_search(
+            opened, asked, folder, listener, begins=lambda: say_how_long(search_work(asked, outlined(opened)), opened, listener)
+        )
+        return SearchResult(run)
 
 
 def evaluate(
@@ -171,44 +162,6 @@ def evaluate(
     folder = _run_folder(out)
     with progress or Bars() as listener:
         return EvaluateResult(run_evaluate(asked, folder, listener, pipe))
-
-
-WORKS: dict[type[Request], Callable[[Any, Outline], Work]] = {
-    ScanRequest: scan_work,
-    SearchRequest: search_work,
-    TrainRequest: train_work,
-    EvaluateRequest: evaluate_work,
-    PersonaliseRequest: personalise_work,
-}
-
-
-def estimate(request: Request, assume: str | None = None) -> Estimate:
-    """How long a scan, search, distillation, evaluation or personalisation will take, its passes, memory and disk; nothing is run.
-
-    A pass is measured on this device for about two seconds, with random weights, or reckoned from what is stated of the device
-    `assume`, such as "H100 fp16". Raises UserError where the run would before it begins, and for a device that is not known.
-
-    >>> import blockprune as bp
-    >>> from blockprune.stages.scan.request import ScanRequest
-    >>> asked = ScanRequest(model="sd-v1-4", unit="stage", measures=("eps_mse",), data="photos", batch_size=8, eps_samples=64)
-    >>> bp.estimate(asked, assume="H100 fp16").work.n_passes
-    88
-    """
-    outline = outline_of(*_network(request))
-    work = WORKS[type(request)](request, outline)
-    if assume is not None:
-        return assumed(work, outline.configs, outline.graph, assume)
-    device, dtype = device_of(getattr(request, "device", None)), getattr(torch, getattr(request, "dtype", "float32"))
-    return measured(work, outline.configs, outline.graph, device, dtype)
-
-
-def _network(request: Any) -> tuple[str, str | None]:
-    """The model that a request is about, and its resolution."""
-    if isinstance(request, TrainRequest):
-        return request.teacher[0], request.resolution
-    if isinstance(request, EvaluateRequest):
-        return model_of(request), request.resolution
-    return request.model, request.resolution
 
 
 def report(runs: Sequence[AnyRun] = (), *, request: ReportRequest | None = None, **fields: Any) -> ReportResult:

@@ -59,11 +59,11 @@ def only_estimated(request: Request, dry_run: bool, assume: str | None) -> bool:
         if assume is not None:
             raise UserError(f"--assume {assume[:60]} is for an estimate: add --dry-run, or leave it out")
         return False
-    from blockprune import api
     from blockprune.cli.console import print_estimate
     from blockprune.progress import make_console
+    from blockprune.stages.estimates import estimate
 
-    print_estimate(api.estimate(request, assume), make_console())
+    print_estimate(estimate(request, assume), make_console())
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,3 +53,11 @@ def defaults_of(model: str) -> dict[str, Any]:
     checked(own, Defaults, repr(str(file)), f"it may have {', '.join(Defaults.__struct_fields__)}; {remedy}")
     inside = {key: str(folder / own[key]) for key in PATHS if key in own and os.path.exists(folder / own[key])}
     return {**DEFAULTS, **own, **inside}
+
+
+def judge_names(
+    defaults: Mapping[str, Any], detector: str | None, weights: str | None, clip: str | None, reference: str | None
+) -> tuple[str | None, str | None]:
+    """The detector and the CLIP scorer asked for, else the model's own; None for none."""
+    name = detector or ("inception" if weights else defaults.get("detector")) or ("inception" if reference else None)
+    return name, clip or defaults.get("clip")

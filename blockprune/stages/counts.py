@@ -10,9 +10,9 @@ from blockprune.measures.measure import MEASURES, measure
 from blockprune.measures.runner import N_TIMINGS
 from blockprune.model import fit
 from blockprune.model.architecture import Architecture
+from blockprune.model.defaults import judge_names
 from blockprune.model.sampling import Protocol
 from blockprune.stages.fields import Measuring
-from blockprune.stages.loading import judge_names
 from blockprune.stages.outline import Outline
 from blockprune.stages.plan import N_PICTURES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from blockprune.measures import detectors
 from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.measures.images import Judges
 from blockprune.measures.subject import Subject
-from blockprune.model.defaults import BUILT_IN, DEFAULTS, GENERIC_PROMPTS, OWN, defaults_of
+from blockprune.model.defaults import BUILT_IN, DEFAULTS, GENERIC_PROMPTS, OWN, defaults_of, judge_names
 from blockprune.model.identity import identity
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.stages.fields import Judging
@@ -58,14 +58,6 @@ def defaults_of_exported(folder: Path) -> dict[str, Any]:
     teacher = about["model"]
     there = teacher in BUILT_IN or Path(teacher, OWN).is_file()
     return defaults_of(teacher) if there and identity(teacher) == about["identity"] else dict(DEFAULTS)
-
-
-def judge_names(
-    defaults: Mapping[str, Any], detector: str | None, weights: str | None, clip: str | None, reference: str | None
-) -> tuple[str | None, str | None]:
-    """The detector and the CLIP scorer asked for, else the model's own; None for none."""
-    name = detector or ("inception" if weights else defaults.get("detector")) or ("inception" if reference else None)
-    return name, clip or defaults.get("clip")
 
 
 def judges_of(

@@ -9,7 +9,7 @@ from typing import Any, Self
 from blockprune.errors import UserError
 from blockprune.measures.measure import of_drawings
 from blockprune.model.architecture import FITS
-from blockprune.model.defaults import MOST_BATCH
+from blockprune.model.defaults import MOST_BATCH, judge_names
 from blockprune.model.graph import CONVENTIONS
 from blockprune.request import LONGEST_NAME, option
 from blockprune.stages.fields import REMOVE, SCALE, Measuring, Shared
@@ -98,8 +98,8 @@ class SearchRequest(Shared, Measuring):
 
     def filled(self, defaults: Mapping[str, Any]) -> Self:
         """With the objective that ranks students best by what they are worth after training (reports/after-training/table.md)."""
-        looked_at = self.detector or self.inception_weights or self.reference or defaults.get("detector")
-        objective = self.objective or ("feature_distance" if looked_at else "guided_mse",)
+        detector, _ = judge_names(defaults, self.detector, self.inception_weights, self.clip, self.reference)
+        objective = self.objective or ("feature_distance" if detector else "guided_mse",)
         return replace(super().filled(defaults), objective=objective)
 
     @property

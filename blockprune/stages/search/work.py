@@ -140,13 +140,14 @@ class _Sought:
         return self.counts.n_noisy if self._denoises else self.counts.protocol.n_images
 
     def _fits(self) -> Iterator[Passes]:
-        """Of the units exactly; of candidates one for each, in one batch, and one of the teacher."""
+        """Of the units exactly; of candidates one for each, in one batch. The teacher's passes over the samples come once."""
         graph, kind = self.outline.graph, self.request.scored_with
         fitted = [as_scored(unit, graph, kind) for unit in self.units]
         yield from self.counts.fitted(fitted)
         if kind != "none" or self.request.fit:
             yield Passes("fits", self.n_candidates, self.counts.n_noisy, self.of_network / 2)
-            yield Passes("fits", 1, self.counts.n_noisy)
+            if not any(arch.fits for arch in fitted):
+                yield Passes("fits", 1, self.counts.n_noisy)
 
     def _scored(self, step: str, n_noisy: int, n_images: int, sizes: Sequence[int]) -> Iterator[Passes]:
         """Units and candidates on every tier of samples, candidates also by what must hold."""
