@@ -168,11 +168,11 @@ def check_folder(path: Path) -> None:
 def check_run_folder(path: Path) -> None:
     """`check_folder`, and UserError for a folder that holds anything else than a run."""
     check_folder(path)
-    if not path.is_dir() or (path / "run.json").is_file():
-        return
-    if (path / "run.json").exists():
-        raise UserError(f"{str(path / 'run.json')!r} must be a file, not a folder: choose another --out")
-    if any(p.name not in _OURS for p in path.iterdir()):
+    others = [p.name for p in path.iterdir() if p.name not in _OURS] if path.is_dir() else []
+    run_json = path / "run.json"  # looked at last: other processes may be beginning this run
+    if others and not run_json.is_file():
+        if run_json.is_dir():
+            raise UserError(f"{str(run_json)!r} must be a file, not a folder: choose another --out")
         raise UserError(f"{str(path)!r} is not empty and holds no run: choose another --out")
 
 

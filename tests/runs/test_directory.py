@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,20 @@ def test_same_request_resumes(tmp_path: Path) -> None:
         run.append({"label": "mid_block", "value": None})
     assert [r["label"] for r in read_rows(tmp_path / "r")] == ["full", "mid_block"]
     assert read_run(tmp_path / "r")["asked"] == ASKED
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_no_strange_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when several hosts are started on one directory at the same moment."""
+    listing = Path.iterdir
+
+    def begun_meanwhile(path: Path) -> Iterator[Path]:
+        monkeypatch.setattr(Path, "iterdir", listing)
+        Run(path, "scan", ASKED, {}, shared=True).close()
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", begun_meanwhile)
+    with Run(tmp_path, "scan", ASKED, {}, shared=True) as run:
+        assert run.rows() == []
 
 
 def test_torn_last_row_is_cut(tmp_path: Path) -> None:
