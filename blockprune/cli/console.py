@@ -36,12 +36,13 @@ def print_table(table: Table, console: Console, style_of: Callable[[int], str] =
     What columns of notes say comes below, a line each.
     """
     whole = [i for i, column in enumerate(table.columns) if column.kind != "note"]
-    wide = sum(_width(table, i, table.rows) for i in whole) <= console.width
+    wide = sum(_width(table, i, table.rows, console.width) for i in whole) <= console.width
     rows = table.rows if wide else [[replace(cell, interval=None, remark="") for cell in row] for row in table.rows]
-    shown = whole if wide else _that_fit(whole, [_width(table, i, rows) for i in whole], table, console.width)
+    shown = whole if wide else _that_fit(whole, [_width(table, i, rows, console.width) for i in whole], table, console.width)
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for i in shown:
-        grid.add_column(table.columns[i].title, justify="right" if table.columns[i].numeric else "left", overflow="fold")
+        numeric = table.columns[i].numeric
+        grid.add_column(table.columns[i].title, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for k, row in enumerate(rows):
         grid.add_row(*(Text(table.columns[i].line(row[i])) for i in shown), style=style_of(k))
     console.print(grid)
@@ -54,10 +55,11 @@ def print_table(table: Table, console: Console, style_of: Callable[[int], str] =
                 console.print(Text(f"{row[name].value}: {cell.value}", style="red"))
 
 
-def _width(table: Table, i: int, rows: Sequence[Sequence[Cell]]) -> int:
-    """The characters that a column takes with the gap beside it."""
+def _width(table: Table, i: int, rows: Sequence[Sequence[Cell]], room: int) -> int:
+    """The characters that a column takes with the gap beside it; names that are longer than half the room are folded."""
     column = table.columns[i]
-    return 3 + max([len(column.title), *(len(column.line(row[i])) for row in rows)])
+    width = 3 + max([len(column.title), *(len(column.line(row[i])) for row in rows)])
+    return width if column.numeric else min(width, room // 2)
 
 
 def _that_fit(columns: Sequence[int], widths: Sequence[int], table: Table, room: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any, Literal
 
 import msgspec
@@ -14,6 +15,7 @@ from blockprune.model import surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import other_settings
 from blockprune.model.config_schema import Config
+from blockprune.model.graph import BlockGraph
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 STAGES = {*WITHOUT_ATTENTION, *WITHOUT_ATTENTION.values()}
@@ -80,6 +82,10 @@ class _Stage:
     kept: tuple[int, ...]
     depths: tuple[int, ...] | None
 
+    @property
+    def gone(self) -> list[int]:
+        return [j for j in range(self.n_resnets) if j not in self.kept]
+
 
 def expressible(config: Config, arch: Architecture) -> Stock | str:
     """The stock form of the U-Net of `config` without the blocks of `arch`; the reason in words when there is none.
@@ -115,6 +121,47 @@ def expressible(config: Config, arch: Architecture) -> Stock | str:
 def who_loads(stock: Stock | str) -> str:
     """Whether plain diffusers loads a student, in words; `stock` is what `expressible` says of it."""
     return f"only blockprune.load_pipeline loads it: {stock}" if isinstance(stock, str) else "any diffusers loads it"
+
+
+def options(graph: BlockGraph) -> dict[str, dict[str, Architecture]]:
+    """Level => label => what can go of it: one of each level at most, whatever goes of others. A level is the mid stage, or a down
+    stage with the up stage that takes its skips.
+
+    `expressible` has the last word: stages of other kinds, and the widths of attention heads, are not looked at here.
+    """
+    downs, ups = ({b.stage: None for b in graph if b.stage.startswith(way)} for way in ("down_blocks", "up_blocks"))
+    levels = {f"{down} {up}": dict(_level(graph, down, up)) for down, up in zip(downs, reversed(ups), strict=True)}
+    resnets = [j for j in range(2) if f"mid_block.resnets.{j}" in graph]
+    mid = {f"mid_block but resnets.{j}": {f"mid_block.resnets.{1 - j}", "mid_block.attentions.0"} for j in resnets}
+    sound = {label: Architecture(frozenset(gone)) for label, gone in mid.items() if all(name in graph for name in gone)}
+    return levels | ({"mid_block": {"mid_block": Architecture(frozenset({"mid_block"})), **sound}} if "mid_block" in graph else {})
+
+
+def _level(graph: BlockGraph, down: str, up: str) -> Iterator[tuple[str, Architecture]]:
+    """What can go of two stages between which skips run, each with a label of pairs, and of stages whose attentions all go."""
+    attended = [stage for stage in (down, up) if f"{stage}.attentions.0" in graph]
+    for a, b in product(_kept(graph, down), _kept(graph, up)):
+        try:
+            _check_skips(a, b)
+        except _NotStockError:
+            continue
+        pairs = [f"{s.name}.{part}.{j}" for s in (a, b) for j in s.gone for part in ("resnets", "attentions")]
+        label = [f"{s.name}.pair.{j}" for s in (a, b) for j in s.gone]
+        left = [s.name for s in (a, b) if s.kept and s.name in attended]
+        for bare in (some for n in range(len(left) + 1) for some in combinations(left, n)):
+            inside = [block.name for block in graph if block.kind == "A" and block.stage in bare]
+            if gone := frozenset(name for name in (*pairs, *inside) if name in graph):
+                yield "+".join([*label, *(f"{stage}.attentions" for stage in bare)]), Architecture(gone)
+
+
+def _kept(graph: BlockGraph, stage: str) -> Iterator[_Stage]:
+    """A stage without some of its ResNets, none of them such as leaves a convolution in its place."""
+    resnets = [block for block in graph if block.kind == "R" and block.stage == stage]
+    must = {j for j, block in enumerate(resnets) if block.stand_in == "Shortcut"}
+    for n in range(len(resnets) + 1):
+        for kept in combinations(range(len(resnets)), n):
+            if must <= {*kept}:
+                yield _Stage(stage, len(resnets), kept, None)
 
 
 def slots(config: Config, arch: Architecture) -> BlockMap:

@@ -21,6 +21,7 @@ from as_user import run, run_in_own_process, workers_of
 from conftest import Cli
 
 from blockprune.cost import latency
+from blockprune.export.stock_config import Stock, expressible
 from blockprune.model import pretrained
 from blockprune.model.architecture import Architecture
 from blockprune.model.trace import trace
@@ -215,6 +216,25 @@ def test_a_budget_may_be_a_design(searched: Path, cli: Cli, tmp_path: Path, one_
         assert best["cost"]["macs"]["thop"] <= design["macs"]["thop"]
     assert "cannot read the budget 'bk-sdm-smal': did you mean bk-sdm-small" in one_line("search", *args, "--budget", "bk-sdm-smal")
     assert "preset 'ssd-1b' is for another U-Net" in one_line("search", *args, "--budget", "ssd-1b")
+
+
+def test_a_search_may_be_held_to_what_stock_diffusers_loads(tmp_path: Path, cli: Cli, one_line: Callable[..., str]) -> None:
+    """Scored, and solved on the scores of single blocks, which add up to those of the pairs that must go together."""
+    config = pretrained.configs("tiny-digits").unet
+    scan, budget = tmp_path / "scan", ["--budget", "bk-sdm-small", "--stock-only", "--objective", "eps_mse"]
+    assert cli("scan", "--measures", "eps_mse", "--eps-samples", "8", "--batch-size", "8", "--out", scan)[0] == 0
+    solving = ["search", *budget, "--solve-only", "--from-scan", scan, "--out", tmp_path / "solved"]
+    assert cli(*solving)[0] == 0
+    best = tmp_path / "solved" / "best.json"
+    first = Architecture.from_json(json.loads(best.read_text()))
+    assert isinstance(expressible(config, first), Stock)
+    few = ["--trials", "6", "--finalists", "1", "--final-factor", "1"]
+    code, out, _ = cli("search", *budget, *SMALL[:8], *few, "--out", tmp_path / "searched")
+    assert code == 0
+    assert "any diffusers loads it" in out
+    for wrong in (["--fit", "linear"], ["--unit", "component"]):
+        assert "no stock configuration has" in one_line("search", *budget, *wrong)
+    assert "all of it is kept" in one_line("search", *budget, "--keep", "*")
 
 
 def stages() -> dict[str, Architecture]:

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from blockprune.errors import UserError
-from blockprune.export.stock_config import BlockMap, Stock, expressible, slots
+from blockprune.export.stock_config import BlockMap, Stock, expressible, options, slots
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import same_outputs
@@ -232,3 +232,24 @@ def test_a_trained_shortcut_stays_in_the_map() -> None:
     blocks = slots(tiny.config("sd1"), arch("down_blocks.1.resnets.0"))
     names = ("down_blocks.1.resnets.0.conv1.weight", "down_blocks.1.resnets.0.conv_shortcut.weight")
     assert [blocks.new_name(n) for n in names] == [None, names[1]]
+
+
+MORE_KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "sd1")) for kind in tiny.KINDS]
+
+
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_options_of_all_levels_are_stock_together(kind: str) -> None:
+    draw, levels = random.Random(0), options(trace(tiny.config(kind)))
+    for _ in range(4):
+        student = Architecture(frozenset().union(*(draw.choice(list(of.values())) for of in levels.values())))
+        assert isinstance(expressible(tiny.config(kind), student), Stock), student.describe()
+
+
+@pytest.mark.parametrize("kind", MORE_KINDS)
+def test_what_is_no_option_of_its_level_is_not_stock(kind: str) -> None:
+    graph, draw = trace(tiny.config(kind)), random.Random(1)
+    levels = options(graph)
+    for level in (level for level in levels if level != "mid_block"):
+        names = [b.name for b in graph if b.stage in level.split() and b.kind in "RA"]
+        for student in (Architecture(frozenset(draw.sample(names, n))) for n in (1, 4)):
+            assert isinstance(expressible(tiny.config(kind), student), Stock) == (student in levels[level].values()), student

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from blockprune.errors import UserError
+from blockprune.export import stock_config
 from blockprune.measures.measure import measure
 from blockprune.model import presets
 from blockprune.model.architecture import Architecture
@@ -45,6 +46,34 @@ def units_of(graph: BlockGraph, text: str, kept: Architecture, fits: Sequence[st
     return left
 
 
+def stock_units(graph: BlockGraph, text: str, kept: Architecture) -> tuple[dict[str, Architecture], dict[str, str]]:
+    """The units after whose removal a stock configuration can say what is left, and the level of each, of which one goes at most.
+
+    Layers as deep as a configuration says of one attention alone; else what can go of a level, or the innermost stage.
+    """
+    units, levels = dict[str, Architecture](), dict[str, str]()
+    for unit in text.split(","):
+        if unit.strip() == "layer":
+            tied = _tied(graph)
+            units |= {label: layer for label, layer in graph.units("layer").items() if not label.startswith(tied)}
+            continue
+        for level, of in stock_config.options(graph).items():
+            units |= of
+            levels |= dict.fromkeys(of, level)
+        units |= {"innermost": Architecture(graph.innermost)} if graph.innermost else {}
+    left = {label: unit for label, unit in units.items() if not touches(unit, kept)}
+    if not left:
+        raise UserError("nothing is left to remove for stock diffusers: all of it is kept by --keep; leave out --stock-only")
+    return left, levels
+
+
+def _tied(graph: BlockGraph) -> tuple[str, ...]:
+    """Attentions whose depths a configuration says together: the mid stage's, and the first one of the down stage before it."""
+    down = [b.name for b in graph if b.kind == "R" and b.stage.startswith("down_blocks")][-1].partition(".resnets")[0]
+    first = f"{down}.attentions.0"
+    return (f"{first}.", "mid_block.") if first in graph and "mid_block.attentions.0" in graph else ()
+
+
 def touches(arch: Architecture, kept: Architecture) -> bool:
     """True when removing `arch` takes a kept block, a part of one, or what holds one."""
     return any(name in arch for name in kept) or any(name in kept for name in arch)
@@ -59,8 +88,16 @@ class Problem:
     def __init__(self, graph: BlockGraph, request: SearchRequest, outside_params: int, latencies: Latencies | None = None) -> None:
         self.graph, self.request, self.outside_params, self.latencies = graph, request, outside_params, latencies
         self.kept = presets.parse(request.keep, graph) if request.keep else Architecture()
-        self.units = units_of(graph, request.unit, self.kept, request.fit)
-        self.presets = {name: arch for name, arch in presets.fitting(graph).items() if not touches(arch, self.kept)}
+        self.levels: Mapping[str, str] = {}
+        if request.stock_only:
+            self.units, self.levels = stock_units(graph, request.unit, self.kept)
+        else:
+            self.units = units_of(graph, request.unit, self.kept, request.fit)
+        self.presets = {name: arch for name, arch in presets.fitting(graph).items() if self._allowed(arch)}
+
+    def _allowed(self, design: Architecture) -> bool:
+        """True for a design that keeps what must stay, and is stock where that is asked."""
+        return not touches(design, self.kept) and (not self.request.stock_only or self.free.choice(design) is not None)
 
     @property
     def timed(self) -> bool:
@@ -74,7 +111,7 @@ class Problem:
 
     def _space(self, budgets: Sequence[Budget]) -> Space:
         latencies = self.latencies or Latencies(0.0)
-        return Space(self.graph, self.units, budgets, self.request.macs, latencies.full_s, latencies.saved_s)
+        return Space(self.graph, self.units, budgets, self.request.macs, latencies.full_s, latencies.saved_s, self.levels)
 
     @property
     def free(self) -> Space:

@@ -38,6 +38,7 @@ class SearchRequest(Shared, Measuring):
     macs: str = option("thop", "which multiply-adds are counted", BUDGET, choices=CONVENTIONS)
     pareto: str | None = option(None, "a front over a sweep of sizes", BUDGET, choices=("params", "macs", "latency"))
     unit: str = option("block", "what may go: stage, pair, block, layer, component; several as in block,layer", REMOVE, commas=True)
+    stock_only: bool = option(False, "only what leaves a U-Net that stock diffusers loads: see `blockprune export`", REMOVE)
     keep: str | None = option(None, "blocks that must stay, comma-separated; * and {a,b} stand for several", REMOVE)
     fit: tuple[str, ...] = option(
         (),
@@ -124,6 +125,11 @@ class SearchRequest(Shared, Measuring):
             read_objective(self.objective)
         if not self.budget and not self.pareto:
             raise UserError("no budget: give --budget, such as 65%params or 0.66B, or --pareto for a front")
+        if self.stock_only and (self.fit or "component" in self.unit):
+            what = "a fit" if self.fit else "a component gone alone"
+            raise UserError(
+                f"no stock configuration has {what}: leave out {'--fit' if self.fit else '--unit component'} or --stock-only"
+            )
         if list(self.recover) != sorted(set(self.recover)):
             given = ",".join(map(str, self.recover))
             raise UserError(f"--recover must rise from each number of updates to the next: got {given}; write it as 50,200,800")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from blockprune.cost.components import outside_params
 from blockprune.errors import UserError
+from blockprune.measures.score import Score
 from blockprune.model import pretrained
+from blockprune.model.architecture import Architecture
 from blockprune.model.defaults import defaults_of
 from blockprune.model.graph import BlockGraph
 from blockprune.model.identity import identity
@@ -36,6 +39,7 @@ class Solutions:
         """Makes the folder a run directory of the solutions; UserError where it holds something else."""
         request = self.request
         asked = {name: getattr(request, name) for name in ("model", "trials", *PROBLEM_TERMS)} | {"objective": request.measure}
+        asked |= {"stock_only": True} if request.stock_only else {}
         asked |= {"from_scan": request.from_scan, "scores": fingerprint([repr(self.candidates)])}
         solutions = [self._to_json(candidate, total) for candidate, total in self.candidates]
         with Run(folder, "solve", asked, {}) as run:
@@ -83,6 +87,7 @@ def solve(request: SearchRequest) -> Solutions:
         raise UserError("--solve-only predicts no latency: give a budget in parameters or MACs")
     objective = request.measure
     known = list(scores_in(source, objective))
+    known += _summed(problem.units, known) if request.stock_only else []
     scored = {arch.key for _, arch, _ in known}
     unscored = [label for label, unit in problem.units.items() if unit.key not in scored]
     problem.units = {label: unit for label, unit in problem.units.items() if label not in unscored}
@@ -96,3 +101,19 @@ def solve(request: SearchRequest) -> Solutions:
             f"{str(source)!r} has no {objective} of the teacher, above which the others are: scan it, or give --objective"
         )
     return Solutions(request, graph, solutions, unscored)
+
+
+def _summed(
+    units: Mapping[str, Architecture], known: Sequence[tuple[str, Architecture, Score]]
+) -> list[tuple[str, Architecture, Score]]:
+    """Units of several blocks that were scored each alone, with the sum of what these lose above the teacher."""
+    alone = {arch: score for _, arch, score in known}
+    teacher = alone.get(Architecture())
+    base, summed = (teacher.value or 0.0) if teacher else 0.0, []
+    for label, unit in units.items():
+        parts = [alone.get(Architecture(frozenset({name}))) for name in unit]
+        values = [part.value for part in parts if part is not None and part.value is not None]
+        if unit not in alone and parts and len(values) == len(parts) and parts[0]:
+            total = base + sum(value - base for value in values)
+            summed.append((label, unit, replace(parts[0], arch=unit.key, label=label, value=total, low=None, high=None)))
+    return summed

@@ -24,9 +24,9 @@ Choice = frozenset[str]
 class Space:
     """Which units may go, and what all of them are bounded by.
 
-    `units` maps a label to what its removal takes, and what is fitted in its place; `saved_s` is what each is predicted to save of
-    a step's latency, in seconds; latencies do not add up exactly, so a latency budget met here is a prediction. Every budget must
-    hold.
+    `units` maps a label to what its removal takes, and what is fitted in its place; of those with one level in `levels`, one may go
+    at most. `saved_s` is what each is predicted to save of a step's latency, in seconds; latencies do not add up exactly, so a
+    latency budget met here is a prediction. Every budget must hold.
     """
 
     graph: BlockGraph
@@ -35,6 +35,7 @@ class Space:
     convention: str = "thop"
     latency_s: float = 0.0
     saved_s: Mapping[str, float] = field(default_factory=dict)
+    levels: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -52,23 +53,26 @@ class Space:
 
     @cached_property
     def exclusive(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of units that do not go together: one lies inside the other, two fits in one place, or one where nothing can be
-        fitted any more."""
-        pairs = combinations(self.labels, 2)
-        return tuple((a, b) for a, b in pairs if self._exclude(self.units[a], self.units[b]))
+        """Pairs of units that do not go together: of one level, one inside the other, two fits in one place, or one where nothing
+        can be fitted any more."""
+        return tuple((a, b) for a, b in combinations(self.labels, 2) if self._exclude(a, b))
 
-    def _exclude(self, a: Architecture, b: Architecture) -> bool:
+    def _exclude(self, one: str, other: str) -> bool:
+        a, b = self.units[one], self.units[other]
+        if one in self.levels and self.levels[one] == self.levels.get(other):
+            return True
         if any(name in b for name in a) or any(name in a for name in b):
             return True
         return any(self.graph.why_unfit(name, a | b) for name, _ in a.fits | b.fits)
 
     @cached_property
     def choices(self) -> dict[str, tuple[str, ...]]:
-        """The units that take the same, by the label of the plain one: of a block, nothing in its place, or a fit."""
+        """The units of which one may go at most, by their level or the label of the plain one: of a block, nothing in its place, or
+        a fit."""
         groups: dict[str, tuple[str, ...]] = {}
         for label in self.labels:
-            plain = label.partition("~")[0]
-            groups[plain] = (*groups.get(plain, ()), label)
+            name = self.levels.get(label) or label.partition("~")[0]
+            groups[name] = (*groups.get(name, ()), label)
         return groups
 
     @cached_property
@@ -195,7 +199,7 @@ class Space:
             rate = {}
             for i, label in enumerate(self.labels):
                 gain = float((gaps * self.savings[:, i] / np.maximum(self.needed, 1e-12)).sum())
-                if gain > 0 and label not in chosen and not any(self._exclude(self.units[label], self.units[c]) for c in chosen):
+                if gain > 0 and label not in chosen and not any(self._exclude(label, c) for c in chosen):
                     rate[label] = scores[label] / gain
             if not rate:
                 return None

@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 
 from blockprune.cost import latency
 from blockprune.cost.components import outside_params, unet_inputs
+from blockprune.export.stock_config import Stock, expressible
 from blockprune.measures.images import Judges
 from blockprune.measures.measure import measure
 from blockprune.measures.runner import FULL, Arrays, MeasureRunner, Objective, Plan
@@ -150,9 +151,9 @@ class Worker:
         measured = self._relevant(self.request.measure) | {"objective": self.request.measure}
         for bound in self.request.bounds:
             measured |= self._relevant(bound.measure) | {"bounds": [b.text for b in self.request.bounds]}
-        fits = {"fit": request["fit"], "score_fit": self.request.scored_with}
-        fits = {name: value for name, value in fits.items() if value not in ([], "none")}
-        return measured | {name: request[name] for name in PROBLEM_TERMS} | fits
+        others = {"fit": request["fit"], "score_fit": self.request.scored_with, "stock_only": request["stock_only"]}
+        others = {name: value for name, value in others.items() if value not in ([], "none", False)}
+        return measured | {name: request[name] for name in PROBLEM_TERMS} | others
 
     def _relevant(self, measure: str) -> dict[str, Any]:
         return relevant(self.request.to_json() | terms(self.model, self.plan, self.request.data), measure)
@@ -274,8 +275,14 @@ class Worker:
         return Recovery(self.model, request.train_data, request.recover_batch_size, request.seed, fits=self.fitted.fits)
 
     def sound(self, candidate: Candidate) -> bool:
-        """True for a candidate that keeps a latency budget and hears the prompt."""
-        return self.fast_enough(candidate) and self.hears(candidate)
+        """True for a candidate that stock diffusers loads, where that is asked, keeps a latency budget and hears the prompt."""
+        return self.loads(candidate) and self.fast_enough(candidate) and self.hears(candidate)
+
+    def loads(self, candidate: Candidate) -> bool:
+        """False where only what stock diffusers loads is asked for, and this it does not load."""
+        if not self.request.stock_only:
+            return True
+        return isinstance(expressible(self.model.network.config, candidate.arch), Stock)
 
     @cached_property
     def hearing(self) -> Hearing:
