@@ -106,7 +106,7 @@ def outlined(model: Model) -> Outline:
 
 
 def say_how_long(work: Work, model: Model, progress: Listener) -> None:
-    """One line before a run of more than ten minutes; what is surely shorter is not measured."""
+    """One line before a run of more than ten minutes; what is surely shorter is not measured. For runs that just begin."""
     if work.macs(model.graph) < SURELY_SHORT:
         return
     outline = outlined(model)

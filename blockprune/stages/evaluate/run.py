@@ -51,8 +51,9 @@ def evaluate(request: EvaluateRequest, out: Path | None, progress: Listener, pip
     ):
         for line in plan.warnings:
             progress.say(f"warning: {line}", "yellow")
-        work = counted(plan.request, outlined(plan.model), {setting: plan.masked(setting) for setting in plan.settings})
-        say_how_long(work, plan.model, progress)
+        if not run.rows():
+            work = counted(plan.request, outlined(plan.model), {setting: plan.masked(setting) for setting in plan.settings})
+            say_how_long(work, plan.model, progress)
         share = Share(plan, run, progress, out or Path(scratch))
         share.announce()
         if plan.teacher is not None and plan.teacher.run is None:

@@ -110,7 +110,7 @@ def personalise(
             with open_run(out if leads else None, "personalise", *_about(model, request, samplers, prompts, accelerator)) as run:
                 accelerator.wait_for_everyone()
                 recorded = Recorded(request, request.max_train_steps, accelerator, run, out, told)
-                if leads:
+                if leads and not run.rows():
                     say_how_long(counted(request, outlined(model)), model, told)
                 learnt = _trained(model, request, samplers, recorded, validation)
     return Personalised(run, _as_given(model, given), learnt, request.rank, leads)

@@ -33,7 +33,7 @@ def scan(
 ) -> AnyRun:
     """Scores what is asked and has no row yet, together with other processes that were given the same `out`; returns the run.
 
-    `out` None keeps it in memory. `begins` is called when nothing that is asked for has turned out wrong.
+    `out` None keeps it in memory. `begins` is called for a run with no row yet, when nothing asked for has turned out wrong.
     """
     request = request.filled(model.defaults)
     archs = removals(model.graph, request)
@@ -41,7 +41,8 @@ def scan(
     _check(request, plan, out)
     run = open_run(out, "scan", *_about(model, request, plan, archs), shared=True)
     with run, model.undisturbed():
-        begins()
+        if not run.rows():
+            begins()
         share = Share(Scan(model, archs, plan, label_of(request.base) if request.base else ""), run, progress, request.racing)
         _announce(progress, plan, share.race.wanted, {(row["label"], row["measure"]) for row in run.rows()})
         if request.workers > 1 and out is not None:

@@ -45,7 +45,7 @@ def search(
 ) -> AnyRun:
     """Searches until `trials` architectures are scored and the best are scored again; `out` None keeps the run in memory.
 
-    `begins` is called when nothing that is asked for has turned out wrong.
+    `begins` is called for a run with no row yet, when nothing that is asked for has turned out wrong.
     """
     request = replace(request.filled(model.defaults), study_name=request.study_name or (out.name if out else None))
     if request.recover:
@@ -60,7 +60,8 @@ def search(
         worker.trials()
     run = open_run(out, "search", worker.asked, _about(worker))
     with run, model.undisturbed():
-        begins()
+        if not run.rows():
+            begins()
         worker.recall = lambda name: parts.recall_arrays(run, name)
         worker.keep = lambda name, arrays: parts.keep_arrays(run, name, arrays)
         worker.tick = progress.tick
@@ -69,6 +70,9 @@ def search(
 
 
 def _work(worker: Worker, run: AnyRun, known: Sequence[tuple[str, Architecture, Score]], progress: Listener) -> None:
+    for part, factor in (("teacher", 1), ("teacher-fresh", worker.request.final_factor)):
+        if worker.needs_teacher and worker.recall(part) is None:
+            progress.plan({part: factor * worker.plan.protocol.n_images})
     trials = worker.studies()
     for e in evaluated(worker.problem, known):
         trials["search"].add_scored(e.candidate, e.score)
@@ -97,7 +101,7 @@ def _announce(worker: Worker, run: AnyRun, trials: Mapping[str, Trials], shown: 
     for updates in request.recover:
         n_recovered += max(0, n - len(trials[f"recovered {updates}"].evaluations()))
         n = math.ceil(n * SHARE)
-    if any(row["kind"] == "seen" for row in run.rows()):
+    if any(row["kind"] == "seen" for row in run.rows()) and before["search"] >= request.trials:
         return  # what is left of the end takes moments
     measured = any(measure(m).kind == "images" for m in possible(worker.plan.judges, guided=True))
     n_images = worker.plan.protocol.n_images if measured else worker.plan.n_pictures

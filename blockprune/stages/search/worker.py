@@ -122,7 +122,7 @@ class Worker:
 
     `request` is filled with the model's defaults. `keep` stores what the teacher drew, which `recall` gives back; only the process
     that owns the run stores it. `folder` is that of the run; None for one in memory. `number` tells workers apart. `tick` hears of
-    the images that are drawn for captions.
+    the images that are drawn of the teacher, and for captions.
     """
 
     model: Model
@@ -232,6 +232,7 @@ class Worker:
         if not self.needs_teacher:
             return {}
         if (drawn := self.recall(part)) is None:
+            plan = replace(plan, tick=lambda what, n: self.tick(part, n))
             drawn, _ = MeasureRunner(self.model, plan).teacher()
             self.keep(part, drawn)
         return check_kept(f"parts/{part}.safetensors", drawn, plan.observed, plan.protocol.n_images)

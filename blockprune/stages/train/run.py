@@ -107,7 +107,7 @@ def distill(given: Model | None, request: TrainRequest, out: Path | None, progre
         with run, model.undisturbed():
             told = progress if leads else Silent()
             recorded = Recorded(request, phases[-1].last, accelerator, run, out, told)
-            if leads:
+            if leads and not run.rows():
                 say_how_long(counted(outlined(model), request, recipe, phases, encoded=0), model, told)
             student = Training(model, request, recipe, phases, provider, recorded).student()
     return Distilled(run, given or model, student, phases[-1].arch, leads)
