@@ -14,6 +14,8 @@ os.environ.pop("COLUMNS", None)  # what is printed does not depend on the termin
 import pytest
 import tiny
 import torch
+from as_user import run
+from small_search import QUICK
 
 from blockprune.cli import main
 
@@ -81,3 +83,11 @@ def one_line(cli: Cli) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small search of the built-in model, left undisturbed."""
+    out = tmp_path_factory.mktemp("search") / "run"
+    run("search", *QUICK, "--random", "3", "--out", str(out))
+    return out

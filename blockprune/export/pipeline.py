@@ -143,9 +143,7 @@ def export_pipeline(
     with writing_folder(folder) as part, pretrained.silence():
         _write_teacher(pipe, part)
         if isinstance(stock_form, Stock):
-            stock = surgery.skeleton(stock_form.config, Architecture())
-            stock.load_state_dict({str(blocks.new_name(name)): t for name, t in state.items()}, assign=True)
-            stock.save_pretrained(part / "unet")
+            _write_stock(stock_form, state, part / "unet")
         else:
             save_student(unet, arch, part / "unet")
         (part / PRUNING).mkdir()
@@ -158,6 +156,13 @@ def export_pipeline(
             weights.chmod((part / "README.md").stat().st_mode)
         _check_same(part, unet.config, arch, state, blocks)
     return stock_form
+
+
+def _write_stock(form: Stock, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes a student's weights as the U-Net of stock diffusers that it is."""
+    unet = surgery.skeleton(form.config, Architecture())
+    unet.load_state_dict({str(form.blocks.new_name(name)): t for name, t in state.items()}, assign=True)
+    unet.save_pretrained(folder)
 
 
 def _teacher(config: Config, model: str, identity: str) -> dict[str, Any]:

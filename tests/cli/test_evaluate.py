@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from as_user import pictures, run
 from conftest import Cli
 from PIL import Image
 from safetensors.numpy import load_file
+from small_evaluation import QUICK, SLUG, N, scores, teacher_config, values
 from stand_ins import save_pytorch_fid
 
 from blockprune.assets import ASSETS
@@ -36,10 +36,6 @@ from blockprune.model.trace import trace
 from blockprune.runs import directory
 from blockprune.stages.evaluate.protocol import read_protocol
 
-N = 6
-QUICK = ["--n-images", str(N), "--steps", "2", "--batch-size", "2"]
-SLUG = "cfg-3-2-steps"
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 
 
@@ -49,18 +45,6 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evaluate") / "run"
     run("evaluate", *QUICK, "--out", str(out))
     return out
-
-
-def scores(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(setting, measure) => its row; each must be there once."""
-    rows = [r for r in directory.read_rows(folder) if r["kind"] == "score"]
-    found = {(r["setting"], r["measure"]): r for r in rows}
-    assert len(found) == len(rows)
-    return found
-
-
-def values(folder: Path) -> dict[tuple[str, str], tuple[Any, ...]]:
-    return {key: (r["value"], r["low"], r["high"], r["n"]) for key, r in scores(folder).items()}
 
 
 def indices(folder: Path, slug: str = SLUG) -> list[int]:
@@ -253,7 +237,7 @@ def test_components_stand_side_by_side(tmp_path: Path, cli: Cli) -> None:
     rows = {(r["who"], r["name"]): r for r in directory.read_rows(tmp_path / "run") if r["kind"] == "component"}
     names = ["text encoder", "U-Net x 1", "U-Net x 2", "VAE decoder", "whole"]
     assert set(rows) == {(who, name) for who in ("teacher", "student") for name in names}
-    graph = trace(features_config(), n_tokens=BlockGraph.from_json(directory.read_run(tmp_path / "run")["graph"]).n_tokens)
+    graph = trace(teacher_config(), n_tokens=BlockGraph.from_json(directory.read_run(tmp_path / "run")["graph"]).n_tokens)
     for who, cost in (("teacher", graph.total), ("student", graph.cost(preset("bk-sdm-small")))):
         one, many, whole = (rows[who, name] for name in ("U-Net x 1", "U-Net x 2", "whole"))
         assert (one["params"], one["macs"]["thop"], many["macs"]["thop"]) == (cost.params, cost.thop, 2 * cost.thop)
@@ -284,99 +268,6 @@ def test_maps_are_fitted_before_the_images(tmp_path: Path, cli: Cli) -> None:
     assert kept["bk-sdm-small~linear"] - kept["bk-sdm-small"] == 4 * more.params > 0
     plain, fitted = (np.square(drawn[arch] - drawn["full"]).mean() for arch in ("bk-sdm-small", "bk-sdm-small~linear"))
     assert fitted < 0.9 * plain
-
-
-def features_config() -> dict[str, Any]:
-    return json.loads((detectors.BUILT_IN / "unet" / "config.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A distillation of three updates with two checkpoints, averaged weights, and its exported pipeline."""
-    out = tmp_path_factory.mktemp("distill") / "run"
-    quick = ["--train-batch-size", "2", "--n-images", "4", "--steps", "1", "--max-train-steps", "3", "--checkpointing-steps", "2"]
-    run("distill", "--arch", "bk-sdm-small", *quick, "--ema", "--learning-rate", "0.001", "--out", str(out))
-    return out
-
-
-def test_checkpoints_along_training(distilled: Path, tmp_path: Path, cli: Cli) -> None:
-    code, _, err = cli("evaluate", "--checkpoints", distilled, *QUICK, "--out", tmp_path / "run")
-    assert code == 0, err
-    said, found = directory.read_run(tmp_path / "run"), values(tmp_path / "run")
-    assert [s["checkpoint"] for s in said["settings"]] == [2, 3]
-    assert (said["teacher"], said["label"]) == ("tiny-digits", "run")
-    assert said["arch"] == list(preset("bk-sdm-small"))
-    assert {row["arch"] for row in scores(tmp_path / "run").values()} == {preset("bk-sdm-small").key}
-    assert found["step 2, CFG 3, 2 steps", "clip_score"] != found["step 3, CFG 3, 2 steps", "clip_score"]
-    # the last is what was exported, which finds judges, prompts and reference of its teacher by itself
-    code, _, err = cli("evaluate", "--model", distilled / "pipeline", *QUICK, "--out", tmp_path / "pipeline")
-    assert code == 0, err
-    exported, pipeline = values(tmp_path / "pipeline"), directory.read_run(tmp_path / "pipeline")
-    for measure in ("fid", "kid", "is", "clip_score", "weight_bytes"):
-        ours, theirs = exported["CFG 3, 2 steps", measure][0], found["step 3, CFG 3, 2 steps", measure][0]
-        assert ours == pytest.approx(theirs, rel=1e-3), measure
-    assert pipeline["protocol"] == said["protocol"]
-    assert pipeline["graph"] == said["graph"]
-    assert (pipeline["teacher"], pipeline["teacher_id"], pipeline["arch"]) == ("tiny-digits", said["teacher_id"], said["arch"])
-    assert pipeline["label"] == "run"
-
-
-def test_averaged_weights_are_taken(distilled: Path) -> None:
-    from blockprune.stages.train.finished import Finished
-
-    trained = Finished.of(distilled)
-    place = distilled / "checkpoints" / "step-0000002"
-    from safetensors.torch import load_file as load
-
-    plain, averaged = load(place / "student.safetensors"), load(place / "ema.safetensors")
-    unet = trained.unet(2, features_config(), torch.device("cpu"), torch.float32)
-    state = unet.state_dict()
-    assert all(torch.equal(state[name], averaged[name]) for name in plain)
-    assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
-
-
-@pytest.mark.parametrize(
-    "arch",
-    ["mid-removed", pytest.param("down_blocks.1.resnets.0,up_blocks.1.attentions.2", marks=pytest.mark.slow)],
-    ids=["stock", "slots"],
-)
-def test_an_exported_folder_that_does_not_name_its_teacher(
-    arch: str, tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path]
-) -> None:
-    from blockprune.export import pipeline
-    from blockprune.model import presets, pretrained, surgery
-
-    pipe = pretrained.load(str(tiny_folder("sd1")))
-    removed = presets.parse(arch, trace(pipe.unet.config, n_tokens=tiny.N_TOKENS))
-    pipeline.export_pipeline(pipe, surgery.prune(pipe.unet, removed), removed, tmp_path / "model", {})
-    quick = ["--n-images", "2", "--steps", "1", "--measures", "clip_score", "--clip", "tiny-digits"]
-    for gone in (False, True):
-        if gone:
-            (tmp_path / "model" / "pruning" / "teacher.json").unlink()
-        out = tmp_path / f"run-{gone}"
-        code, _, err = cli(
-            "evaluate", "--model", tmp_path / "model", *quick, "--latency", "--components", "--rounds", "3", "--out", out
-        )
-        assert code == 0, err
-        said = directory.read_run(out)
-        assert (said["teacher"], said["arch"], said["label"]) == ("", list(removed), "model")
-        stock = arch == "mid-removed"
-        assert (said["graph"] is None) == (gone and stock)
-        who = {row["who"] for row in directory.read_rows(out) if row["kind"] == "component"}
-        assert who == ({"student"} if gone and stock else {"teacher", "student"})
-
-
-def test_an_export_names_its_teacher_but_no_path(
-    tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path], distilled: Path
-) -> None:
-    from blockprune.model.identity import identity
-
-    said = json.loads((distilled / "pipeline" / "pruning" / "teacher.json").read_text())
-    assert (said["model"], said["identity"]) == ("tiny-digits", identity("tiny-digits"))
-    assert said["unet"]["block_out_channels"] == features_config()["block_out_channels"]
-    shutil.copytree(distilled / "student", tmp_path / "student")
-    assert cli("export", tmp_path / "student", "--teacher", detectors.BUILT_IN, "--out", tmp_path / "out")[0] == 0
-    assert json.loads((tmp_path / "out" / "pruning" / "teacher.json").read_text())["model"] == "tiny-digits"
 
 
 def coco(folder: Path, n: int) -> Path:
