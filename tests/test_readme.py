@@ -59,7 +59,7 @@ def test_every_option_exists(command: str) -> None:
 def test_the_case_study_says_what_its_rows_and_its_report_say() -> None:
     folder = Path(__file__).parent.parent / "reports" / "tiny-digits"
     report = json.loads((folder / "report.json").read_text())
-    reported = {r["model"]: r for r in report["results"] if r["table"] == "Evaluated models" and r["fid_n"] == 1000}
+    reported = {r["model"]: r for r in report["results"] if r["table"] == "Evaluated models" and r["fid_n"] == 512}
     row = r"^\| ([a-z-]+)(?:, the teacher)? \| [\d.]+ M \| [\d.]+ M \| (.*) \| (.*) \| (.*) \|$"
     lines = re.findall(row, GUIDE.partition("## A case study")[2], re.MULTILINE)
     assert {name for name, *_ in lines} == reported.keys() == {p.stem for p in (folder / "rows").glob("*.jsonl")}

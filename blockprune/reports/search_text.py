@@ -16,7 +16,7 @@ from blockprune.reports.captions import caption_title, warning
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import STEP_LATENCY, Cell, Column, Table, escaped, facts_table, share_of, to_markdown, with_interval
 from blockprune.reports.text import pictures
-from blockprune.runs.records import Evaluation
+from blockprune.runs.records import PRESET, Evaluation
 
 
 def best_json(view: SearchView) -> str:
@@ -91,17 +91,17 @@ def finding(searches: Mapping[str, SearchView]) -> str:
     ranked = [view for view in searches.values() if view.ranked]
     if not ranked:
         return "No search has ended." if searches else ""
-    pairs = [(view.judged(best), view.judged(p)) for view in ranked for p in _best_design(view) if (best := view.against(p))]
+    pairs = [(view.judged(best), view.judged(p)) for view in ranked for p in _best_design(view) if (best := _found(view, p))]
     apart = sum(p.score.clearly_worse(best.score) for best, p in pairs)
-    evaluations = sum(len(view.search) for view in ranked)
+    evaluations = sum(e.seconds > 0 for view in ranked for e in view.search)  # but what was taken over from another run
     one = (
         f"one search of {evaluations:,} evaluations"
         if len(ranked) == 1
-        else f"{len(ranked)} searches of {evaluations:,} evaluations"
+        else f"{len(ranked)} searches of {evaluations:,} evaluations in all"
     )
     if not pairs:
         return f"{one[:1].upper()}{one[1:]}; no design by hand was small enough to compare with."
-    better = f"finds better than the design by hand, intervals apart, in {apart} of {len(pairs)}"
+    better = f"find{'s' * (len(ranked) == 1)} better than the design by hand, intervals apart, in {apart} of {len(pairs)}"
     return f"Before any training, by {MEASURES[ranked[0].measure].title}: {one} {better}."
 
 
@@ -109,6 +109,13 @@ def _best_design(view: SearchView) -> list[Evaluation]:
     """The best preset that holds the budgets; none where none does."""
     sound = [e for e in view.known_designs if view.holds(e) and e.score.value is not None]
     return sorted(sound, key=lambda e: view.judged(e).loss)[:1]
+
+
+def _found(view: SearchView, design: Evaluation) -> Evaluation | None:
+    """What was found for the place of a design: the best within the budgets, and on a front the best that is no larger."""
+    if view.is_front:
+        return view.against(design)
+    return next((e for e in view.ranked if e.candidate.source != PRESET), None)
 
 
 def against(view: SearchView) -> list[str]:

@@ -19,7 +19,8 @@ def fingerprint(values: Sequence[str]) -> str:
 def made_with(device: torch.device) -> dict[str, str]:
     """Versions and the machine, for the record of a run."""
     packages = ("blockprune", "torch", "diffusers", "transformers", "numpy")
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {n} thread{'s' * (n != 1)}"
     return {"python": platform.python_version(), **{p: version(p) for p in packages}, "processor": processor}
 
 
