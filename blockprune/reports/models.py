@@ -33,13 +33,15 @@ class Reading:
 @dataclass(frozen=True)
 class Model:
     """A model's evaluations by the hash of their protocol. `updates` is what it was trained for, in the run `training`: 0 for a
-    student as its teacher left it, None where no run says. `design` is the preset that it is, "" for none."""
+    student as its teacher left it, None where no run says; `trained_s` are the seconds of these updates. `design` is the preset
+    that it is, "" for none."""
 
     name: str
     views: Mapping[str, ModelView]
     design: str = ""
     training: str = ""
     updates: int | None = None
+    trained_s: float | None = None
 
     @property
     def _first(self) -> ModelView:
@@ -80,6 +82,11 @@ class Model:
         return score if score and score.finite is not None else None
 
     @property
+    def folder(self) -> str:
+        """Where a student of its own weights lies; "" for one that is its teacher without blocks, and for the teacher."""
+        return self._first.model if self.updates != 0 and self._first.model != self._first.teacher else ""
+
+    @property
     def latency_ratio(self) -> float | None:
         """A U-Net step over the teacher's, not quantised where that was timed."""
         if not self.arch:
@@ -115,8 +122,9 @@ def _model(name: str, views: Sequence[ModelView], trainings: Mapping[str, Traini
     presets = fitting(first.graph) if first.graph else {}
     design = next((preset for preset, arch in presets.items() if arch == first.arch), "")
     training = _training(first, trainings)
-    steps = [row["step"] for row in trainings[training].rows] if training else []
-    return Model(name, by_protocol, design, training, max(steps, default=None) if _is_trained(first) else 0)
+    rows = trainings[training].rows if training else []
+    updates = max((row["step"] for row in rows), default=None) if _is_trained(first) else 0
+    return Model(name, by_protocol, design, training, updates, sum(row.get("seconds", 0.0) for row in rows) or None)
 
 
 def merged(first: ModelView, second: ModelView) -> ModelView:
@@ -152,6 +160,18 @@ def _order(model: Model) -> tuple[float, bool, str]:
     """No student is larger than its teacher."""
     size = model.whole_params or (model.cost.params if model.cost else 0)
     return -float(size or (0 if model.arch else math.inf)), bool(model.arch), model.name
+
+
+def at_own_best(models: Sequence[Model], measure: str) -> list[tuple[Setting, Score]]:
+    """The best score of each over the guidance scales at which all were drawn alike; [] where there are less than two of them."""
+    scores = [{r: s for r in m.readings if not r.setting.quantize and (s := m.score(r, measure))} for m in models]
+    sweeps: dict[tuple[object, ...], list[Reading]] = {}
+    for r in scores[0] if scores else ():
+        if all(r in of for of in scores):
+            sweeps.setdefault((r.protocol, replace(r.setting, label="", cfg_scale=0.0)), []).append(r)
+    sweep = max(sweeps.values(), key=len, default=[])
+    best = [min(sweep, key=lambda r: of[r].loss) for of in scores] if len(sweep) > 1 else []
+    return [(r.setting, of[r]) for r, of in zip(best, scores, strict=False)]
 
 
 def readings_of(models: Mapping[str, Model]) -> list[Reading]:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from blockprune.measures.measure import MEASURES, names
 from blockprune.measures.score import TEACHER, Score
-from blockprune.reports.models import Model, Reading, readings_of
+from blockprune.progress import duration
+from blockprune.reports.model_view import Setting
+from blockprune.reports.models import Model, Reading, at_own_best, readings_of
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import with_interval
@@ -66,7 +68,7 @@ class Comparison:
 @dataclass(frozen=True)
 class Recommendation:
     """At a size: the model to take, None where none was evaluated, and what it is compared with: the best design by hand, or for a
-    design the best that is none. `spent` are its shares of the teacher's costs."""
+    design the best that is none. `spent` are its shares of the teacher's costs; `own_best` are both at their own best guidance."""
 
     size: Size
     reading: Reading
@@ -76,6 +78,7 @@ class Recommendation:
     comparisons: Sequence[Comparison] = ()
     answers: Sequence[str] = ()
     spent: Mapping[str, float] = field(default_factory=dict)
+    own_best: Sequence[tuple[Setting, Score]] = ()
 
     @property
     def spends(self) -> str:
@@ -106,8 +109,8 @@ class Recommendation:
             return f"{scores}; {other} of this size was evaluated. {self._trained}"
         pairs = [f"{c.title} {_said(c.mine)} against {_said(c.theirs)}" for c in self.comparisons]
         first = f"nothing beats this design by hand, with `{self.rival.name}` next to it: " if self.take.kind == "hand" else ""
-        beside = "" if first else f" for `{self.rival.name}`"
-        return f"{first}{', '.join(pairs)}{beside}: {self._told}. {self._trained}"
+        beside = "" if first else f" for `{self.rival.name}`, the best design by hand that holds this"
+        return f"{first}{', '.join(pairs)}{beside}: {self._told}. {self._at_own_best}{self._trained}"
 
     def to_json(self) -> dict[str, Any]:
         take, rival = (model.name if model else None for model in (self.take, self.rival))
@@ -122,10 +125,23 @@ class Recommendation:
         return ", ".join(f"{w} {' and '.join(titles)}" for w, titles in parts if titles)
 
     @property
+    def _at_own_best(self) -> str:
+        """How images look where each guidance is best for it, which may turn the order round."""
+        if not self.own_best:
+            return ""
+        (_, mine), (_, theirs) = self.own_best
+        title, n = MEASURES[mine.measure].title, f"n\u00a0=\u00a0{mine.n:,}"
+        said = [f"{_said(score)} (CFG\u00a0{setting.cfg_scale:g})" for setting, score in self.own_best]
+        told = Comparison(mine, theirs).told
+        word = "better" if told > 0 else "worse" if told < 0 else "not told apart"
+        return f"Each at its own best guidance: {title} {' against '.join(said)}, {word} ({n}). "
+
+    @property
     def _trained(self) -> str:
         assert self.take is not None
         updates, n = self.take.updates, f"n\u00a0=\u00a0{self.reading.n:,}" if self.reading.n is not None else "n not recorded"
         trained = "Training not recorded" if updates is None else f"Trained {updates:,} updates" if updates else "Not trained"
+        trained += f" in {duration(self.take.trained_s)}" if updates and self.take.trained_s else ""
         return f"{trained}; {n}."
 
 
@@ -167,7 +183,9 @@ def recommended(size: Size, models: Sequence[Model], reading: Reading, shares: M
     rival = design if take is found else found
     compared = _compared(take, rival, reading, measures) if rival else []
     scores = [s for m in measures if (s := take.score(reading, m))]
-    return Recommendation(size, reading, take, rival, scores, compared, spent=shares[take.name])
+    looks = [m for m in measures if m in LOOKS]
+    own_best = at_own_best([take, rival], looks[0]) if rival and looks else []
+    return Recommendation(size, reading, take, rival, scores, compared, spent=shares[take.name], own_best=own_best)
 
 
 def _compared(one: Model, other: Model, reading: Reading, measures: Sequence[str]) -> list[Comparison]:

@@ -92,6 +92,26 @@ def test_a_measure_that_is_missing_does_not_speak() -> None:
     assert "FID" not in found.sentence and "better in CLIP score." in found.sentence
 
 
+def swept(name: str, fids: dict[float, float], design: str = "") -> Model:
+    """A model whose images were looked at on several guidance scales, CFG 3 among them."""
+    of = model(name, 0.8, 10.0, design)
+    settings = {scale: replace(SETTING, label=f"CFG {scale:g}, 10 steps", cfg_scale=scale) for scale in fids}
+    few = {s.label: {"fid": Score(name, name, "fid", fids[k], 32, 0, 0.9 * fids[k], 1.1 * fids[k])} for k, s in settings.items()}
+    sweep = replace(of.views["a"], protocol={"hash": "b", "n_images": 32}, settings=list(settings.values()), scores=few)
+    return replace(of, views={**of.views, "b": sweep})
+
+
+def test_what_each_is_worth_at_its_own_best_guidance_is_said() -> None:
+    """The order may be another there; nothing is said where one of the two has no second scale."""
+    found = at(
+        swept("small", {1.5: 30.0, 3.0: 20.0, 4.5: 18.0}), swept("design", {1.5: 14.0, 3.0: 25.0, 4.5: 60.0}, "bk-sdm-small")
+    )
+    own = "FID 14.0 [12.6, 15.4] (CFG\xa01.5) against 18.0 [16.2, 19.8] (CFG\xa04.5), better (n\xa0=\xa032)."
+    assert found.take and found.take.name == "design"
+    assert f"Each at its own best guidance: {own}" in found.sentence
+    assert "guidance" not in at(swept("small", {1.5: 30.0, 3.0: 20.0}), swept("design", {3.0: 25.0}, "bk-sdm-small")).sentence
+
+
 def test_an_untrained_student_is_taken_only_where_no_trained_one_is() -> None:
     raw = model("small", 0.9, 1.0, updates=0)
     assert taken(at(raw, DESIGN)) == ("design", "", "hand")
