@@ -91,3 +91,12 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("search") / "run"
     run("search", *QUICK, "--random", "3", "--out", str(out))
     return out
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distillation of three updates with two checkpoints, averaged weights, and its exported pipeline."""
+    out = tmp_path_factory.mktemp("distill") / "run"
+    quick = ["--train-batch-size", "2", "--n-images", "4", "--steps", "1", "--max-train-steps", "3", "--checkpointing-steps", "2"]
+    run("distill", "--arch", "bk-sdm-small", *quick, "--ema", "--learning-rate", "0.001", "--out", str(out))
+    return out

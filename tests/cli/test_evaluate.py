@@ -345,10 +345,6 @@ def test_the_coco_protocol_in_miniature(tmp_path: Path, cli: Cli, monkeypatch: p
         (["--detector", "pytorch-fid"], "the detector is 'inception': got 'pytorch-fid'"),
         (["--arch", "mid_blok"], "did you mean mid_block"),
         (["--checkpoints", "/nowhere"], "is not a run directory"),
-        (["--checkpoints", "RUN"], "holds a run of 'evaluate'"),
-        (["--checkpoints", "DISTILLED", "--arch", "mid_block"], "--checkpoints says what is removed"),
-        (["--checkpoints", "DISTILLED", "--model", "SD1"], "is not the teacher of the run"),
-        (["--model", "DISTILLED", "--arch", "mid_block"], "is pruned already"),
         (["--protocol", "bksdm-coco30k"], "DIR/val2014/ with 40504 images and DIR/metadata.csv"),
         (["--protocol", "bksdm-coco30k", "--reference", "COCO"], "has 3 images: this protocol takes --reference DIR"),
         (["--protocol", "bksdm-coco30k", "--reference", "EMPTY"], "has 0 images: this protocol takes --reference DIR"),
@@ -361,15 +357,12 @@ def test_bad_options(
     one_line: Callable[..., str],
     tmp_path: Path,
     tiny_folder: Callable[[str], Path],
-    request: pytest.FixtureRequest,
     args: list[str],
     says: str,
 ) -> None:
     (tmp_path / "mine.toml").write_text("imgae = 'png'")
     stand_ins: dict[str, Callable[[], Any]] = {
         "SD1": lambda: tiny_folder("sd1"),
-        "RUN": lambda: request.getfixturevalue("evaluated"),
-        "DISTILLED": lambda: request.getfixturevalue("distilled"),
         "COCO": lambda: coco(tmp_path / "coco", 3),
         "EMPTY": lambda: tmp_path,
         "CSV": lambda: coco(tmp_path / "coco", 1) / "metadata.csv",
@@ -382,6 +375,7 @@ def test_bad_options(
 
 
 def test_another_request_in_the_same_directory(evaluated: Path, one_line: Callable[..., str]) -> None:
+    assert "holds a run of 'evaluate'" in one_line("evaluate", "--checkpoints", evaluated)
     assert "settings is" in one_line("evaluate", *QUICK, "--cfg-scale", "5", "--out", evaluated)
     assert "protocol is" in one_line("evaluate", *QUICK, "--seed", "5", "--out", evaluated)
     assert "holds a evaluate run" in one_line("scan", "--arch", "mid_block", *QUICK, "--eps-samples", "2", "--out", evaluated)

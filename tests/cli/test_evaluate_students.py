@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from as_user import run
 from conftest import Cli
 from small_evaluation import QUICK, scores, teacher_config, values
 
@@ -20,15 +19,6 @@ from blockprune.model.trace import trace
 from blockprune.runs import directory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A distillation of three updates with two checkpoints, averaged weights, and its exported pipeline."""
-    out = tmp_path_factory.mktemp("distill") / "run"
-    quick = ["--train-batch-size", "2", "--n-images", "4", "--steps", "1", "--max-train-steps", "3", "--checkpointing-steps", "2"]
-    run("distill", "--arch", "bk-sdm-small", *quick, "--ema", "--learning-rate", "0.001", "--out", str(out))
-    return out
 
 
 def test_checkpoints_along_training(distilled: Path, tmp_path: Path, cli: Cli) -> None:
@@ -109,3 +99,19 @@ def test_an_export_names_its_teacher_but_no_path(
     shutil.copytree(distilled / "student", tmp_path / "student")
     assert cli("export", tmp_path / "student", "--teacher", detectors.BUILT_IN, "--out", tmp_path / "out")[0] == 0
     assert json.loads((tmp_path / "out" / "pruning" / "teacher.json").read_text())["model"] == "tiny-digits"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--checkpoints", "RUN", "--arch", "mid_block"], "--checkpoints says what is removed"),
+        (["--checkpoints", "RUN", "--model", "SD1"], "is not the teacher of the run"),
+        (["--model", "RUN", "--arch", "mid_block"], "is pruned already"),
+    ],
+)
+def test_what_does_not_go_with_a_trained_student(
+    distilled: Path, tiny_folder: Callable[[str], Path], one_line: Callable[..., str], tmp_path: Path, args: list[str], says: str
+) -> None:
+    places = {"RUN": distilled, "SD1": tiny_folder("sd1")}
+    assert says in one_line("evaluate", *(places.get(a, a) for a in args), "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
