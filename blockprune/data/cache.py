@@ -122,12 +122,13 @@ def write_cache(
     for wait in (False, True):
         for name in list(left):
             with locked(folder / name, wait) as mine:
-                if mine and _whole(folder / name, left[name]) is None:
+                if not mine:
+                    continue
+                if _whole(folder / name, left[name]) is None:
                     _write(folder / name, live, ranges[name], flip, tick)
-                elif mine:
+                else:
                     tick(name, left[name])
-                if mine:
-                    del left[name]
+                del left[name]
     reader.skip(skipped := _skipped(folder, len(reader), shard_size))
     done = begun | {"n_skipped": len(skipped), "skipped": {str(i): why for i, why in sorted(skipped.items())}}
     with locked(folder / INDEX), writing(folder / INDEX) as part:

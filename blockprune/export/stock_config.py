@@ -123,7 +123,7 @@ def who_loads(stock: Stock | str) -> str:
     return f"only blockprune.load_pipeline loads it: {stock}" if isinstance(stock, str) else "any diffusers loads it"
 
 
-def options(graph: BlockGraph) -> dict[str, dict[str, Architecture]]:
+def stock_options(graph: BlockGraph) -> dict[str, dict[str, Architecture]]:
     """Level => label => what can go of it: one of each level at most, whatever goes of others. A level is the mid stage, or a down
     stage with the up stage that takes its skips.
 

@@ -13,12 +13,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from blockprune.errors import UserError
-from blockprune.export.stock_config import BlockMap, Stock, expressible, options, slots
+from blockprune.export.stock_config import BlockMap, Stock, expressible, slots, stock_options
 from blockprune.model import pretrained, surgery
 from blockprune.model.architecture import Architecture
 from blockprune.model.compare import same_outputs
 from blockprune.model.presets import expand, fitting, preset
 from blockprune.model.trace import trace
+from blockprune.stages.search.problem import stock_units
+from blockprune.stages.search.space import Space
 
 TEACHERS = {kind: tiny.unet(kind) for kind in tiny.KINDS}
 FITTING = [(kind, label) for kind in tiny.KINDS for label in fitting(trace(tiny.config(kind)))]
@@ -239,7 +241,7 @@ MORE_KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "sd1")) for
 
 @pytest.mark.parametrize("kind", MORE_KINDS)
 def test_options_of_all_levels_are_stock_together(kind: str) -> None:
-    draw, levels = random.Random(0), options(trace(tiny.config(kind)))
+    draw, levels = random.Random(0), stock_options(trace(tiny.config(kind)))
     for _ in range(4):
         student = Architecture(frozenset().union(*(draw.choice(list(of.values())) for of in levels.values())))
         assert isinstance(expressible(tiny.config(kind), student), Stock), student.describe()
@@ -248,8 +250,23 @@ def test_options_of_all_levels_are_stock_together(kind: str) -> None:
 @pytest.mark.parametrize("kind", MORE_KINDS)
 def test_what_is_no_option_of_its_level_is_not_stock(kind: str) -> None:
     graph, draw = trace(tiny.config(kind)), random.Random(1)
-    levels = options(graph)
+    levels = stock_options(graph)
     for level in (level for level in levels if level != "mid_block"):
         names = [b.name for b in graph if b.stage in level.split() and b.kind in "RA"]
         for student in (Architecture(frozenset(draw.sample(names, n))) for n in (1, 4)):
             assert isinstance(expressible(tiny.config(kind), student), Stock) == (student in levels[level].values()), student
+
+
+def test_layers_and_options_are_stock_together() -> None:
+    """What a search that is held to stock students may remove: one option of each level, and layers of what stays, at random."""
+    graph, draw = trace(tiny.config("sdxl")), random.Random(2)
+    units, levels = stock_units(graph, "block,layer", Architecture())
+    space = Space(graph, units, [], levels=levels)
+    for _ in range(3):
+        student = Architecture()
+        for label in draw.sample(sorted(units), len(units)):
+            one = space.choice(student)
+            if one is not None and len(one) < 4 and space.valid(one | {label}):
+                student = space.arch(one | {label})
+        assert student.removed
+        assert isinstance(expressible(tiny.config("sdxl"), student), Stock), student.describe()

@@ -57,7 +57,7 @@ def stock_units(graph: BlockGraph, text: str, kept: Architecture) -> tuple[dict[
             tied = _tied(graph)
             units |= {label: layer for label, layer in graph.units("layer").items() if not label.startswith(tied)}
             continue
-        for level, of in stock_config.options(graph).items():
+        for level, of in stock_config.stock_options(graph).items():
             units |= of
             levels |= dict.fromkeys(of, level)
         units |= {"innermost": Architecture(graph.innermost)} if graph.innermost else {}
