@@ -17,6 +17,7 @@ from blockprune.reports.report_data import report_data
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+CUT = "document.querySelector('.first .scroll').classList.contains('more')"
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is installed"),
     # playwright leaves its transport's loop to the garbage collector
@@ -196,7 +197,7 @@ def test_the_results_can_be_copied(page: Any) -> None:
 def test_what_to_run_next_is_copied_by_a_click(page: Any, real: Mapping[str, Path]) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator(".next button").last.click()
-    page.wait_for_function("document.getElementById('status').textContent === 'Copied.'")
+    page.wait_for_function("() => document.getElementById('status').textContent === 'Copied.'")
     program, option, code = shlex.split(page.evaluate("navigator.clipboard.readText()"))
     assert (program, option) == ("python", "-c")
     assert f'bp.load_pipeline("{real["distill"] / "pipeline"}")' in code
@@ -207,11 +208,11 @@ def test_a_table_that_is_cut_says_so_until_its_end_is_seen(page: Any) -> None:
     table, title = page.locator(".first .reading:visible .scroll"), page.locator(".first .reading:visible figcaption")
     for size, is_cut in ((DESK, False), (PHONE, True)):
         page.set_viewport_size(size)
-        page.wait_for_function(f"document.querySelector('.first .scroll').classList.contains('more') === {str(is_cut).lower()}")
+        page.wait_for_function(f"() => {CUT} === {str(is_cut).lower()}")
         shown = title.evaluate("caption => getComputedStyle(caption, '::after').content")
         assert ("more" in shown) == is_cut
     table.evaluate("box => { box.scrollLeft = box.scrollWidth }")
-    page.wait_for_function("!document.querySelector('.first .scroll').classList.contains('more')")
+    page.wait_for_function(f"() => !{CUT}")
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
