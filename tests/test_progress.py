@@ -142,16 +142,22 @@ class Counted(Silent):
 
 
 SMALL: dict[str, Any] = {"n_images": 4, "steps": 1, "batch_size": 4}
-ERRORS: dict[str, Any] = {**SMALL, "unit": "stage", "eps_samples": 8}
-SEARCH: dict[str, Any] = {"budget": "75%params", "trials": 4, "objective": "feature_distance", "finalists": 1, "final_factor": 2}
+SCAN: dict[str, Any] = {**SMALL, "arch": ["mid_block"], "eps_samples": 8, "measures": ["eps_mse", "clip_score", "latency"]}
+SEARCH: dict[str, Any] = {"unit": "stage", "eps_samples": 8, "budget": "75%params", "trials": 4, "objective": "feature_distance"}
+EVALUATE: dict[str, Any] = {**SMALL, "cfg_scale": [2, 3], "measures": ["clip_score"], "latency": True, "rounds": 3}
 
 
 @pytest.mark.parametrize(
     ("run", "result", "asked", "at_most"),
     [
-        (bp.scan, ScanResult, {**ERRORS, "measures": ["eps_mse", "fid", "latency"]}, set()),
-        (bp.search, SearchResult, {**ERRORS, **SEARCH}, {"captions", "finalists", "latency", "images"}),
-        (bp.evaluate, EvaluateResult, {**SMALL, "cfg_scale": [2, 3], "latency": True, "rounds": 1}, set()),
+        (bp.scan, ScanResult, SCAN, set()),
+        (
+            bp.search,
+            SearchResult,
+            {**SMALL, **SEARCH, "finalists": 1, "final_factor": 2},
+            {"captions", "finalists", "latency", "images"},
+        ),
+        (bp.evaluate, EvaluateResult, EVALUATE, set()),
     ],
 )
 def test_all_that_a_run_does_was_announced(

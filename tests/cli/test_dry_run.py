@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,3 +156,15 @@ def test_long_runs_say_so_as_they_begin(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == [10**5, 10**5]
     assert len(heard.lines) == 1
     assert heard.lines[0].startswith("from its beginning this run takes 100,000 passes of the U-Net")
+
+
+def test_what_else_runs_on_the_machine_is_not_in_the_time_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest of several calls counts, however many of them waited; so for one row as for eight that take as long each."""
+    now, waits = [0.0], itertools.cycle([3.0, 0.0, 9.0, 1.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def run(rows: int) -> None:
+        now[0] += rows + next(waits)
+
+    for rows in (1, 8):
+        assert estimate._of_rows(run, rows, torch.device("cpu"), limit_s=200.0) == rows
