@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,7 +124,13 @@ def measured(
     if work.encoded:
         seconds["VAE encoder"] = work.encoded * _timed(partial(_run, encoder_part(configs, latent, device, dtype)), device, each_s)
     name = f"{device}, {str(dtype).removeprefix('torch.')}"
-    return Estimate(work, seconds, work.macs(graph), f"measured on this device ({name})")
+    return Estimate(work, seconds, work.macs(graph), f"measured on this device ({name}){_busy(device)}")
+
+
+def _busy(device: torch.device) -> str:
+    """Words for a processor whose cores are wanted by more than there are of them: then a pass takes longer than on a free one."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f" while it was busy: load {load:.1f} on {cores} cores" if device.type == "cpu" and load > cores else ""
 
 
 def _pass(network: nn.Module, inputs: Callable[[int], Mapping[str, Any]], learns: bool, rows: int) -> None:
@@ -155,12 +162,11 @@ def _of_rows(run: Callable[[int], None], rows: int, device: torch.device, limit_
     while few < rows and took < limit_s / 2:
         few = min(2 * few, rows)
         took = _timed(partial(run, few), device, 0)
-    return min(took, _timed(partial(run, few), device, limit_s / 2)) * rows / few
+    return took * rows / few
 
 
 def _timed(run: Callable[[], None], device: torch.device, limit_s: float) -> float:
-    """The fewest seconds of a call after a first one, of as many as fit into the limit, but `LEAST_TIMES`: what else runs on the
-    machine only ever adds to them."""
+    """The median seconds of a call after a first one, of as many as fit into the limit, but `LEAST_TIMES`."""
     run()
     took: list[float] = []
     while len(took) < LEAST_TIMES or sum(took) < limit_s:
@@ -171,4 +177,4 @@ def _timed(run: Callable[[], None], device: torch.device, limit_s: float) -> flo
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - begun)
-    return min(took)
+    return sorted(took)[(len(took) - 1) // 2]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,13 +157,9 @@ def test_long_runs_say_so_as_they_begin(monkeypatch: pytest.MonkeyPatch) -> None
     assert heard.lines[0].startswith("from its beginning this run takes 100,000 passes of the U-Net")
 
 
-def test_what_else_runs_on_the_machine_is_not_in_the_time_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fastest of several calls counts, however many of them waited; so for one row as for eight that take as long each."""
-    now, waits = [0.0], itertools.cycle([3.0, 0.0, 9.0, 1.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def run(rows: int) -> None:
-        now[0] += rows + next(waits)
-
-    for rows in (1, 8):
-        assert estimate._of_rows(run, rows, torch.device("cpu"), limit_s=200.0) == rows
+@pytest.mark.parametrize(("load", "says"), [(1.5, ""), (7.5, " while it was busy: load 7.5 on 2 cores")])
+def test_a_measurement_on_a_busy_machine_says_so(load: float, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert estimate._busy(torch.device("cpu")) == says
+    assert estimate._busy(torch.device("cuda")) == ""
