@@ -111,9 +111,10 @@ class Recommendation:
             other = f"no other {trained}student" if self.take.kind == "hand" else f"no {trained}design by hand"
             return f"{scores}; {other} of this size was evaluated. {self._trained}"
         pairs = [f"{c.title} {_said(c.mine)} against {_said(c.theirs)}" for c in self.comparisons]
-        first = f"nothing beats this design by hand, with `{self.rival.name}` next to it: " if self.take.kind == "hand" else ""
-        beside = "" if first else f" for `{self.rival.name}`, the best design by hand"
-        return f"{first}{', '.join(pairs)}{beside}: {self._told}. {self._at_own_best}{self._trained}"
+        hand = self.take.kind == "hand"
+        first, who = ("nothing beats this design by hand: ", "the best other") if hand else ("", "the best design by hand within this")
+        compared = f"{first}{self._told}, compared with `{self.rival.name}`, {who}"
+        return f"{compared}. {', '.join(pairs)}. {self._at_own_best}{self._trained}"
 
     def to_json(self) -> dict[str, Any]:
         take, rival = (model.name if model else None for model in (self.take, self.rival))
@@ -134,16 +135,17 @@ class Recommendation:
             return ""
         (_, mine), (_, theirs) = self.own_best
         title, n = MEASURES[mine.measure].title, f"n\u00a0=\u00a0{mine.n:,}"
+        n += " (FID falls with n)" if mine.measure == "fid" and mine.n != self.reading.n else ""
         said = [f"{_said(score)} (CFG\u00a0{setting.cfg_scale:g})" for setting, score in self.own_best]
         told = Comparison(mine, theirs).told
         word = "better" if told > 0 else "worse" if told < 0 else "not told apart"
-        return f"Each at its own best guidance: {title} {' against '.join(said)}, {word} ({n}). "
+        return f"Each at its own best guidance, {n}: {title} {' against '.join(said)}, {word}. "
 
     @property
     def _trained(self) -> str:
         assert self.take is not None
         updates, n = self.take.updates, f"n\u00a0=\u00a0{self.reading.n:,}" if self.reading.n is not None else "n not recorded"
-        trained = "Training not recorded" if updates is None else f"Trained {updates:,} updates" if updates else "Not trained"
+        trained = "Training not recorded" if updates is None else f"One training of {updates:,} updates" if updates else "Not trained"
         trained += f" in {duration(self.take.trained_s)}" if updates and self.take.trained_s else ""
         return f"{trained}; {n}."
 
