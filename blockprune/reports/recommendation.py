@@ -112,7 +112,9 @@ class Recommendation:
             return f"{scores}; {other} of this size was evaluated. {self._trained}"
         pairs = [f"{c.title} {_said(c.mine)} against {_said(c.theirs)}" for c in self.comparisons]
         hand = self.take.kind == "hand"
-        first, who = ("nothing beats this design by hand: ", "the best other") if hand else ("", "the best design by hand within this")
+        first, who = (
+            ("nothing beats this design by hand: ", "the best other") if hand else ("", "the best design by hand within this")
+        )
         compared = f"{first}{self._told}, compared with `{self.rival.name}`, {who}"
         return f"{compared}. {', '.join(pairs)}. {self._at_own_best}{self._trained}"
 
@@ -145,7 +147,9 @@ class Recommendation:
     def _trained(self) -> str:
         assert self.take is not None
         updates, n = self.take.updates, f"n\u00a0=\u00a0{self.reading.n:,}" if self.reading.n is not None else "n not recorded"
-        trained = "Training not recorded" if updates is None else f"One training of {updates:,} updates" if updates else "Not trained"
+        trained = (
+            "Training not recorded" if updates is None else f"One training of {updates:,} updates" if updates else "Not trained"
+        )
         trained += f" in {duration(self.take.trained_s)}" if updates and self.take.trained_s else ""
         return f"{trained}; {n}."
 

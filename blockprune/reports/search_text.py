@@ -94,15 +94,15 @@ def finding(searches: Mapping[str, SearchView]) -> str:
     pairs = [(view.judged(best), view.judged(p)) for view in ranked for p in _best_design(view) if (best := _found(view, p))]
     apart = sum(p.score.clearly_worse(best.score) for best, p in pairs)
     evaluations = sum(len(view.search) - view.n_taken_over for view in ranked)
-    one = (
-        f"one search of {evaluations:,} evaluations"
-        if len(ranked) == 1
-        else f"{len(ranked)} searches of {evaluations:,} evaluations in all"
-    )
+    said = f"{evaluations:,} evaluation{'s' * (evaluations != 1)}"
     if not pairs:
-        return f"{one[:1].upper()}{one[1:]}; no design by hand was small enough to compare with."
-    better = f"find{'s' * (len(ranked) == 1)} better than the design by hand, intervals apart, in {apart} of {len(pairs)}"
-    return f"Before any training, by {MEASURES[ranked[0].measure].title}: {one} {better}."
+        searches_of = f"One search of {said}" if len(ranked) == 1 else f"{len(ranked)} searches of {said} in all"
+        return f"{searches_of}; no design by hand was small enough to compare with."
+    if len(ranked) == 1:
+        better = f"the search ({said}) finds {'better than' if apart else 'nothing better than'} the design by hand"
+    else:
+        better = f"{apart} of {len(pairs)} searches ({said} in all) find better than the design by hand"
+    return f"Before any training, by {MEASURES[ranked[0].measure].title}, {better}, intervals apart."
 
 
 def _best_design(view: SearchView) -> list[Evaluation]:

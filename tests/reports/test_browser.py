@@ -67,7 +67,8 @@ def test_the_first_screen_says_what_to_take_and_shows_it(page: Any) -> None:
     sentence = page.locator(".taken li").last.inner_text()
     assert re.match(r"At 80\xa0% of the parameters:\nfound \(takes \d\S*\xa0%\): CLIP score \S+ \[.+\], FID \S+ \[.+\]; ", sentence)
     assert re.search(
-        r"no trained design by hand of this size was evaluated. One training of 2 updates in \S+; n\xa0=\xa04.\nNext: python", sentence
+        r"no trained design by hand of this size was evaluated. One training of 2 updates in \S+; n\xa0=\xa04.\nNext: python",
+        sentence,
     )
     for size in (DESK, PHONE):
         page.set_viewport_size(size)
