@@ -101,7 +101,7 @@ def plain_name(key: str) -> str:
     return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_lora_of_a_slot_keeping_student(
     kind: str, subject: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli
 ) -> None:
