@@ -85,9 +85,15 @@ def one_line(cli: Cli) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture
+def drifting_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes as long as it has parameters, and is not run for that: timings of finalists take most of a small search."""
+    tiny.drifting_clock(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small search of the built-in model, left undisturbed; its steps are not timed but counted."""
+    """One small search of the built-in model by a `drifting_clock`, left undisturbed."""
     out = tmp_path_factory.mktemp("search") / "run"
     with pytest.MonkeyPatch.context() as patch:
         tiny.drifting_clock(patch)

@@ -36,6 +36,7 @@ def examples() -> list[doctest.DocTest]:
     return [test for value in public for test in finder.find(value, value.__name__, module=False, globs={}) if test.examples]
 
 
+@pytest.mark.usefixtures("drifting_clock")
 @pytest.mark.parametrize("example", examples(), ids=lambda e: e.name)
 def test_an_example_in_a_docstring_is_true(example: doctest.DocTest) -> None:
     n = len(example.examples)

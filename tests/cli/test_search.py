@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from as_user import run, run_in_own_process, workers_of
 from conftest import Cli
 from small_search import BY_ERROR, N_TRIALS, QUICK, SMALL, scored
@@ -29,11 +28,7 @@ from blockprune.reports.searches import search_view
 from blockprune.reports.table import number
 from blockprune.runs import directory
 
-
-@pytest.fixture(autouse=True)
-def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes as long as it has parameters, and is not run for that: timings of finalists would take most of a search."""
-    tiny.drifting_clock(monkeypatch)
+pytestmark = pytest.mark.usefixtures("drifting_clock")
 
 
 def test_outputs_are_all_there(searched: Path) -> None:

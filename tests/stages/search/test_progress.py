@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-import tiny
 
 import blockprune as bp
 from blockprune.measures.score import Score
@@ -70,9 +69,9 @@ class Counted(Silent):
         self.left[step] -= n
 
 
-def test_all_that_a_search_does_was_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("drifting_clock")
+def test_all_that_a_search_does_was_announced() -> None:
     """From the teacher's first images to the finalists' last ones, and no more than that."""
-    tiny.drifting_clock(monkeypatch)
     counted = Counted()
     small = {"n_images": 4, "steps": 1, "eps_samples": 8, "batch_size": 4, "finalists": 1, "final_factor": 2}
     bp.search(unit="stage", budget="75%params", trials=4, objective="feature_distance", progress=counted, **small)
