@@ -95,7 +95,10 @@ def test_removed_is_over_when_the_context_ends(pipe: DiffusionPipeline) -> None:
     assert same(before, state(pipe))
 
 
-@pytest.mark.parametrize("arch", ["full", "mid_block", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"])
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param("full", marks=pytest.mark.slow), "mid_block", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"],
+)
 def test_save_and_load_round_trip(pipe: DiffusionPipeline, arch: str, tmp_path: Path) -> None:
     small = bp.prune(pipe, arch)
     bp.save(small, tmp_path / "out")

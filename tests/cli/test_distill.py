@@ -32,7 +32,7 @@ from blockprune.model.surgery import architecture_of, skeleton
 from blockprune.runs import directory
 from blockprune.stages.train import checkpoints
 
-QUICK = ["--train-batch-size", "2", "--n-images", "8", "--steps", "2", "--max-train-steps", "6", "--checkpointing-steps", "2"]
+QUICK = ["--train-batch-size", "2", "--n-images", "4", "--steps", "1", "--max-train-steps", "6", "--checkpointing-steps", "2"]
 
 
 @pytest.fixture(scope="module")

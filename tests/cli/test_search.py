@@ -39,7 +39,7 @@ def test_outputs_are_all_there(searched: Path) -> None:
     assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]
     assert set(best["cost"]["macs"]) == {"thop", "conv_linear", "with_attention"}
     (own,) = (s for s in best["scores"] if s["measure"] == "guided_mse")
-    assert own["n"] == 16
+    assert own["n"] == 8
     assert own["seed"] != best["score_in_search"]["seed"]
     assert own["low"] < own["value"] < own["high"]
     table = list(csv.DictReader((searched / "finalists.csv").read_text().splitlines()))
@@ -77,7 +77,7 @@ def test_captions_stand_beside_the_objective(searched: Path, cli: Cli) -> None:
     assert captions.keys() == {"full", *table}
     assert list(next(iter(table.values())))[:14].index("clip_score") > list(next(iter(table.values()))).index("guided_mse")
     for text in (out, report):
-        assert "clip_score ↑, n = 4" in text
+        assert "clip_score ↑, n = 2" in text
     for label, s in captions.items():
         name = "teacher" if label == "full" else label
         for text in (out, report):
@@ -134,8 +134,7 @@ def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cl
 
 @pytest.mark.parametrize("fit", ["none", pytest.param("linear", marks=pytest.mark.slow)])
 def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> None:
-    common = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
-    scan = ["scan", "--unit", "stage", *common, "--measures", "guided_mse", "--fit", fit, "--out", tmp_path / "scan"]
+    scan = ["scan", "--unit", "stage", *SMALL[:8], "--measures", "guided_mse", "--fit", fit, "--out", tmp_path / "scan"]
     assert cli(*scan)[0] == 0
     if fit == "none":
         code, out, _ = cli("search", *QUICK, "--from-scan", tmp_path / "scan", "--solve-only")
@@ -223,7 +222,7 @@ def test_a_latency_budget_out_of_reach_is_said(tmp_path: Path, cli: Cli, monkeyp
 
 def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> None:
     """The winner holds the bound on fresh seeds; one that nobody reaches is said, with what was reached."""
-    args = [*QUICK[:4], "--trials", "12", *SMALL, "--n-images", "2", "--finalists", "1", "--out"]
+    args = [*QUICK[:4], "--trials", "12", *SMALL, "--finalists", "1", "--out"]
     code, _, _ = cli("search", *args, tmp_path / "held", "--objective", "guided_mse,clip_score>=0.1")
     assert code == 0
     rows = [row for row in directory.read_rows(tmp_path / "held") if "tiers" in row]
@@ -339,12 +338,12 @@ def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[st
 
 def test_another_protocol_in_the_same_directory(searched: Path, one_line: Callable[..., str]) -> None:
     line = one_line("search", *QUICK, "--eps-samples", "16", "--out", searched)
-    assert "eps_samples is 8 there, 16 asked" in line
+    assert "eps_samples is 4 there, 16 asked" in line
 
 
 def test_a_scan_of_another_protocol(searched: Path, one_line: Callable[..., str], tmp_path: Path) -> None:
     line = one_line("search", *QUICK, "--eps-samples", "16", "--from-scan", searched, "--out", tmp_path / "run")
-    assert "of another protocol (eps_samples is 8 there, 16 asked)" in line
+    assert "of another protocol (eps_samples is 4 there, 16 asked)" in line
 
 
 def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tiny_folder: Callable[[str], Path]) -> None:
