@@ -153,7 +153,7 @@ def _cpu_peak(step: Callable[[], Any]) -> int:
     """The profiler logs every allocation and release. The process's resident size would not do: the C library keeps freed pages."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
             step()
         path = Path(folder, "trace.json")
         log.export_chrome_trace(str(path))
