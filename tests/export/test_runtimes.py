@@ -216,12 +216,15 @@ def test_weights_that_are_too_large_for_one_file_lie_beside_it(
 
 
 def test_what_computes_something_else_is_refused(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, one_line: Callable[..., str]
 ) -> None:
+    code, out, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "same")
+    assert code == 0, err
+    assert "unet/model.pt2" in out
     monkeypatch.setitem(deploying.ALLOWED, "float32", -1.0)
-    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
+    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "other")
     assert "the unet computes something else in torch-export" in line
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
 def test_what_a_format_cannot_say_is_refused(
