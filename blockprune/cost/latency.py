@@ -88,7 +88,7 @@ def measure(
 
     A model is a function that gives a context with the U-Net to run, such as `lambda: nullcontext(unet)` or
     `lambda: removed(unet, arch)`; entering it is not timed. `inputs` are keyword arguments of the forward, on `device`.
-    `memory` names the models whose memory is measured, None for all; on a processor that takes as long as twenty steps.
+    `memory` names the models whose memory is measured, None for all; on a processor that takes as long as eight steps.
     """
     clock = _cuda_step if torch.device(device).type == "cuda" else _cpu_step
     seconds: dict[str, list[float]] = {label: [] for label in models}

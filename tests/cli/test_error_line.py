@@ -127,12 +127,14 @@ def test_a_terminal_without_our_characters(words: tuple[str, ...]) -> None:
     assert failed.stderr.count(b"\n") == 1
 
 
-def test_a_reader_that_stops_early_is_one_line() -> None:
+PRINTS = "from blockprune.cli.error_line import one_line_errors\nwith one_line_errors():\n    print('a line')"
+
+
+@pytest.mark.parametrize("words", [("-c", PRINTS), pytest.param(("-m", "blockprune", "graph"), marks=pytest.mark.slow)])
+def test_a_reader_that_stops_early_is_one_line(words: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
-    found = subprocess.run(
-        [sys.executable, "-m", "blockprune", "--version"], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False
-    )
+    found = subprocess.run([sys.executable, *words], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(write)
     assert found.returncode == 2
     assert found.stderr.startswith(b"error: Broken pipe: ")

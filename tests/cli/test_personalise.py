@@ -39,7 +39,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory of an update, which takes twenty to measure, is that of `test_scores_of_the_built_in_model` alone."""
+    """The memory of an update, which takes several to measure, is that of `test_scores_of_the_built_in_model` alone."""
     monkeypatch.setattr(latency, "_cpu_peak", lambda step: 0)
 
 
