@@ -7,7 +7,7 @@ from typing import Any
 
 from blockprune.runs import directory
 
-SMALL = ["--n-images", "2", "--steps", "2", "--eps-samples", "4", "--batch-size", "4", "--final-factor", "2", "--finalists", "2"]
+SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4", "--final-factor", "2", "--finalists", "2"]
 BY_ERROR = ["--objective", "guided_mse"]  # which takes no images
 N_TRIALS = 16  # ten units alone, the exact solutions, the presets, and what a sampler proposes
 QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", str(N_TRIALS), *SMALL, *BY_ERROR]
