@@ -147,7 +147,7 @@ def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> 
     assert {row["tiers"][-1]["label"]: row["tiers"][-1]["value"] for row in found} == rows
     assert all(row["seconds"] == 0 for row in found)
     other, kind = ("linear", "linear fits (scan --fit linear") if fit == "none" else ("none", "")
-    code, _, err = cli(*take, "--score-fit", other, "--trials", "12", "--finalists", "1", "--out", tmp_path / "other")
+    code, _, err = cli(*take, "--score-fit", other, "--trials", "4", "--finalists", "1", "--out", tmp_path / "other")
     assert code == 0 and f"has no guided_mse{' with ' if kind else ''}{kind}" in err
 
 
@@ -159,7 +159,7 @@ def test_two_workers_share_a_search(tmp_path: Path) -> None:
 
 
 def test_a_front(tmp_path: Path, cli: Cli) -> None:
-    args = ["--pareto", "params", "--unit", "stage", "--trials", "20", *SMALL, *BY_ERROR]
+    args = ["--pareto", "params", "--unit", "stage", "--trials", "20", *SMALL, *BY_ERROR, "--finalists", "1"]
     assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
     front = json.loads((tmp_path / "run" / "pareto.json").read_text())["front"]
     shares = [point["share_of_teacher"] for point in front]
@@ -235,7 +235,7 @@ def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> Non
     (won,) = (row for row in measured if row["kind"] == "final" and row["tiers"][-1]["label"] == best["label"])
     assert won["bounds"][0]["score"]["value"] >= 0.1
     assert "with clip_score>=0.1" in (tmp_path / "held" / "report.md").read_text()
-    code, _, err = cli("search", *args, tmp_path / "missed", "--objective", "guided_mse,clip_score>=0.99")
+    code, _, err = cli("search", *args, tmp_path / "missed", "--trials", "4", "--objective", "guided_mse,clip_score>=0.99")
     assert code == 2
     line = err.strip().splitlines()[-1]
     assert re.search(r"no finalist holds the budgets and clip_score>=0.99 \(\d tried, the best clip_score is 0\.\d+\)", line)
