@@ -130,6 +130,7 @@ class Job:
     updates: tuple[int, ...]
     runs: Path
     rows: Path
+    scales: tuple[float, ...] = CFG_SCALES
     kd: bool = True
 
     @property
@@ -147,8 +148,10 @@ class Job:
         return row
 
     @property
-    def done(self) -> bool:
-        return any(f"fid_{N_IMAGES}" in drawn for drawn in self.known.get("truth", ()))
+    def scales_left(self) -> list[float]:
+        """The guidance scales that it was not drawn with yet."""
+        drawn = {d["cfg_scale"] for d in self.known.get("truth", ())}
+        return [scale for scale in self.scales if scale not in drawn]
 
 
 @lru_cache(maxsize=1)
@@ -179,11 +182,13 @@ def run(job: Job) -> str:
         student = school.student(job.student.arch, updates)
         if len(row["training"]) < len(job.updates):
             row["training"].append({"updates": updates, **of.denoised(student)})
-    row["truth"] = [of.drawn(student, s, N_READ if s == CFG_SCALE else N_IMAGES) for s in CFG_SCALES]
-    row["seconds"] = round(time.perf_counter() - begun)
+    drawn = [of.drawn(student, s, N_READ if s == CFG_SCALE else N_IMAGES) for s in job.scales_left]
+    row["truth"] = sorted([*row.get("truth", ()), *drawn], key=lambda d: d["cfg_scale"])
+    row["seconds"] = row.get("seconds", 0) + round(time.perf_counter() - begun)
     with writing(job.row) as path:
         path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-    return f"{job.row.stem}: {row['seconds']} s, " + " ".join(f"{k} {row['truth'][2][k]:.3g}" for k in ("digits_read", "fid"))
+    of_last = " ".join(f"{name} {row['truth'][-1][name]:.3g}" for name in ("cfg_scale", "digits_read", "fid"))
+    return f"{job.row.stem}: {row['seconds']} s, {of_last}"
 
 
 def students(reports: Path) -> list[Student]:
@@ -203,8 +208,9 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     chosen = [(s, 0) for s in listed] + [(s, 1) for s in listed[: len(listed) // TWICE]]
     if args.only:
         chosen = [(s, seed) for seed in args.seeds for s in listed if s.name in args.only]
-    made = [Job(student, seed, tuple(args.updates), args.out, rows, not args.task_only) for student, seed in chosen]
-    return [job for job in made if not job.done]
+    updates, scales = tuple(args.updates), tuple(args.cfg_scales)
+    made = [Job(student, seed, updates, args.out, rows, scales, not args.task_only) for student, seed in chosen]
+    return [job for job in made if job.scales_left]
 
 
 def listing(part: str, reports: Path) -> None:
@@ -235,6 +241,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--reports", type=Path, required=True, help="folder of the rows and tables")
     parser.add_argument("--updates", type=int, nargs="+", default=UPDATES, help="checkpoints; the last one is judged")
+    parser.add_argument(
+        "--cfg-scales", type=float, nargs="+", default=CFG_SCALES, help="guidance scales it is drawn with; more may follow later"
+    )
     parser.add_argument("--only", nargs="+", help="candidates by name, with every one of --seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --only")
     parser.add_argument("--task-only", action="store_true", help="train on the images alone, without the losses of distillation")

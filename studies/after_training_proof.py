@@ -1,12 +1,12 @@
-"""After a longer training, is what `search` finds by default better than the designs by hand?
+"""After a longer training, is what `search` finds better than the designs by hand?
 
     python studies/after_training.py --out runs/after --reports reports/after-training --updates 50 200 600 2000 --seeds 0 1 2 \\
         --only bk-sdm-base "base-guided_mse, linear" bk-sdm-small "small-guided_mse, linear" bk-sdm-tiny "tiny-guided_mse, linear"
-    (the same with --task-only --seeds 0)
+    (the same with "base-feature_distance, linear" and the two other sizes, and --cfg-scales 1.5 2 3 4.5 6)
     python studies/after_training_proof.py --reports reports/after-training
 
-The first takes about two hours on two CPU cores, the second ten minutes; the last reads their rows and writes `proof.md` and
-`proof.png` beside them. At each size the two have at most the parameters and the MACs of the design, the same training and the
+The first takes about two hours on two CPU cores, the second as long; the last reads their rows and writes `proof.md` and
+`proof.png` beside them. At each size all have at most the parameters and the MACs of the design, the same training and the
 same judges. Two are told apart where the ranges over seeds do not meet. Expected: what is found reads more digits, and its FID-
 CLIP curve lies below. Measured: `proof.md`.
 """
@@ -25,11 +25,15 @@ from matplotlib.figure import Figure
 from blockprune.reports.canvas import new_figure, png, tidy, title
 
 UPDATES, TABLE_UPDATES = 2000, 600
-COLOURS = {"design": "#d55e00", "search": "#0072b2", "teacher": "#5f6b73"}
+BY = {  # how a student was found, and the colour of its curves
+    "design": ("by hand", "#d55e00"),
+    "search by guided_mse, linear": ("by guided_mse", "#0072b2"),
+    "search by feature_distance, linear": ("by images", "#009e73"),
+}
 
 
-def read(folder: Path, updates: int, kind: str = "") -> list[Row]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*-{updates}{kind}.json"))]
+def read(folder: Path, updates: int) -> list[Row]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*-{updates}.json"))]
 
 
 def best(row: Row) -> Row:
@@ -47,7 +51,7 @@ SHOWN: dict[str, Value] = {
     "digits read there": lambda row: float(best(row)["digits_read"]),
     "guided error": lambda row: float(row["training"][-1]["guided_mse"]),
 }
-TOLD = ("digits read, CFG 3", "CLIP score, CFG 3", "FID, best CFG")
+TOLD = ("digits read, CFG 3", "CLIP score, CFG 3", "FID, best CFG", "CLIP score there", "digits read there")
 
 
 def over_seeds(rows: Sequence[Row], value: Value) -> str:
@@ -62,11 +66,12 @@ def better(ours: Sequence[Row], theirs: Sequence[Row], value: Value, up: bool) -
     return "found" if min(mine) > max(hand) else "design" if min(hand) > max(mine) else "not told apart"
 
 
-def dominated(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[int, int]:
-    """How many points of our mean FID-CLIP curve have a point of theirs with lower FID and higher CLIP score, and the other way."""
-    curves = [np.array([[(fid_at(d), -d["clip_score"]) for d in row["truth"]] for row in rows]).mean(0) for rows in (ours, theirs)]
-    a, b = (sum(any((other < point).all() for other in there) for point in here) for here, there in (curves, curves[::-1]))
-    return a, b
+def dominated(here: Sequence[Row], there: Sequence[Row]) -> str:
+    """How many points of the first mean FID-CLIP curve have a point of the second with lower FID and higher CLIP score."""
+    first, second = (
+        np.array([[(fid_at(d), -d["clip_score"]) for d in row["truth"]] for row in rows]).mean(0) for rows in (here, there)
+    )
+    return f"{sum(any((other < point).all() for other in second) for point in first)} of {len(first)}"
 
 
 def place(name: str, table: Sequence[Row]) -> str:
@@ -76,46 +81,46 @@ def place(name: str, table: Sequence[Row]) -> str:
     return f"{group.index(mine) + 1} of {len(group)}"
 
 
-def markdown(rows: Sequence[Row], alone: Sequence[Row], table: Sequence[Row], teacher: Row) -> str:
-    lines = ["# What search finds by default against the designs by hand, after a longer training", ""]
-    lines += section(rows, table, teacher)
-    if alone:
-        lines += ["", "## The same without distillation: trained on the images alone", "", *section(alone, table, teacher)]
-    return "\n".join(lines) + "\n"
-
-
-def section(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> list[str]:
-    """The scores of one kind of training, and who is better."""
-    seeds = sorted({row["seed"] for row in rows})
+def markdown(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> str:
+    """The scores of all, and who is better."""
+    of = by_name(rows)
     lines = [
-        f"{UPDATES} updates of 16 images, {len(seeds)} seed{'s' * (len(seeds) > 1)} each; n = 512 at CFG 3 for digits and CLIP "
+        "# What search finds against the designs by hand, after a longer training",
+        "",
+        f"{UPDATES} updates of 16 images, {len({row['seed'] for row in rows})} seeds each; n = 512 at CFG 3 for digits and CLIP "
         "score, else 256. Mean, and range over seeds in brackets.",
         "Commands in `studies/after_training_proof.py`.",
         "",
-        f"| student | parameters | MACs | {' | '.join(SHOWN)} | place in the table by digits read |",
-        f"| --- | ---: | ---: |{' ---: |' * (len(SHOWN) + 1)}",
+        f"| student | found | parameters | MACs | {' | '.join(SHOWN)} | best CFG | place in the table by digits read |",
+        f"| --- | --- | ---: | ---: |{' ---: |' * (len(SHOWN) + 2)}",
     ]
     shown = [f"{v(teacher):.3g}" for name, v in SHOWN.items() if name != "guided error"]
-    lines.append(
-        f"| the teacher | {teacher['params'] / 1e6:.2f} M | {teacher['macs_thop'] / 1e6:.1f} M | {' | '.join(shown)} | 0 | |"
-    )
-    names = dict.fromkeys(row["name"] for row in sorted(rows, key=lambda r: (r["size"], r["source"] != "design")))
-    of = {name: [row for row in rows if row["name"] == name] for name in names}
+    lines.append(f"| the teacher | | {costs(teacher)} | {' | '.join(shown)} | 0 | {best(teacher)['cfg_scale']:g} | |")
     for name, group in of.items():
         cells = " | ".join(over_seeds(group, value) for value in SHOWN.values())
-        costs = f"{group[0]['params'] / 1e6:.2f} M | {group[0]['macs_thop'] / 1e6:.1f} M"
-        lines.append(f"| {name} | {costs} | {cells} | {place(name, table)} |")
+        scales = ", ".join(sorted({f"{best(row)['cfg_scale']:g}" for row in group}))
+        lines.append(f"| {name} | {BY[group[0]['source']][0]} | {costs(group[0])} | {cells} | {scales} | {place(name, table)} |")
     lines += [
         "",
-        "| better in | digits read, CFG 3 | CLIP score, CFG 3 | FID, best CFG | points of the FID-CLIP curve beaten |",
+        f"| found | against | {' | '.join(TOLD)} | points of the design's curve beaten | points of the found one's curve beaten |",
+        f"| --- | --- |{' --- |' * len(TOLD)} --- | --- |",
     ]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for name in (n for n, group in of.items() if group[0]["source"] == "design"):
-        ours = next(group for group in of.values() if group[0]["size"] == name and group[0]["source"] != "design")
-        told = [better(ours, of[name], SHOWN[key], up=not key.startswith("FID")) for key in TOLD]
-        lost, won = dominated(ours, of[name])
-        lines.append(f"| {name} | {' | '.join(told)} | {won} of the design's 4, {lost} of the found one's 4 |")
-    return lines
+    for group in (group for group in of.values() if group[0]["source"] != "design"):
+        design = of[group[0]["size"]]
+        told = [better(group, design, SHOWN[key], up=not key.startswith("FID")) for key in TOLD]
+        curves = f"{dominated(design, group)} | {dominated(group, design)}"
+        lines.append(f"| {BY[group[0]['source']][0]} | {group[0]['size']} | {' | '.join(told)} | {curves} |")
+    return "\n".join(lines) + "\n"
+
+
+def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each student, size by size, the designs by hand first."""
+    ordered = sorted(rows, key=lambda row: (row["size"], list(BY).index(row["source"])))
+    return {name: [row for row in ordered if row["name"] == name] for name in dict.fromkeys(row["name"] for row in ordered)}
+
+
+def costs(row: Row) -> str:
+    return f"{row['params'] / 1e6:.2f} M | {row['macs_thop'] / 1e6:.1f} M"
 
 
 def figure(rows: Sequence[Row], teacher: Row) -> Figure:
@@ -125,14 +130,16 @@ def figure(rows: Sequence[Row], teacher: Row) -> Figure:
     title(
         drawn,
         f"FID and CLIP score after {UPDATES} updates",
-        "Designs by hand orange, found blue, the teacher grey; a line for each seed over CFG scales; down and right is better.",
+        "A line for each seed over CFG scales: designs by hand orange, found by guided_mse blue, by images green, the teacher "
+        "grey. Down and right is better.",
     )
     for i, (ax, size) in enumerate(zip(drawn.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True)):
         tidy(ax)
         for row in [*(row for row in rows if row["size"] == size), teacher]:
-            kind = "teacher" if row is teacher else "design" if row["source"] == "design" else "search"
             points = [(d["clip_score"], fid_at(d)) for d in row["truth"]]
-            ax.plot(*zip(*points, strict=True), color=COLOURS[kind], lw=1.4, marker=".", ms=4)
+            ax.plot(
+                *zip(*points, strict=True), color=BY[row["source"]][1] if "source" in row else "#5f6b73", lw=1.4, marker=".", ms=4
+            )
         ax.set_title(f"size of {size}", fontsize=9)
         ax.set_xlabel("CLIP score", fontsize=8.5)
         ax.set_yscale("log")
@@ -153,8 +160,7 @@ def main() -> None:
         return
     teacher = json.loads((args.reports / "teacher.json").read_text(encoding="utf-8"))
     table = [row for row in read(args.reports / "rows", TABLE_UPDATES) if row["seed"] == 0]
-    alone = read(args.reports / "rows", UPDATES, "-task")
-    (args.reports / "proof.md").write_text(markdown(rows, alone, table, teacher), encoding="utf-8")
+    (args.reports / "proof.md").write_text(markdown(rows, table, teacher), encoding="utf-8")
     (args.reports / "proof.png").write_bytes(png(figure(rows, teacher)))
 
 
