@@ -147,7 +147,7 @@ def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> 
     assert {row["tiers"][-1]["label"]: row["tiers"][-1]["value"] for row in found} == rows
     assert all(row["seconds"] == 0 for row in found)
     other, kind = ("linear", "linear fits (scan --fit linear") if fit == "none" else ("none", "")
-    code, _, err = cli(*take, "--score-fit", other, "--trials", "4", "--finalists", "1", "--out", tmp_path / "other")
+    code, _, err = cli(*take, "--score-fit", other, "--trials", "12", "--finalists", "1", "--out", tmp_path / "other")
     assert code == 0 and f"has no guided_mse{' with ' if kind else ''}{kind}" in err
 
 
