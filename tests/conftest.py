@@ -85,11 +85,19 @@ def one_line(cli: Cli) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture
+def drifting_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes as long as it has parameters, and is not run for that: timings of finalists take most of a small search."""
+    tiny.drifting_clock(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small search of the built-in model, left undisturbed."""
+    """One small search of the built-in model by a `drifting_clock`, left undisturbed."""
     out = tmp_path_factory.mktemp("search") / "run"
-    run("search", *QUICK, "--random", "3", "--out", str(out))
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.drifting_clock(patch)
+        run("search", *QUICK, "--random", "3", "--out", str(out))
     return out
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from blockprune.runs import directory
 
-SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8", "--final-factor", "2", "--finalists", "2"]
+SMALL = ["--n-images", "4", "--steps", "2", "--eps-samples", "4", "--batch-size", "4", "--final-factor", "2", "--finalists", "2"]
 BY_ERROR = ["--objective", "guided_mse"]  # which takes no images
-QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", "20", *SMALL, *BY_ERROR]
+N_TRIALS = 16  # ten units alone, the exact solutions, the presets, and what a sampler proposes
+QUICK = ["--unit", "stage", "--budget", "75%params", "--trials", str(N_TRIALS), *SMALL, *BY_ERROR]
 
 
 def scored(folder: Path, kind: str = "search") -> dict[str, Any]:

@@ -36,6 +36,7 @@ def examples() -> list[doctest.DocTest]:
     return [test for value in public for test in finder.find(value, value.__name__, module=False, globs={}) if test.examples]
 
 
+@pytest.mark.usefixtures("drifting_clock")
 @pytest.mark.parametrize("example", examples(), ids=lambda e: e.name)
 def test_an_example_in_a_docstring_is_true(example: doctest.DocTest) -> None:
     n = len(example.examples)
@@ -94,7 +95,10 @@ def test_removed_is_over_when_the_context_ends(pipe: DiffusionPipeline) -> None:
     assert same(before, state(pipe))
 
 
-@pytest.mark.parametrize("arch", ["full", "mid_block", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"])
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param("full", marks=pytest.mark.slow), "mid_block", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"],
+)
 def test_save_and_load_round_trip(pipe: DiffusionPipeline, arch: str, tmp_path: Path) -> None:
     small = bp.prune(pipe, arch)
     bp.save(small, tmp_path / "out")

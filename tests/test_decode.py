@@ -291,7 +291,7 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
 SLOW = {"U-Net": 8, "SDXL U-Net": 4}
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "SDXL U-Net")) for n in READERS])
 def test_a_changed_document_is_read_or_refused(name: str, tmp_path: Path) -> None:
     make, read = READERS[name]
     document = make()

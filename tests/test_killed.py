@@ -256,7 +256,7 @@ def assert_same(folder: Path, other: Path) -> None:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", [pytest.param("scan", marks=SLOW), pytest.param("evaluate", marks=SLOW), "cache", "distill"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=SLOW) for name in ("scan", "evaluate", "distill")), "cache"])
 def test_killed_and_started_again_ends_as_if_undisturbed(
     name: str, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:
@@ -292,6 +292,7 @@ def test_killed_where_it_hurts_most(
     assert_same(out, undisturbed(name).folder)
 
 
+@pytest.mark.slow
 def test_a_killed_export_is_not_there_and_starts_anew(
     launcher: Launcher, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -342,7 +343,8 @@ def check_search(folder: Path, other: Path, tolerance: float) -> None:
     assert len(list((folder / "artifacts").iterdir())) >= len(finals)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_search_scores_everything_once(
     workers: int, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_the_case_study_says_what_its_rows_and_its_report_say() -> None:
             assert reported[name][measure] == pytest.approx(found[0])
 
 
+@pytest.mark.usefixtures("drifting_clock")
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a scan to a student that is loaded again, with no import but blockprune, torch and diffusers."""
     block = re.search(r"## In Python\n.*?```python\n(.*?)```", README, re.DOTALL)

@@ -68,6 +68,7 @@ def test_a_terminal_that_knows_few_characters_is_written_to(encoding: str, monke
     assert err.buffer.getvalue().startswith(b"error: no model")
 
 
+@pytest.mark.slow
 def test_a_page_is_written_where_the_locale_knows_ascii_only(tmp_path: Path) -> None:
     run = report_rows.evaluate(tmp_path / "数字 run", "数字 → \udcff")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))}

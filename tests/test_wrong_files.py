@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import report_rows
+import tiny
 import torch
 from as_user import pictures, run
 from safetensors.numpy import load_file as load_arrays
@@ -65,8 +66,10 @@ def sources(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small runs of the built-in model, to be gone on with."""
     root = tmp_path_factory.mktemp("runs")
-    for command in (SCAN, SEARCH, EVALUATE):
-        run(*command, "--out", str(root / command[0]))
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.drifting_clock(patch)
+        for command in (SCAN, SEARCH, EVALUATE):
+            run(*command, "--out", str(root / command[0]))
     images = pictures(root / "images", 3, 16)
     (images / "metadata.jsonl").write_text("".join(f'{{"file_name": "{i:03d}.png", "text": "a"}}\n' for i in range(3)))
     run("cache", "--data", str(images), "--out", str(root / "cache"))

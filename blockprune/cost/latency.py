@@ -88,7 +88,7 @@ def measure(
 
     A model is a function that gives a context with the U-Net to run, such as `lambda: nullcontext(unet)` or
     `lambda: removed(unet, arch)`; entering it is not timed. `inputs` are keyword arguments of the forward, on `device`.
-    `memory` names the models whose memory is measured, None for all; on a processor that takes as long as twenty steps.
+    `memory` names the models whose memory is measured, None for all; on a processor that takes as long as eight steps.
     """
     clock = _cuda_step if torch.device(device).type == "cuda" else _cpu_step
     seconds: dict[str, list[float]] = {label: [] for label in models}
@@ -153,7 +153,7 @@ def _cpu_peak(step: Callable[[], Any]) -> int:
     """The profiler logs every allocation and release. The process's resident size would not do: the C library keeps freed pages."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
             step()
         path = Path(folder, "trace.json")
         log.export_chrome_trace(str(path))

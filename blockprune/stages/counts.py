@@ -18,7 +18,7 @@ from blockprune.stages.plan import N_PICTURES
 
 WARMUP = 2
 FULL = Architecture()
-OF_MEMORY = 20  # what the memory of a pass takes on a processor, in passes
+OF_MEMORY = 8  # what the memory of a pass takes on a processor, in passes
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from blockprune.model.surgery import architecture_of, skeleton
 from blockprune.runs import directory
 from blockprune.stages.train import checkpoints
 
-QUICK = ["--train-batch-size", "2", "--n-images", "8", "--steps", "2", "--max-train-steps", "6", "--checkpointing-steps", "2"]
+QUICK = ["--train-batch-size", "2", "--n-images", "4", "--steps", "1", "--max-train-steps", "6", "--checkpointing-steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +173,15 @@ def test_a_full_disk_loses_nothing(distilled: Path, tmp_path: Path, cli: Cli, mo
     assert losses(tmp_path / "run") == losses(distilled)
 
 
+@pytest.mark.usefixtures("drifting_clock")
 def test_from_scan_to_pipeline(tmp_path: Path, cli: Cli) -> None:
     """The whole path in miniature, as the README shows it."""
     small = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
     assert cli("scan", "--unit", "stage", *small, "--measures", "guided_mse", "--out", tmp_path / "scan")[0] == 0
-    search = ["--unit", "stage", "--budget", "75%params", "--trials", "16", *small, "--from-scan", tmp_path / "scan"]
-    assert cli("search", *search, "--final-factor", "1", "--out", tmp_path / "search")[0] == 0
+    search = ["--unit", "stage", "--budget", "75%params", "--trials", "12", *small, "--from-scan", tmp_path / "scan"]
+    assert cli("search", *search, "--final-factor", "1", "--finalists", "1", "--out", tmp_path / "search")[0] == 0
     best = tmp_path / "search" / "best.json"
-    code, _, err = cli("distill", "--arch", best, *QUICK, "--out", tmp_path / "distill")
+    code, _, err = cli("distill", "--arch", best, *QUICK, "--max-train-steps", "2", "--out", tmp_path / "distill")
     assert code == 0, err
     pipe = load_pipeline(tmp_path / "distill" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -242,7 +243,7 @@ def test_a_cache_trains_as_the_images_do(tmp_path: Path, cli: Cli, tiny_folder: 
     rows = []
     for source in (data, tmp_path / "cache"):
         out = tmp_path / f"run-{source.name}"
-        args = ["--arch", "mid-removed", "--teacher", model, "--data", source, *QUICK, "--out", out]
+        args = ["--arch", "mid-removed", "--teacher", model, "--data", source, *QUICK, "--max-train-steps", "3", "--out", out]
         code, _, err = cli("distill", *args)
         assert code == 0, err
         rows.append(losses(out))

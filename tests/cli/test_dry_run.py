@@ -24,7 +24,22 @@ from blockprune.stages import outline
 
 DRAWN = ["--n-images", "3", "--steps", "2", "--batch-size", "2"]
 SCAN = ["scan", "--arch", "mid_block", "--fit", "none,linear", "--eps-samples", "5", *DRAWN]
-SEARCH = ["search", "--unit", "stage", "--budget", "75%params", "--trials", "11", "--finalists", "1", "--eps-samples", "4", *DRAWN]
+SEARCH = [
+    "search",
+    "--unit",
+    "stage",
+    "--budget",
+    "75%params",
+    "--trials",
+    "11",
+    "--finalists",
+    "1",
+    "--eps-samples",
+    "4",
+    *DRAWN,
+    "--steps",
+    "1",
+]
 DISTILL = ["distill", "--arch", "mid-removed", "--max-train-steps", "3", "--train-batch-size", "2", "--n-images", "3"]
 PERSONALISE = ["personalise", "--instance-prompt", "sks top left", "--max-train-steps", "2", "--n-images", "3", "--steps", "2"]
 EVALUATE = ["evaluate", "--arch", "bk-sdm-small", "--n-images", "3", "--batch-size", "2", "--steps", "1,2", "--cfg-scale", "1,3"]

@@ -115,23 +115,26 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 
 
-def test_a_terminal_without_our_characters() -> None:
-    found = python("graph", **ASCII)
+@pytest.mark.parametrize("words", [("search", "--help"), pytest.param(("graph",), marks=pytest.mark.slow)])
+def test_a_terminal_without_our_characters(words: tuple[str, ...]) -> None:
+    found = python(*words, **ASCII)
     assert found.returncode == 0, found.stderr.decode()
-    assert b"mid_block" in found.stdout
+    assert rb"\u20" in found.stdout  # an arrow in the graph, an ellipsis in the help
     assert found.stdout.isascii()
-    failed = python("graph", "--model", "für", **ASCII)
+    failed = python("stats", "für", "stats.npz", **ASCII)
     assert failed.returncode == 2
     assert failed.stderr.startswith(b"error: ")
     assert failed.stderr.count(b"\n") == 1
 
 
-def test_a_reader_that_stops_early_is_one_line() -> None:
+PRINTS = "from blockprune.cli.error_line import one_line_errors\nwith one_line_errors():\n    print('a line')"
+
+
+@pytest.mark.parametrize("words", [("-c", PRINTS), pytest.param(("-m", "blockprune", "graph"), marks=pytest.mark.slow)])
+def test_a_reader_that_stops_early_is_one_line(words: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
-    found = subprocess.run(
-        [sys.executable, "-m", "blockprune", "graph"], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False
-    )
+    found = subprocess.run([sys.executable, *words], stdout=write, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(write)
     assert found.returncode == 2
     assert found.stderr.startswith(b"error: Broken pipe: ")

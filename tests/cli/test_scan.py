@@ -230,7 +230,7 @@ def test_prompts_in_a_file_and_an_architecture_in_a_file(cli: Cli, tmp_path: Pat
 
 def test_fits_stand_beside_what_they_are_fitted_for(cli: Cli, tmp_path: Path) -> None:
     command = ["scan", "--arch", "mid_block", "--arch", "up_blocks.3.resnets.2", "--fit", "none,channel,linear"]
-    command += ["--measures", "eps_mse,clip_score", *SHAPE, "--eps-samples", "64", "--out", str(tmp_path / "run")]
+    command += ["--measures", "eps_mse,clip_score", *SHAPE, "--eps-samples", "16", "--out", str(tmp_path / "run")]
     assert cli(*command)[0] == 0
     rows = rows_of(tmp_path / "run")
     errors = {row["label"]: row["value"] for row in rows if row["measure"] == "eps_mse"}

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from as_user import run, run_in_own_process, workers_of
 from conftest import Cli
-from small_search import BY_ERROR, QUICK, SMALL, scored
+from small_search import BY_ERROR, N_TRIALS, QUICK, SMALL, scored
 
 from blockprune.cost import latency
 from blockprune.model import pretrained
@@ -28,6 +27,8 @@ from blockprune.model.trace import trace
 from blockprune.reports.searches import search_view
 from blockprune.reports.table import number
 from blockprune.runs import directory
+
+pytestmark = pytest.mark.usefixtures("drifting_clock")
 
 
 def test_outputs_are_all_there(searched: Path) -> None:
@@ -38,7 +39,7 @@ def test_outputs_are_all_there(searched: Path) -> None:
     assert best["cost"]["pipeline_params"] <= 0.75 * best["teacher_cost"]["pipeline_params"]
     assert set(best["cost"]["macs"]) == {"thop", "conv_linear", "with_attention"}
     (own,) = (s for s in best["scores"] if s["measure"] == "guided_mse")
-    assert own["n"] == 16
+    assert own["n"] == 8
     assert own["seed"] != best["score_in_search"]["seed"]
     assert own["low"] < own["value"] < own["high"]
     table = list(csv.DictReader((searched / "finalists.csv").read_text().splitlines()))
@@ -49,7 +50,7 @@ def test_outputs_are_all_there(searched: Path) -> None:
     report = (searched / "report.md").read_text()
     assert "What is removed" in report
     assert "bk-sdm-small" in report
-    assert len(scored(searched)) == 20
+    assert len(scored(searched)) == N_TRIALS
     assert len(scored(searched, "random")) == 3
 
 
@@ -113,7 +114,7 @@ def test_killed_and_started_again_ends_with_the_same_scores(searched: Path, tmp_
         row for row in directory.read_rows(searched) if row["kind"] == "search" and row["source"] in ("scan", "exact", "preset")
     ]
     assert {row["tiers"][-1]["arch"] for row in planned} <= first.keys()
-    assert len(scored(tmp_path / "run")) == 20
+    assert len(scored(tmp_path / "run")) == N_TRIALS
     assert _best(tmp_path / "run")["holds_budget"] == "True"
 
 
@@ -124,17 +125,16 @@ def _best(folder: Path) -> dict[str, str]:
 def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(searched, tmp_path / "run")
     before = scored(searched)
-    args = [*QUICK[:5], "24", *SMALL, *BY_ERROR, "--study-name", "run", "--out", tmp_path / "run"]
+    args = [*QUICK, "--trials", str(N_TRIALS + 2), "--study-name", "run", "--out", tmp_path / "run"]
     assert cli("search", *args)[0] == 0
     after = scored(tmp_path / "run")
-    assert len(after) == 24
+    assert len(after) == N_TRIALS + 2
     assert after.items() >= before.items()
 
 
 @pytest.mark.parametrize("fit", ["none", pytest.param("linear", marks=pytest.mark.slow)])
 def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> None:
-    common = ["--n-images", "4", "--steps", "2", "--eps-samples", "8", "--batch-size", "8"]
-    scan = ["scan", "--unit", "stage", *common, "--measures", "guided_mse", "--fit", fit, "--out", tmp_path / "scan"]
+    scan = ["scan", "--unit", "stage", *SMALL[:8], "--measures", "guided_mse", "--fit", fit, "--out", tmp_path / "scan"]
     assert cli(*scan)[0] == 0
     if fit == "none":
         code, out, _ = cli("search", *QUICK, "--from-scan", tmp_path / "scan", "--solve-only")
@@ -147,19 +147,19 @@ def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> 
     assert {row["tiers"][-1]["label"]: row["tiers"][-1]["value"] for row in found} == rows
     assert all(row["seconds"] == 0 for row in found)
     other, kind = ("linear", "linear fits (scan --fit linear") if fit == "none" else ("none", "")
-    code, _, err = cli(*take, "--score-fit", other, "--out", tmp_path / "other")
+    code, _, err = cli(*take, "--score-fit", other, "--trials", "12", "--finalists", "1", "--out", tmp_path / "other")
     assert code == 0 and f"has no guided_mse{' with ' if kind else ''}{kind}" in err
 
 
 @pytest.mark.slow
 def test_two_workers_share_a_search(tmp_path: Path) -> None:
     run_in_own_process("search", *QUICK, "--workers", "2", "--out", str(tmp_path / "run"))
-    assert len(scored(tmp_path / "run")) == 20
+    assert len(scored(tmp_path / "run")) == N_TRIALS
     assert _best(tmp_path / "run")["holds_budget"] == "True"
 
 
 def test_a_front(tmp_path: Path, cli: Cli) -> None:
-    args = ["--pareto", "params", "--unit", "stage", "--trials", "30", *SMALL]
+    args = ["--pareto", "params", "--unit", "stage", "--trials", "20", *SMALL, *BY_ERROR, "--finalists", "1"]
     assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
     front = json.loads((tmp_path / "run" / "pareto.json").read_text())["front"]
     shares = [point["share_of_teacher"] for point in front]
@@ -186,12 +186,11 @@ def test_a_front_within_a_budget_has_a_best(tmp_path: Path, cli: Cli) -> None:
     assert json.loads((tmp_path / "run" / "pareto.json").read_text())["front"]
 
 
-LATENCY = ["--budget", "90%latency", *QUICK[:2], "--trials", "16", *SMALL]
+LATENCY = ["--budget", "90%latency", *QUICK[:2], "--trials", str(N_TRIALS), *SMALL, *BY_ERROR]
 
 
-def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli) -> None:
     """On a machine that slows down by half again and again, where a step takes as long as it has parameters."""
-    tiny.drifting_clock(monkeypatch)
     code, out, err = cli("search", *LATENCY, "--out", tmp_path / "run")
     assert code == 0, err
     rows = directory.read_rows(tmp_path / "run")
@@ -223,7 +222,7 @@ def test_a_latency_budget_out_of_reach_is_said(tmp_path: Path, cli: Cli, monkeyp
 
 def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> None:
     """The winner holds the bound on fresh seeds; one that nobody reaches is said, with what was reached."""
-    args = [*QUICK[:4], "--trials", "16", *SMALL, "--out"]
+    args = [*QUICK[:4], "--trials", "12", *SMALL, "--n-images", "2", "--finalists", "1", "--out"]
     code, _, _ = cli("search", *args, tmp_path / "held", "--objective", "guided_mse,clip_score>=0.1")
     assert code == 0
     rows = [row for row in directory.read_rows(tmp_path / "held") if "tiers" in row]
@@ -236,7 +235,7 @@ def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> Non
     (won,) = (row for row in measured if row["kind"] == "final" and row["tiers"][-1]["label"] == best["label"])
     assert won["bounds"][0]["score"]["value"] >= 0.1
     assert "with clip_score>=0.1" in (tmp_path / "held" / "report.md").read_text()
-    code, _, err = cli("search", *args, tmp_path / "missed", "--objective", "guided_mse,clip_score>=0.99")
+    code, _, err = cli("search", *args, tmp_path / "missed", "--trials", "4", "--objective", "guided_mse,clip_score>=0.99")
     assert code == 2
     line = err.strip().splitlines()[-1]
     assert re.search(r"no finalist holds the budgets and clip_score>=0.99 \(\d tried, the best clip_score is 0\.\d+\)", line)
@@ -244,7 +243,8 @@ def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> Non
 
 @pytest.mark.parametrize("objective", ["guided_mse", *(pytest.param(o, marks=pytest.mark.slow) for o in ("eps_mse", "clip_score"))])
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
-    args = [*QUICK[:4], "--trials", "16", *SMALL, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]
+    few = ["--trials", "12", *SMALL, "--finalists", "1"]
+    args = [*QUICK[:4], *few, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]
     code, _, err = cli("search", *args, "--out", tmp_path / "run")
     assert code == 0, err
     assert "updates, at most" in err
@@ -266,7 +266,8 @@ def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective
 
 
 def test_a_fit_may_stand_in_for_what_goes(tmp_path: Path, cli: Cli) -> None:
-    args = [*QUICK[:4], "--trials", "30", *SMALL, "--fit", "linear", "--objective", "eps_mse", "--recover", "1"]
+    few = ["--trials", "25", *SMALL, "--finalists", "1"]
+    args = [*QUICK[:4], *few, "--fit", "linear", "--objective", "eps_mse", "--recover", "1", "--recover-batch-size", "2"]
     code, _, err = cli("search", *args, "--out", tmp_path / "run")
     assert code == 0, err
     graph = trace(pretrained.configs("tiny-digits").unet, (16, 16), pretrained.configs("tiny-digits").n_tokens)
@@ -288,7 +289,8 @@ def test_a_fit_may_stand_in_for_what_goes(tmp_path: Path, cli: Cli) -> None:
 
 
 def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
-    assert cli("search", *QUICK, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
+    few = ["--trials", "12", "--finalists", "1"]
+    assert cli("search", *QUICK, *few, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
     for row in directory.read_rows(tmp_path / "run"):
         if row["kind"] == "search":
             arch = Architecture(frozenset(row["removed"]))
@@ -336,12 +338,12 @@ def test_bad_options(one_line: Callable[..., str], tmp_path: Path, args: list[st
 
 def test_another_protocol_in_the_same_directory(searched: Path, one_line: Callable[..., str]) -> None:
     line = one_line("search", *QUICK, "--eps-samples", "16", "--out", searched)
-    assert "eps_samples is 8 there, 16 asked" in line
+    assert "eps_samples is 4 there, 16 asked" in line
 
 
 def test_a_scan_of_another_protocol(searched: Path, one_line: Callable[..., str], tmp_path: Path) -> None:
     line = one_line("search", *QUICK, "--eps-samples", "16", "--from-scan", searched, "--out", tmp_path / "run")
-    assert "of another protocol (eps_samples is 8 there, 16 asked)" in line
+    assert "of another protocol (eps_samples is 4 there, 16 asked)" in line
 
 
 def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tiny_folder: Callable[[str], Path]) -> None:

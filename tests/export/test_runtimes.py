@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from blockprune.model.compare import distance
 from blockprune.model.model import Model, of_pipeline
 
 HERE = [name for name, form in FORMATS.items() if all(map(importlib.util.find_spec, form.packages))]
-QUICK = [pytest.param(name, marks=pytest.mark.slow) if name == "aot-inductor" else name for name in HERE]
-WHOLE = [name if name == "torch-export" else pytest.param(name, marks=pytest.mark.slow) for name in HERE]  # every component
+slow = partial(pytest.param, marks=pytest.mark.slow)
+QUICK = [slow(name) if name == "aot-inductor" else name for name in HERE]
+ONE = [name if name == "torch-export" else slow(name) for name in HERE]  # of what all do alike
 GAPS = Architecture(frozenset({"down_blocks.1.resnets.0", "mid_block"}), frozenset({("mid_block", "linear")}))
 needs_onnx = pytest.mark.skipif("onnx" not in HERE, reason="onnxruntime is not installed")
 
@@ -71,23 +73,32 @@ def model(small_folder: Path) -> Model:
     return of_pipeline(pipe)
 
 
-@pytest.fixture(scope="module")
-def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
-    """The student in a format, its U-Net or every component, made once; the graphs are the same for all formats."""
-    made: dict[tuple[str, bool], Written] = {}
-    programs: dict[str, ExportedProgram] = {}
+@pytest.fixture(scope="module", autouse=True)
+def graphs_made_once() -> Iterator[None]:
+    """The graph of a component is the same for all formats and tests: that of the same weights is not traced again."""
+    programs: dict[tuple[object, ...], ExportedProgram] = {}
 
     def program_of(component: Component) -> ExportedProgram:
-        if component.name not in programs:
-            programs[component.name] = formats.program_of(component)
-        return programs[component.name]
+        weights = {name: (t.dtype, float(t.double().sum())) for name, t in component.module.state_dict().items()}
+        key = (component.name, *sorted(weights.items()))
+        if key not in programs:
+            programs[key] = formats.program_of(component)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deploying, "program_of", program_of)
+        yield
+
+
+@pytest.fixture(scope="module")
+def written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
+    """The student in a format, its U-Net or every component, made once."""
+    made: dict[tuple[str, bool], Written] = {}
 
     def of(name: str, every: bool = False) -> Written:
         if (name, every) not in made:
             folder = tmp_path_factory.mktemp(name) / "out"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(deploying, "program_of", program_of)
-                made[name, every] = Written(model, folder, list(deploy(model, name, folder, every=every)))
+            made[name, every] = Written(model, folder, list(deploy(model, name, folder, every=every)))
         return made[name, every]
 
     return of
@@ -108,7 +119,7 @@ def test_the_names_are_those_of_the_formats() -> None:
     assert tuple(OTHERS) == RUNTIMES[2:]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", ONE)
 def test_every_component_of_a_student_is_written_and_compared(name: str, written: Callable[..., Written]) -> None:
     it = written(name, every=True)
     assert [e.name for e in it.components] == ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
@@ -134,7 +145,7 @@ def test_a_student_with_gaps_and_maps_computes_the_same_there(name: str, written
         assert apart(network, unet, inputs) < ALLOWED["float32"]
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if n in ("onnx", "openvino")])
+@pytest.mark.parametrize("name", ONE)
 def test_a_condition_of_several_tensors(name: str, tmp_path: Path) -> None:
     """That of SDXL, whose attentions have several layers."""
     unet = student(tiny.small_unet("sdxl"))
@@ -163,7 +174,7 @@ def test_sdxl_has_two_text_encoders_and_a_pooled_output(tiny_folder: Callable[[s
     assert torch.allclose(pooled, condition["added_cond_kwargs"]["text_embeds"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if n in ("onnx", "openvino")])
+@pytest.mark.parametrize("name", [name if name == "openvino" else slow(name) for name in HERE if name in ("onnx", "openvino")])
 def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Callable[..., Written], tmp_path: Path) -> None:
     """And nothing in the file of where it was made."""
     (half,) = deploy(model, name, tmp_path / "half", "float16")
@@ -176,7 +187,7 @@ def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Call
 
 
 @needs_onnx
-@pytest.mark.parametrize("limit", [formats.LARGEST_ONNX, 1000])
+@pytest.mark.parametrize("limit", [formats.LARGEST_ONNX, slow(1000)])
 def test_linear_layers_in_eight_bits(limit: int, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "LARGEST_ONNX", limit)
     (int8,) = deploy(model, "onnx", tmp_path / "int8", "int8")
@@ -185,6 +196,7 @@ def test_linear_layers_in_eight_bits(limit: int, model: Model, tmp_path: Path, m
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_weights_that_are_too_large_for_one_file_lie_beside_it(
     small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
@@ -204,12 +216,15 @@ def test_weights_that_are_too_large_for_one_file_lie_beside_it(
 
 
 def test_what_computes_something_else_is_refused(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, one_line: Callable[..., str]
 ) -> None:
+    code, out, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "same")
+    assert code == 0, err
+    assert "unet/model.pt2" in out
     monkeypatch.setitem(deploying.ALLOWED, "float32", -1.0)
-    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
+    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "other")
     assert "the unet computes something else in torch-export" in line
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
 def test_what_a_format_cannot_say_is_refused(
@@ -218,6 +233,7 @@ def test_what_a_format_cannot_say_is_refused(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no such operator\nand more of it")
 
+    monkeypatch.setattr(deploying, "program_of", formats.program_of)
     monkeypatch.setattr(torch.export, "export", broken)
     line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
     assert "torch-export cannot say or run the unet (no such operator" in line
@@ -268,7 +284,7 @@ def test_bad_options_are_one_line(tmp_path: Path, one_line: Callable[..., str]) 
     assert "unknown --runtime" in one_line("evaluate", "--runtime", "tensorrt", *out)
 
 
-@pytest.mark.parametrize("others", [["torch-export"], pytest.param(["torch-compile"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("others", [["torch-export"], slow(["torch-compile"])])
 def test_latency_is_measured_in_turn_in_several_runtimes(others: list[str], cli: Cli, small_folder: Path) -> None:
     names = ["torch", *others]
     args = ["cost", "--model", small_folder, "--arch", "mid_block~linear", "--latency", "--rounds", "5"]
@@ -284,9 +300,9 @@ def test_latency_is_measured_in_turn_in_several_runtimes(others: list[str], cli:
 SCORED = [FORMATS[name].runtime for name in HERE if name != "aot-inductor"]
 
 
-@pytest.mark.parametrize("runtime", [r if r == "onnxruntime" else pytest.param(r, marks=pytest.mark.slow) for r in SCORED])
+@pytest.mark.parametrize("runtime", [r if r == "torch-export" else slow(r) for r in SCORED])
 def test_images_of_a_runtime_are_those_of_pytorch(runtime: str, tmp_path: Path, cli: Cli) -> None:
-    args = ["evaluate", "--arch", "bk-sdm-tiny", "--n-images", "4", "--steps", "2", "--measures", "clip_score", "--out"]
+    args = ["evaluate", "--arch", "*attentions*", "--n-images", "2", "--steps", "2", "--measures", "clip_score", "--out"]
     for name in ("torch", runtime):
         code, _, err = cli(*args, tmp_path / name, "--runtime", name)
         assert code == 0, err

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import report_rows
+import tiny
 from diffusers import UNet2DConditionModel
 
 from blockprune.cli import main
@@ -27,14 +28,15 @@ REMOVALS = ["--arch", "mid_block", "--arch", "down_blocks.0.resnets.1", "--arch"
 QUICK = ["--trials", "12", "--finalists", "1", "--final-factor", "1", "--score-fit", "none", "--allow", "prompt-deaf"]
 TRAINED = ["--max-train-steps", "2", "--checkpointing-steps", "1", "--train-batch-size", "2", "--n-images", "4", "--steps", "2"]
 JUDGED = ["evaluate", *FEW, "--protocol", "clean"]
+PARTS = ["--components", "--rounds", "3"]
 # what a user does one after another: each name is a folder that later commands may read
 COMMANDS = {
     "scan": ["scan", *SCORED, *REMOVALS, "--measures", "eps_mse,fid,clip_score"],
     "search": ["search", *SCORED, *QUICK, "--unit", "stage", "--budget", "80%params", "--objective", "guided_mse"],
     "distill": ["distill", "--arch", "{runs}/search/best.json", *TRAINED, "--data", "digits"],
-    "teacher": [*JUDGED, "--label", "tiny-digits", "--components"],
-    "design": [*JUDGED, "--arch", "mid-removed", "--label", "mid-removed", "--components"],
-    "evaluate": [*JUDGED, "--model", "{runs}/distill/pipeline", "--label", "found", "--cfg-scale", "3,2", "--components"],
+    "teacher": [*JUDGED, "--label", "tiny-digits", *PARTS],
+    "design": [*JUDGED, "--arch", "mid-removed", "--label", "mid-removed", *PARTS],
+    "evaluate": [*JUDGED, "--model", "{runs}/distill/pipeline", "--label", "found", "--cfg-scale", "3,2", *PARTS],
     "checkpoints": [*JUDGED, "--checkpoints", "{runs}/distill", "--label", "found"],
 }
 
@@ -44,7 +46,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """A miniature run of every command on the built-in model, the later ones of what the earlier ones found and made."""
     folder = tmp_path_factory.mktemp("real")
     for name, words in COMMANDS.items():
-        with pytest.raises(SystemExit) as ended:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            tiny.drifting_clock(patch)
             main([*(word.format(runs=folder) for word in words), "--out", str(folder / name)])
         assert not ended.value.code, name
     return {name: folder / name for name in COMMANDS}

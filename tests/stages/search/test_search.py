@@ -91,10 +91,10 @@ def test_it_ends_at_the_optimum_and_when_all_is_known() -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_proposes_new_sets_within_the_budget(sampler: str) -> None:
-    of = space(STAGES, "75%params", "90%macs")
-    found = list(search(study(), Strategy(of, [of], {}, sampler, n_exact=1), Landscape(of).plain, len(STAGES) + 17))
+    of, n = space(STAGES, "75%params", "90%macs"), 4 if sampler == "gp" else 16  # which takes seconds for each
+    found = list(search(study(), Strategy(of, [of], {}, sampler, n_exact=1), Landscape(of).plain, len(STAGES) + 1 + n))
     proposed = [e for e in found if e.candidate.source == sampler]
-    assert len(proposed) >= 8
+    assert len(proposed) >= n // 2
     assert all(e.candidate.fits for e in proposed)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from blockprune.errors import UserError
@@ -56,13 +56,15 @@ def sampler(prediction: str = "epsilon", **kwargs: Any) -> Sampler:
     return Sampler(Fixed(), DDPMScheduler(prediction_type=prediction), blank, 0, SHAPE, **kwargs)
 
 
-def distiller(arch: Architecture, recipe: Recipe, settings: Settings | None = None, **kwargs: Any) -> Distiller:
-    teacher = tiny.unet("sd1")
+def distiller(
+    arch: Architecture, recipe: Recipe, settings: Settings | None = None, teacher: UNet2DConditionModel | None = None, **kwargs: Any
+) -> Distiller:
+    teacher = teacher or tiny.unet("sd1")
     student = student_of(teacher, arch, recipe.initialise, 0)
     settings = settings or Settings(2)
     prediction = kwargs.pop("prediction", "epsilon")
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=settings.accumulation)
-    return Distiller(accelerator, teacher, student, GRAPH, arch, sampler(prediction), recipe, settings, **kwargs)
+    return Distiller(accelerator, teacher, student, trace(teacher.config), arch, sampler(prediction), recipe, settings, **kwargs)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -226,9 +228,17 @@ def test_a_resumed_run_has_its_tensors_in_the_layout_that_they_had(tmp_path: Pat
     assert layouts(second) == layouts(first)
 
 
-def test_compiled_models_train_as_the_plain_ones() -> None:
-    arch, recipe = preset("bk-sdm-small"), Recipe(learning_rate=1e-3)
-    plain, compiled = (distiller(arch, recipe, Settings(2, compiler=name)) for name in ("", "aot_eager"))
+@pytest.mark.parametrize(
+    ("make", "arch", "compiler"),
+    [
+        (tiny.small_unet, Architecture(frozenset({"mid_block"})), "eager"),
+        pytest.param(tiny.unet, preset("bk-sdm-small"), "aot_eager", marks=pytest.mark.slow),
+    ],
+    ids=["small", "whole"],
+)
+def test_compiled_models_train_as_the_plain_ones(make: Callable[[str], Any], arch: Architecture, compiler: str) -> None:
+    recipe = Recipe(learning_rate=1e-3)
+    plain, compiled = (distiller(arch, recipe, Settings(2, compiler=name), make("sd1")) for name in ("", compiler))
     for expected, got in zip(plain.run(3), compiled.run(3), strict=True):
         assert got.losses.keys() == expected.losses.keys()
         assert got.losses == pytest.approx(dict(expected.losses), rel=1e-4)
