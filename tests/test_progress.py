@@ -147,6 +147,7 @@ SEARCH: dict[str, Any] = {"unit": "stage", "eps_samples": 8, "budget": "75%param
 EVALUATE: dict[str, Any] = {**SMALL, "cfg_scale": [2, 3], "measures": ["clip_score"], "latency": True, "rounds": 3}
 
 
+@pytest.mark.usefixtures("drifting_clock")
 @pytest.mark.parametrize(
     ("run", "result", "asked", "at_most"),
     [
