@@ -10,9 +10,9 @@ import typer
 
 from blockprune.cli import options
 from blockprune.errors import UserError
-from blockprune.export.runtimes import FORMAT_NAMES, PRECISIONS
+from blockprune.export.runtimes import FORMAT_PRECISIONS, PRECISIONS, check_precision
 
-FORMATS = ("folder", "ldm", *FORMAT_NAMES)
+FORMATS = ("folder", "ldm", *FORMAT_PRECISIONS)
 COMPONENTS = ("unet", "all")
 
 
@@ -26,7 +26,7 @@ Format = Annotated[
     str,
     typer.Option(
         help="folder: a diffusers pipeline; ldm: the U-Net alone as one .safetensors file, in the original names; for a runtime: "
-        f"{', '.join(FORMAT_NAMES)}."
+        f"{', '.join(FORMAT_PRECISIONS)}."
     ),
 ]
 
@@ -62,11 +62,12 @@ def export(
     for flag, value, known in asked:
         if value not in known:
             raise UserError(f"unknown --{flag} {value!r}: choose from {', '.join(known)}")
-    if format in FORMAT_NAMES:
+    if format in FORMAT_PRECISIONS:
+        check_precision(format, precision)
         _for_runtime(str(student), out, format, precision, components == "all", resolution)
     elif (precision, components, resolution) != ("float32", "unet", None):
         flags = "--precision, --components and --resolution"
-        raise UserError(f"{flags} are for a runtime's --format, {', '.join(FORMAT_NAMES)}: leave them out, or give one")
+        raise UserError(f"{flags} are for a runtime's --format, {', '.join(FORMAT_PRECISIONS)}: leave them out, or give one")
     elif format == "ldm":
         _single_file(_student_folder(student), out)
     else:

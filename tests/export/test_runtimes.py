@@ -20,7 +20,7 @@ from PIL import Image
 from torch.export import ExportedProgram
 
 from blockprune.export.pipeline import load_pipeline
-from blockprune.export.runtimes import FORMAT_NAMES, RUNTIMES, formats
+from blockprune.export.runtimes import FORMAT_PRECISIONS, RUNTIMES, formats
 from blockprune.export.runtimes import deploy as deploying
 from blockprune.export.runtimes.components import Component, components
 from blockprune.export.runtimes.deploy import ALLOWED, Exported, deploy
@@ -104,7 +104,7 @@ def bytes_of_weights(folder: Path) -> int:
 
 
 def test_the_names_are_those_of_the_formats() -> None:
-    assert tuple(FORMATS) == FORMAT_NAMES
+    assert tuple(FORMATS) == tuple(FORMAT_PRECISIONS)
     assert tuple(OTHERS) == RUNTIMES[2:]
 
 
