@@ -78,7 +78,7 @@ def _folder(student: Path, teacher: str | None, out: Path) -> None:
     from blockprune.export.pipeline import card_entries, check_free, export_pipeline, load_student, read_architecture
     from blockprune.export.stock_config import Stock
     from blockprune.model.identity import identity
-    from blockprune.model.pretrained import load
+    from blockprune.model.pretrained import configs_of, load
 
     check_free(out)
     folder = _student_folder(student)
@@ -86,8 +86,9 @@ def _folder(student: Path, teacher: str | None, out: Path) -> None:
     card = _card_of(student)
     arch = read_architecture(folder)
     unet = load_student(folder)
-    card = card_entries(model, unet.config, arch) | card
-    found = export_pipeline(load(model, dtype=unet.dtype), unet, arch, out, card, (model, identity(model)))
+    pipe = load(model, dtype=unet.dtype)
+    card = card_entries(model, configs_of(pipe), arch) | card
+    found = export_pipeline(pipe, unet, arch, out, card, (model, identity(model)))
     print(f"{out}: {unet.num_parameters():,} U-Net parameters, the same outputs as the student")
     if isinstance(found, Stock):
         print(f"load it with diffusers: DiffusionPipeline.from_pretrained({str(out)!r})")
