@@ -102,14 +102,16 @@ def _for_runtime(name: str, out: Path, format: str, precision: str, every: bool,
     from blockprune.export.runtimes.deploy import ALLOWED, deploy
     from blockprune.export.runtimes.formats import format_of
     from blockprune.model.model import of_pipeline
+    from blockprune.progress import Bars
 
     check_free(out)
     format_of(format, precision)
     run = Path(name, "pipeline")
     model = of_pipeline(load_pipeline(run if run.is_dir() else name), resolution)
-    for e in deploy(model, format, out, precision, every):
-        far = f"{e.real:.1e} of the output's size from PyTorch on what the model draws, {e.random:.1e} on random inputs"
-        print(f"{out / e.file}: {e.n_bytes / 2**20:.1f} MiB; {far} ({ALLOWED[precision]:g} allowed)", flush=True)
+    with Bars() as progress:
+        for e in deploy(model, format, out, precision, every, progress):
+            far = f"{e.real:.1e} of the output's size from PyTorch on what the model draws, {e.random:.1e} on random inputs"
+            print(f"{out / e.file}: {e.n_bytes / 2**20:.1f} MiB; {far} ({ALLOWED[precision]:g} allowed)", flush=True)
 
 
 def _single_file(folder: Path, out: Path) -> None:

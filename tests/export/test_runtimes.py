@@ -204,23 +204,29 @@ def test_weights_that_are_too_large_for_one_file_lie_beside_it(
 
 
 def test_what_computes_something_else_is_refused(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
+    """After its steps, each of which is told."""
     monkeypatch.setitem(deploying.ALLOWED, "float32", -1.0)
-    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
-    assert "the unet computes something else in torch-export" in line
+    code, _, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
+    assert code == 2
+    first, *steps, last = err.splitlines()
+    assert first == "unet: writing it as torch-export, then loading it there and comparing it with PyTorch"
+    assert [line.split(": 1 steps")[0] for line in steps] == ["[1/3] unet: write", "[2/3] unet: load", "[3/3] unet: compare"]
+    assert last.startswith("error: the unet computes something else in torch-export")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_format_cannot_say_is_refused(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, one_line: Callable[..., str]
 ) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no such operator\nand more of it")
 
     monkeypatch.setattr(torch.export, "export", broken)
-    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
-    assert "torch-export cannot say or run the unet (no such operator" in line
+    code, _, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
+    assert code == 2
+    assert "torch-export cannot say or run the unet (no such operator" in err.splitlines()[-1]
     cost = one_line("cost", "--model", small_folder, "--latency", "--rounds", "5", "--runtime", "torch-export")
     assert "torch-export cannot say or run the unet (no such operator" in cost
     assert not list(tmp_path.iterdir())
