@@ -34,10 +34,14 @@ def _in_places_of_teacher(pipe: DiffusionPipeline) -> DiffusionPipeline:
         return pipe
     gone, blocks = pipeline.read_architecture(folder / pipeline.PRUNING), pipeline.read_block_map(folder)
     names = {str(blocks.new_name(name)): name for name in surgery.skeleton(teacher["unet"], gone).state_dict()}
+    if surgery.skeleton(pipe.unet.config, Architecture()).state_dict().keys() != names.keys():  # another U-Net was put in its place
+        return pipe
     again = copy.copy(pipe)
     again.unet = surgery.skeleton(teacher["unet"], gone | _renamed(pipe.unet, names))
-    state = pipe.unet.state_dict()
-    again.unet.load_state_dict({name: state[str(blocks.new_name(name))] for name in again.unet.state_dict()}, assign=True)
+    state, new = pipe.unet.state_dict(), {name: str(blocks.new_name(name)) for name in again.unet.state_dict()}
+    if state.keys() != {*new.values()}:  # an adapter is in it, of which `export_pipeline` tells
+        return pipe
+    again.unet.load_state_dict({name: state[tensor] for name, tensor in new.items()}, assign=True)
     return again
 
 
