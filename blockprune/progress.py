@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 NOT_A_TERMINAL_WIDTH = 220
+FILES = "files"  # the stage, and its unit, of tables and figures: written last, whenever it was announced
 LONGEST_STEP_S = 3600.0  # Rich knows no speed, so no time left, of what is done more seldom
 
 
@@ -105,12 +106,15 @@ class Bars:
         self.live = (self.console.is_terminal or self.console.is_jupyter) and not self.console.is_dumb_terminal
         self._last = clock()
         self._current = ""
+        self._depth = 0
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
+        """What is inside may enter again: the bars are there until the outermost exit."""
+        self._depth += 1
         self._last = self.clock()
-        if self.live:
+        if self.live and self._depth == 1:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
@@ -118,7 +122,7 @@ class Bars:
                 _Rate(),
                 TimeRemainingColumn(),
             )
-            self._bars = Progress(
+            self._bars = _FilesLast(
                 *columns,
                 console=self.console,
                 transient=not self.console.is_jupyter,
@@ -129,7 +133,8 @@ class Bars:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bars is not None:
+        self._depth -= 1
+        if self._bars is not None and self._depth == 0:
             self._bars.stop()
 
     def plan(self, steps: Mapping[str, int], unit: str = "images", stage: str = "") -> None:
@@ -200,6 +205,13 @@ def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as 0:03:20."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class _FilesLast(Progress):
+    """Bars in the order in which they were added, but `FILES` below them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(sorted(self.tasks, key=lambda task: task.fields["unit"] == FILES))
 
 
 class _Rate(TextColumn):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from blockprune.errors import UserError
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
+from blockprune.progress import FILES, Listener, Silent
 from blockprune.runs import AnyRun
 from blockprune.runs.atomic import writing
 from blockprune.runs.memory import MemoryRun
@@ -40,6 +41,7 @@ class ScanResult:
     """
 
     run: AnyRun
+    n_files: ClassVar[int] = 10  # that `save` writes at most, for progress
 
     @property
     def rows(self) -> list[Score]:
@@ -64,11 +66,11 @@ class ScanResult:
 
         return _chosen(name, figures(self.view))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, progress: Listener | None = None) -> None:
         """Writes tables, figures and report.md to a folder."""
         from blockprune.reports.scans import report_files
 
-        _write(Path(folder), report_files(self.view))
+        _write(Path(folder), report_files(self.view), progress)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class EvaluateResult:
     """
 
     run: AnyRun
+    n_files: ClassVar[int] = 2  # that `save` writes at most, for progress
 
     @property
     def view(self) -> ModelView:
@@ -110,12 +113,12 @@ class EvaluateResult:
 
         return _chosen(name, evaluation_figures(self.view))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, progress: Listener | None = None) -> None:
         """Writes evaluate.json and evaluate.csv to a folder, and the images that were kept in memory."""
         from blockprune.reports.evaluations import report_files
 
         with self.run.alone():  # of processes that share the run each saves when it ends
-            _write(Path(folder), report_files(self.view))
+            _write(Path(folder), report_files(self.view), progress)
             if isinstance(self.run, MemoryRun):
                 images = ((name, data) for name, data in self.run.files.items() if name.startswith(("images/", "drawn/")))
                 _write(Path(folder), images)
@@ -259,6 +262,7 @@ class SearchResult:
     """
 
     run: AnyRun
+    n_files: ClassVar[int] = 9  # that `save` writes at most, for progress
 
     @property
     def rows(self) -> list[Evaluation]:
@@ -289,11 +293,11 @@ class SearchResult:
 
         return _chosen(name, search_figures(self.view))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, progress: Listener | None = None) -> None:
         """Writes best.json, finalists.csv, report.md and figures to a folder."""
         from blockprune.reports.searches import report_files
 
-        _write(Path(folder), report_files(self.view))
+        _write(Path(folder), report_files(self.view), progress)
 
 
 @dataclass(frozen=True)
@@ -308,10 +312,14 @@ class ReportResult:
         return [self.page.with_suffix(suffix) for suffix in (".csv", ".json", ".tex")]
 
 
-def _write(folder: Path, files: Iterator[tuple[str, bytes]]) -> None:
+def _write(folder: Path, files: Iterator[tuple[str, bytes]], progress: Listener | None = None) -> None:
+    """Writes each file as it is made. Where there are fewer than were announced, none is left in the end."""
+    heard = progress or Silent()
     for name, content in files:
         with writing(folder / name) as temporary:
             temporary.write_bytes(content)
+        heard.tick(FILES, 1)
+    heard.plan({FILES: 0}, FILES)
 
 
 def _chosen(name: str, figures: Iterator[tuple[str, F]]) -> F:

@@ -55,9 +55,10 @@ TOLD = ("digits read, CFG 3", "CLIP score, CFG 3", "FID, best CFG", "CLIP score 
 
 
 def over_seeds(rows: Sequence[Row], value: Value) -> str:
-    """The mean, and the range over seeds."""
+    """The mean, and the range over seeds where there are several."""
     values = [value(row) for row in rows]
-    return f"{np.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3g}{spread}"
 
 
 def better(ours: Sequence[Row], theirs: Sequence[Row], value: Value, up: bool) -> str:
@@ -87,19 +88,20 @@ def markdown(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> str:
     lines = [
         "# What search finds against the designs by hand, after a longer training",
         "",
-        f"{UPDATES} updates of 16 images, {len({row['seed'] for row in rows})} seeds each; n = 512 at CFG 3 for digits and CLIP "
-        "score, else 256. Mean, and range over seeds in brackets.",
+        f"{UPDATES} updates of 16 images; n = 512 at CFG 3 for digits and CLIP score, else 256. Mean, and range over the seeds "
+        "of the training in brackets.",
         "Commands in `studies/after_training_proof.py`.",
         "",
-        f"| student | found | parameters | MACs | {' | '.join(SHOWN)} | best CFG | place in the table by digits read |",
-        f"| --- | --- | ---: | ---: |{' ---: |' * (len(SHOWN) + 2)}",
+        f"| student | found | seeds | parameters | MACs | {' | '.join(SHOWN)} | best CFG | place in the table by digits read |",
+        f"| --- | --- | ---: | ---: | ---: |{' ---: |' * (len(SHOWN) + 2)}",
     ]
     shown = [f"{v(teacher):.3g}" for name, v in SHOWN.items() if name != "guided error"]
-    lines.append(f"| the teacher | | {costs(teacher)} | {' | '.join(shown)} | 0 | {best(teacher)['cfg_scale']:g} | |")
+    lines.append(f"| the teacher | | | {costs(teacher)} | {' | '.join(shown)} | 0 | {best(teacher)['cfg_scale']:g} | |")
     for name, group in of.items():
         cells = " | ".join(over_seeds(group, value) for value in SHOWN.values())
         scales = ", ".join(sorted({f"{best(row)['cfg_scale']:g}" for row in group}))
-        lines.append(f"| {name} | {BY[group[0]['source']][0]} | {costs(group[0])} | {cells} | {scales} | {place(name, table)} |")
+        about = f"{BY[group[0]['source']][0]} | {len(group)} | {costs(group[0])}"
+        lines.append(f"| {name} | {about} | {cells} | {scales} | {place(name, table)} |")
     lines += [
         "",
         f"| found | against | {' | '.join(TOLD)} | points of the design's curve beaten | points of the found one's curve beaten |",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from blockprune.progress import Bars
+import blockprune as bp
+from blockprune.progress import FILES, Bars, Silent
+from blockprune.results import EvaluateResult, ScanResult, SearchResult
 
 
 class Clock:
@@ -102,3 +106,67 @@ def test_a_terminal_has_a_bar_for_each_stage_from_the_start(clock: Clock) -> Non
     assert "0/5 timings" in out.getvalue()
     assert "0/0" not in out.getvalue()
     assert "0.5 architectures/s" in out.getvalue()
+
+
+def test_files_are_shown_last_and_bars_last_until_they_are_written(clock: Clock) -> None:
+    """Announced first, as those of a stage are that has not begun; the stage enters and leaves the same bars."""
+    out = io.StringIO()
+    with Bars(Console(file=out, force_terminal=True, width=120, color_system=None, legacy_windows=False), clock=clock) as bars:
+        bars.plan({FILES: 3}, FILES)
+        with bars:
+            bars.plan({"search": 20}, "architectures")
+            bars.tick("search", 20)
+        assert bars._bars is not None and bars._bars.live.is_started
+        bars.tick(FILES, 2)
+        bars.plan({FILES: 0}, FILES)
+        bars._bars.refresh()
+        assert [task.description for task in bars._bars.tasks] == [FILES, "search"]
+    assert not bars._bars.live.is_started
+    shown = out.getvalue()
+    assert shown.rindex("20/20 architectures") < shown.rindex("2/2 files")
+
+
+class Counted(Silent):
+    """Holds the work against what was announced."""
+
+    def __init__(self, n_files: int) -> None:
+        self.left: dict[str, int] = {FILES: n_files}
+        self.ticks: dict[str, int] = {}
+
+    def plan(self, steps: Mapping[str, int], unit: str = "images", stage: str = "") -> None:
+        self.left |= steps
+
+    def tick(self, step: str, n: int) -> None:
+        self.left[step] -= n
+        self.ticks[step] = self.ticks.get(step, 0) + n
+
+
+SMALL: dict[str, Any] = {"n_images": 4, "steps": 1, "batch_size": 4}
+SCAN: dict[str, Any] = {**SMALL, "arch": ["mid_block"], "eps_samples": 8, "measures": ["eps_mse", "clip_score", "latency"]}
+SEARCH: dict[str, Any] = {"unit": "stage", "eps_samples": 8, "budget": "75%params", "trials": 4, "objective": "feature_distance"}
+EVALUATE: dict[str, Any] = {**SMALL, "cfg_scale": [2, 3], "measures": ["clip_score"], "latency": True, "rounds": 3}
+
+
+@pytest.mark.parametrize(
+    ("run", "result", "asked", "at_most"),
+    [
+        (bp.scan, ScanResult, SCAN, set()),
+        (
+            bp.search,
+            SearchResult,
+            {**SMALL, **SEARCH, "finalists": 1, "final_factor": 2},
+            {"captions", "finalists", "latency", "images"},
+        ),
+        (bp.evaluate, EvaluateResult, EVALUATE, set()),
+    ],
+)
+def test_all_that_a_run_does_was_announced(
+    run: Callable[..., Any], result: Any, asked: dict[str, Any], at_most: set[str], tmp_path: Path
+) -> None:
+    """From the teacher's first images to the last figure; but for what shows only as a search goes on, and the figures, all of it
+    is done."""
+    counted = Counted(result.n_files)
+    run(progress=counted, **asked).save(tmp_path, counted)
+    assert all(left == 0 or (left > 0 and step in at_most) for step, left in counted.left.items()), counted.left
+    assert counted.ticks[FILES] == len([file for file in tmp_path.rglob("*") if file.is_file() and file.parent == tmp_path])
+    assert counted.ticks[FILES] <= result.n_files

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from blockprune.cost.table import Component
 from blockprune.cost.work import Passes
 from blockprune.measures.measure import MEASURES
 from blockprune.model.graph import Cost
-from blockprune.progress import duration
+from blockprune.progress import FILES, Bars, duration
 from blockprune.progress import make_console as make_console
 from blockprune.reports.captions import warning
 from blockprune.reports.model_view import ModelView
@@ -29,6 +30,14 @@ from blockprune.runs.records import Candidate
 
 if TYPE_CHECKING:
     from blockprune.cost.estimate import Estimate
+
+
+@contextmanager
+def progress(n_files: int) -> Iterator[Bars]:
+    """Progress over a stage and the files, at most so many, that are written when it has ended."""
+    with Bars() as bars:
+        bars.plan({FILES: n_files}, FILES)
+        yield bars
 
 
 def print_table(table: Table, console: Console, style_of: Callable[[int], str] = lambda row: "") -> None:

@@ -22,10 +22,12 @@ def run(request: EvaluateRequest, out: Out = None, dry_run: options.DryRun = Fal
         return
     from blockprune import api
     from blockprune.cli import console
+    from blockprune.results import EvaluateResult
 
     folder = out or options.default_out("evaluate", request.title)
-    result = api.evaluate(request=request, out=folder)
-    result.save(folder)
+    with console.progress(EvaluateResult.n_files) as bars:
+        result = api.evaluate(request=request, out=folder, progress=bars)
+        result.save(folder, bars)
     console.print_evaluation(result.view, console.make_console())
     print(f"evaluate.csv, evaluate.json, rows and images are in {folder}")
 

@@ -19,10 +19,12 @@ def run(request: ScanRequest, out: Out = None, dry_run: options.DryRun = False, 
         return
     from blockprune import api
     from blockprune.cli import console
+    from blockprune.results import ScanResult
 
     folder = out or options.default_out("scan", Path(request.model).name)
-    result = api.scan(request=request, out=folder)
-    result.save(folder)
+    with console.progress(ScanResult.n_files) as bars:
+        result = api.scan(request=request, out=folder, progress=bars)
+        result.save(folder, bars)
     console.print_ranking(result.view, console.make_console())
     print(f"rows, tables, figures and report.md are in {folder}")
 

@@ -40,10 +40,12 @@ def run(
         return
     from blockprune import api
     from blockprune.cli import console
+    from blockprune.results import SearchResult
 
     folder = out or options.default_out("search", Path(request.model).name)
-    result = api.search(request=request, out=folder)
-    result.save(folder)
+    with console.progress(SearchResult.n_files) as bars:
+        result = api.search(request=request, out=folder, progress=bars)
+        result.save(folder, bars)
     console.print_finalists(result.view, console.make_console())
     for line in _loading(request.model, result.view):
         print(line)

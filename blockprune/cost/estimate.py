@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,7 +124,13 @@ def measured(
     if work.encoded:
         seconds["VAE encoder"] = work.encoded * _timed(partial(_run, encoder_part(configs, latent, device, dtype)), device, each_s)
     name = f"{device}, {str(dtype).removeprefix('torch.')}"
-    return Estimate(work, seconds, work.macs(graph), f"measured on this device ({name})")
+    return Estimate(work, seconds, work.macs(graph), f"measured on this device ({name}){_busy(device)}")
+
+
+def _busy(device: torch.device) -> str:
+    """Words for a processor whose cores are wanted by more than there are of them: then a pass takes longer than on a free one."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f" while it was busy: load {load:.1f} on {cores} cores" if device.type == "cpu" and load > cores else ""
 
 
 def _pass(network: nn.Module, inputs: Callable[[int], Mapping[str, Any]], learns: bool, rows: int) -> None:

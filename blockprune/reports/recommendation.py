@@ -16,6 +16,7 @@ from blockprune.measures.score import TEACHER, Score
 from blockprune.progress import duration
 from blockprune.reports.model_view import Setting
 from blockprune.reports.models import Model, Reading, at_own_best, readings_of
+from blockprune.reports.next_command import next_command
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import with_interval
@@ -23,7 +24,7 @@ from blockprune.stages.search.budget import QUANTITIES
 
 LOOKS = ("fid", "kid", "is")  # of how images look, the first that was measured speaks
 NEAR = 0.01  # a design within this share of a budget is what the budget is for
-WORDS = {"params": "the pipeline", "macs": "a step's MACs", "latency": "a step's latency"}
+WORDS = {"params": "parameters", "macs": "MACs", "latency": "latency"}
 Verdict = Literal["better", "mixed", "hand", "alone", "none"]
 
 
@@ -45,7 +46,7 @@ class Size:
 
     @property
     def words(self) -> str:
-        return ", ".join(f"{100 * limit:.3g}\u00a0% of {WORDS[quantity]}" for quantity, limit in self.limits.items())
+        return ", ".join(f"{100 * limit:.3g}\u00a0% of the {WORDS[quantity]}" for quantity, limit in self.limits.items())
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Comparison:
 @dataclass(frozen=True)
 class Recommendation:
     """At a size: the model to take, None where none was evaluated, and what it is compared with: the best design by hand, or for a
-    design the best that is none. `spent` are its shares of the teacher's costs; `own_best` are both at their own best guidance."""
+    design the best that is none. `spent` are its shares of the teacher's costs; `own_best` are both at their own best guidance;
+    `command` is what to run next, "" where that is not known."""
 
     size: Size
     reading: Reading
@@ -79,6 +81,7 @@ class Recommendation:
     answers: Sequence[str] = ()
     spent: Mapping[str, float] = field(default_factory=dict)
     own_best: Sequence[tuple[Setting, Score]] = ()
+    command: str = ""
 
     @property
     def spends(self) -> str:
@@ -108,14 +111,15 @@ class Recommendation:
             other = f"no other {trained}student" if self.take.kind == "hand" else f"no {trained}design by hand"
             return f"{scores}; {other} of this size was evaluated. {self._trained}"
         pairs = [f"{c.title} {_said(c.mine)} against {_said(c.theirs)}" for c in self.comparisons]
-        first = f"nothing beats this design by hand, with `{self.rival.name}` next to it: " if self.take.kind == "hand" else ""
-        beside = "" if first else f" for `{self.rival.name}`, the best design by hand that holds this"
-        return f"{first}{', '.join(pairs)}{beside}: {self._told}. {self._at_own_best}{self._trained}"
+        hand = self.take.kind == "hand"
+        first, who = ("nothing beats this design by hand: ", "the best other") if hand else ("", "the best design by hand within this")
+        compared = f"{first}{self._told}, compared with `{self.rival.name}`, {who}"
+        return f"{compared}. {', '.join(pairs)}. {self._at_own_best}{self._trained}"
 
     def to_json(self) -> dict[str, Any]:
         take, rival = (model.name if model else None for model in (self.take, self.rival))
         named = {"size": self.size.text, "limits": dict(self.size.limits), "take": take, "against": rival}
-        return named | {"verdict": self.verdict, "reading": self.reading.label, "sentence": self.sentence}
+        return named | {"verdict": self.verdict, "reading": self.reading.label, "sentence": self.sentence, "command": self.command}
 
     @property
     def _told(self) -> str:
@@ -131,16 +135,17 @@ class Recommendation:
             return ""
         (_, mine), (_, theirs) = self.own_best
         title, n = MEASURES[mine.measure].title, f"n\u00a0=\u00a0{mine.n:,}"
+        n += " (FID falls with n)" if mine.measure == "fid" and mine.n != self.reading.n else ""
         said = [f"{_said(score)} (CFG\u00a0{setting.cfg_scale:g})" for setting, score in self.own_best]
         told = Comparison(mine, theirs).told
         word = "better" if told > 0 else "worse" if told < 0 else "not told apart"
-        return f"Each at its own best guidance: {title} {' against '.join(said)}, {word} ({n}). "
+        return f"Each at its own best guidance, {n}: {title} {' against '.join(said)}, {word}. "
 
     @property
     def _trained(self) -> str:
         assert self.take is not None
         updates, n = self.take.updates, f"n\u00a0=\u00a0{self.reading.n:,}" if self.reading.n is not None else "n not recorded"
-        trained = "Training not recorded" if updates is None else f"Trained {updates:,} updates" if updates else "Not trained"
+        trained = "Training not recorded" if updates is None else f"One training of {updates:,} updates" if updates else "Not trained"
         trained += f" in {duration(self.take.trained_s)}" if updates and self.take.trained_s else ""
         return f"{trained}; {n}."
 
@@ -201,7 +206,8 @@ def recommendations(data: ReportData) -> list[Recommendation]:
         shares = {m.name: shares_of(m, data, size.convention) for m in models}
         ended = [data.searches[name] for name in size.searches if data.searches[name].ranked]
         answers = dict.fromkeys(f"`{e.score.label}`" for view in ended for e in view.chosen)
-        found.append(replace(recommended(size, models, readings[0], shares), answers=list(answers)))
+        of_size = replace(recommended(size, models, readings[0], shares), answers=list(answers))
+        found.append(replace(of_size, command=next_command(data, of_size.take, size.searches)))
     return found
 
 

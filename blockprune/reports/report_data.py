@@ -39,8 +39,9 @@ READ: Mapping[str, Callable[[Readable, list[str]], View]] = {
 class ReportData:
     """Runs by name, about one teacher; the models that evaluations are of have one name each.
 
-    `unread` says what could not be read, a sentence each. Raises UserError when two runs are about different teachers, or when
-    evaluated models were judged differently and `allow_mismatch` is not set.
+    `unread` says what could not be read, a sentence each; `folders` where a run lies that is on disk, as it was given. Raises
+    UserError when two runs are about different teachers, or when evaluated models were judged differently and `allow_mismatch` is
+    not set.
     """
 
     scans: Mapping[str, ScanView] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class ReportData:
     trainings: Mapping[str, TrainingView] = field(default_factory=dict)
     evaluations: Mapping[str, ModelView] = field(default_factory=dict)
     unread: Sequence[str] = ()
+    folders: Mapping[str, Path] = field(default_factory=dict)
     allow_mismatch: bool = False
 
     def __post_init__(self) -> None:
@@ -164,22 +166,26 @@ def report_data(runs: Sequence[str | Path | Readable], allow_mismatch: bool = Fa
     """
     unread: list[str] = []
     views: dict[str, View] = {}
-    folders: set[Path] = set()
+    folders: dict[str, Path] = {}
+    resolved: set[Path] = set()
     for source in runs:
         run = _opened(source) if isinstance(source, str | Path) else source
         if isinstance(run, Stored):
-            if run.path.resolve() in folders:
+            if run.path.resolve() in resolved:
                 raise UserError(f"{str(run.path)!r} is given twice")
-            folders.add(run.path.resolve())
+            resolved.add(run.path.resolve())
         command = run.command if isinstance(run, Stored) else str(run.about["command"])
         view = READ[command](run, unread)
-        views[next(name for name in _names(run, command, view) if name not in views)] = view
+        name = next(name for name in _names(run, command, view) if name not in views)
+        views[name] = view
+        folders |= {name: run.path} if isinstance(run, Stored) else {}
     return ReportData(
         scans={name: v for name, v in views.items() if isinstance(v, ScanView)},
         searches={name: v for name, v in views.items() if isinstance(v, SearchView)},
         trainings={name: v for name, v in views.items() if isinstance(v, TrainingView)},
         evaluations={name: v for name, v in views.items() if isinstance(v, ModelView)},
         unread=unread,
+        folders=folders,
         allow_mismatch=allow_mismatch,
     )
 

@@ -93,7 +93,7 @@ def finding(searches: Mapping[str, SearchView]) -> str:
         return "No search has ended." if searches else ""
     pairs = [(view.judged(best), view.judged(p)) for view in ranked for p in _best_design(view) if (best := _found(view, p))]
     apart = sum(p.score.clearly_worse(best.score) for best, p in pairs)
-    evaluations = sum(e.seconds > 0 for view in ranked for e in view.search)  # but what was taken over from another run
+    evaluations = sum(len(view.search) - view.n_taken_over for view in ranked)
     one = (
         f"one search of {evaluations:,} evaluations"
         if len(ranked) == 1
@@ -157,7 +157,7 @@ def _front_summary(view: SearchView) -> str:
     knee = f" The front bends most at `{escaped(view.knee.score.label)}`." if view.knee else ""
     return (
         f"{len(front)} of {len(view.finals)} finalists are on the front of {view.measure} and {QUANTITIES[quantity]}"
-        f", from {' to '.join(ends)}, on n = {front[0].score.n} samples of fresh seeds, after {len(view.search)} evaluations. "
+        f", from {' to '.join(ends)}, on n = {front[0].score.n} samples of fresh seeds, after {_evaluations(view)}. "
         f"No budget was given, so none of them is the best: choose by `pareto.json`.{knee}"
     )
 
@@ -174,8 +174,14 @@ def summary(view: SearchView) -> str:
     return (
         f"`{best.score.label}` has the best {measure.title}, {_scored(best)}, of {len(view.ranked)} finalists within the budget"
         f"{_bounded(view)}, "
-        f"on n = {best.score.n} samples of fresh seeds, after {len(view.search)} evaluations. It keeps {shares}{timed}."
+        f"on n = {best.score.n} samples of fresh seeds, after {_evaluations(view)}. It keeps {shares}{timed}."
     )
+
+
+def _evaluations(view: SearchView) -> str:
+    """How many there are, and how many of them another run had made."""
+    taken = f", {view.n_taken_over:,} of them taken over from another run" if view.n_taken_over else ""
+    return f"{len(view.search):,} evaluations{taken}"
 
 
 def _bounded(view: SearchView) -> str:

@@ -93,6 +93,16 @@ class SearchView:
         )
 
     @property
+    def n_taken_over(self) -> int:
+        """How many evaluations another run had made: they took no time here."""
+        return sum(e.seconds == 0 for e in self.search)
+
+    @property
+    def seconds(self) -> float:
+        """What scoring took, all processes together, from the first architecture to the last finalist."""
+        return sum(e.seconds for kind in (self.search, self.random, self.heard, self.finals, self.recovered) for e in kind)
+
+    @property
     def bounds(self) -> list[str]:
         """What was asked to hold besides the budgets, such as clip_score>=0.7."""
         return list(self.protocol.get("bounds", ()))

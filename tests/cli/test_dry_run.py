@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,3 +155,11 @@ def test_long_runs_say_so_as_they_begin(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == [10**5, 10**5]
     assert len(heard.lines) == 1
     assert heard.lines[0].startswith("from its beginning this run takes 100,000 passes of the U-Net")
+
+
+@pytest.mark.parametrize(("load", "says"), [(1.5, ""), (7.5, " while it was busy: load 7.5 on 2 cores")])
+def test_a_measurement_on_a_busy_machine_says_so(load: float, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert estimate._busy(torch.device("cpu")) == says
+    assert estimate._busy(torch.device("cuda")) == ""

@@ -4,6 +4,7 @@ nothing fails, a phone does not scroll sideways."""
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from blockprune.reports.report_data import report_data
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+CUT = "document.querySelector('.first .scroll').classList.contains('more')"
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is installed"),
     # playwright leaves its transport's loop to the garbage collector
@@ -63,9 +65,9 @@ def mark(page: Any, name: str) -> Any:
 
 def test_the_first_screen_says_what_to_take_and_shows_it(page: Any) -> None:
     sentence = page.locator(".taken li").last.inner_text()
-    assert re.match(r"At 80\xa0% of the pipeline:\nfound at \d\S*\xa0%\. CLIP score \S+ \[.+\], FID \S+ \[.+\]; ", sentence)
+    assert re.match(r"At 80\xa0% of the parameters:\nfound \(takes \d\S*\xa0%\): CLIP score \S+ \[.+\], FID \S+ \[.+\]; ", sentence)
     assert re.search(
-        r"no trained design by hand of this size was evaluated. Trained 2 updates in \S+; n\xa0=\xa04. It is in ", sentence
+        r"no trained design by hand of this size was evaluated. One training of 2 updates in \S+; n\xa0=\xa04.\nNext: python", sentence
     )
     for size in (DESK, PHONE):
         page.set_viewport_size(size)
@@ -96,7 +98,7 @@ def test_the_picture_shows_another_measure_cost_and_setting(page: Any) -> None:
         where[name] = mark(page, "found").locator(".shape").get_attribute("transform")
     assert where[""] != where["measure"] != where["cost"] != where["reading"]
     assert page.locator(".picture .wide .heading").text_content() == "FID (lower is better)"
-    assert page.locator(".picture .wide .axis.x").text_content().startswith("MACs of a U-Net step")
+    assert page.locator(".picture .wide .axis.x").text_content().startswith("MACs, % of the teacher")
     # one model was drawn at another setting, too: others are not shown there, nor in its table
     assert mark(page, "mid-removed").count() == 1 and not mark(page, "mid-removed").is_visible()
     assert page.locator(".reading:visible figcaption").inner_text().startswith("Models at CFG 2, 2 steps")
@@ -190,6 +192,27 @@ def test_the_results_can_be_copied(page: Any) -> None:
     assert '"made_by": "blockprune report"' in text
     page.locator("#copy summary", has_text="LaTeX").click()
     assert "\\toprule" in page.locator("#copy pre").first.inner_text()
+
+
+def test_what_to_run_next_is_copied_by_a_click(page: Any, real: Mapping[str, Path]) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".next button").last.click()
+    page.wait_for_function("() => document.getElementById('status').textContent === 'Copied.'")
+    program, option, code = shlex.split(page.evaluate("navigator.clipboard.readText()"))
+    assert (program, option) == ("python", "-c")
+    assert f'bp.load_pipeline("{real["distill"] / "pipeline"}")' in code
+    compile(code, "next", "exec")
+
+
+def test_a_table_that_is_cut_says_so_until_its_end_is_seen(page: Any) -> None:
+    table, title = page.locator(".first .reading:visible .scroll"), page.locator(".first .reading:visible figcaption")
+    for size, is_cut in ((DESK, False), (PHONE, True)):
+        page.set_viewport_size(size)
+        page.wait_for_function(f"() => {CUT} === {str(is_cut).lower()}")
+        shown = title.evaluate("caption => getComputedStyle(caption, '::after').content")
+        assert ("more" in shown) == is_cut
+    table.evaluate("box => { box.scrollLeft = box.scrollWidth }")
+    page.wait_for_function(f"() => !{CUT}")
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])

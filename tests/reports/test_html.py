@@ -19,7 +19,7 @@ import report_rows
 from blockprune.errors import UserError
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
-from blockprune.reports import model_tables
+from blockprune.reports import model_tables, search_text
 from blockprune.reports.html import page, parts
 from blockprune.reports.html.sections import sections
 from blockprune.reports.notes import caveats, missing
@@ -300,3 +300,25 @@ def test_every_chart_is_drawn_and_only_images_are_pixels(read: Reader) -> None:
     assert len([svg for svg in read.all("svg") if svg.get("class") == "p"]) > 10
     assert {re.match(r"data:image/(png|jpeg);", img["src"] or "") is not None for img in read.all("img")} == {True}
     assert sum(tag == "table" and attrs.get("class", "").startswith("images") for tag, attrs in read.tags) > 3
+
+
+def test_the_page_says_once_how_much_was_searched_in_what_time_and_of_what_shares_are(files: dict[str, str]) -> None:
+    """As many architectures in its first lines as in the finding of the section; parameters of one scope."""
+    html = files[".html"]
+    header = html.partition("<header>")[2].partition("</header>")[0]
+    first = html.partition("</header>")[2].partition('<details class="section" id="blocks"')[0]
+    n, _ = re.search(r"([\d,]+) architectures searched in (\d+:\d\d:\d\d)", header).groups()  # type: ignore[union-attr]
+    assert f"2 searches of {n} evaluations in all" in html
+    assert header.count("whole pipeline") == 1 and "U-Net" in header
+    assert "pipeline" not in re.sub(r"<code>.*?</code>", "", first) and "U-Net" not in first
+
+
+def test_what_a_search_took_over_is_told_from_what_it_evaluated(data: ReportData) -> None:
+    view = data.searches["search-80"]
+    taken = [replace(e, seconds=0.0) if i < 3 else e for i, e in enumerate(view.search)]
+    other = replace(view, search=taken)
+    n = len(view.search)
+    assert f"after {n} evaluations." in search_text.summary(view)
+    assert f"after {n} evaluations, 3 of them taken over from another run." in search_text.summary(other)
+    assert f"one search of {n - 3} evaluations " in search_text.finding({"other": other})
+    assert view.seconds - other.seconds == 3.0

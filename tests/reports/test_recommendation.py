@@ -65,7 +65,7 @@ def test_the_verdict_is_what_intervals_tell(clip: float, fid: float, take: str, 
     assert taken(found) == (take, "design" if take == "small" else "small", verdict)
     assert told in found.sentence
     assert found.sentence.startswith("nothing beats this design by hand") == (verdict == "hand")
-    assert found.sentence.endswith("Trained 100 updates; n\xa0=\xa064.")
+    assert found.sentence.endswith("One training of 100 updates; n\xa0=\xa064.")
 
 
 def test_numbers_stand_with_their_intervals() -> None:
@@ -89,7 +89,7 @@ def test_among_those_that_captions_do_not_tell_apart_fid_decides() -> None:
 def test_a_measure_that_is_missing_does_not_speak() -> None:
     assert taken(at(model("small", None, 10.0), model("design", None, 20.0, "bk-sdm-small"))) == ("small", "design", "better")
     found = at(model("small", 0.8, None), model("design", 0.5, None, "bk-sdm-small"))
-    assert "FID" not in found.sentence and "better in CLIP score." in found.sentence
+    assert "FID" not in found.sentence and "better in CLIP score, compared with" in found.sentence
 
 
 def swept(name: str, fids: dict[float, float], design: str = "") -> Model:
@@ -106,9 +106,9 @@ def test_what_each_is_worth_at_its_own_best_guidance_is_said() -> None:
     found = at(
         swept("small", {1.5: 30.0, 3.0: 20.0, 4.5: 18.0}), swept("design", {1.5: 14.0, 3.0: 25.0, 4.5: 60.0}, "bk-sdm-small")
     )
-    own = "FID 14.0 [12.6, 15.4] (CFG\xa01.5) against 18.0 [16.2, 19.8] (CFG\xa04.5), better (n\xa0=\xa032)."
+    own = "n\xa0=\xa032 (FID falls with n): FID 14.0 [12.6, 15.4] (CFG\xa01.5) against 18.0 [16.2, 19.8] (CFG\xa04.5), better."
     assert found.take and found.take.name == "design"
-    assert f"Each at its own best guidance: {own}" in found.sentence
+    assert f"Each at its own best guidance, {own}" in found.sentence
     assert "guidance" not in at(swept("small", {1.5: 30.0, 3.0: 20.0}), swept("design", {3.0: 25.0}, "bk-sdm-small")).sentence
 
 

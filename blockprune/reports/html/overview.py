@@ -11,6 +11,7 @@ from markupsafe import Markup
 from blockprune.measures.measure import MEASURES
 from blockprune.reports.canvas import axis_title, is_wide
 from blockprune.reports.models import Model, Reading, readings_of
+from blockprune.reports.next_command import next_command
 from blockprune.reports.plot import Axis, Mark, Plot, Rule
 from blockprune.reports.recommendation import Recommendation, judges, shares_of
 from blockprune.reports.report_data import ReportData
@@ -19,9 +20,9 @@ from blockprune.reports.table import Cell, Column, Table, with_interval
 
 LAYOUTS = {"wide": (620.0, 400.0), "narrow": (360.0, 300.0)}  # pixels of the picture on a desk and on a phone
 COSTS = {
-    "params": "parameters of the whole pipeline, % of the teacher",
-    "macs": "MACs of a U-Net step, % of the teacher",
-    "latency": "latency of a U-Net step, % of the teacher",
+    "params": "parameters, % of the teacher",
+    "macs": "MACs, % of the teacher",
+    "latency": "latency, % of the teacher",
 }
 KEYS = {"teacher star": "teacher", "hand diamond": "design by hand", "found dot": "found", "taken dot": "recommended"}
 SHAPES = {"teacher": "star", "hand": "diamond", "found": "dot"}
@@ -30,9 +31,11 @@ SHOWN = 8  # models in the table
 
 @dataclass(frozen=True)
 class Overview:
-    """The first screen; without evaluated models it has no pictures. `views` are the geometries that the page's script may show."""
+    """The first screen; without evaluated models it has no pictures. `views` are the geometries that the page's script may show,
+    `command` is what to run next where nothing is recommended."""
 
     recommendations: Sequence[Recommendation]
+    command: str
     svgs: dict[str, Markup]
     tables: Sequence[Table]
     views: dict[str, Any]
@@ -42,19 +45,20 @@ def overview(data: ReportData, taken: Sequence[Recommendation], convention: str)
     """The first screen of the data."""
     readings, models = readings_of(data.models), list(data.models.values())
     shares = {m.name: shares_of(m, data, convention) for m in models}
-    shown = _Shown(models, taken, shares)
+    shown, command = _Shown(models, taken, shares), "" if taken else next_command(data, None, list(data.searches))
     views = {f"{i}/{m}/{c}": shown.plots(r, m, c) for i, r in enumerate(readings) for m in shown.measures(r) for c in shown.costs}
     if not views:
-        return Overview(taken, {}, [], {})
+        return Overview(taken, command, {}, [], {})
     first, labels = views[next(iter(views))], [reading.label for reading in readings]
     return Overview(
         taken,
+        command,
         {layout: Markup(plot.page_svg()) for layout, plot in first.items()},
         [shown.table(reading) for reading in readings],
         {
             "readings": [r.label if labels.count(r.label) == 1 else f"{r.label}, protocol {r.protocol}" for r in readings],
             "measures": {m: MEASURES[m].title for key in views for m in [key.split("/")[1]]},
-            "costs": {cost: COSTS[cost].partition(" of ")[0] for cost in shown.costs},
+            "costs": {cost: COSTS[cost].partition(",")[0] for cost in shown.costs},
             "texts": [{m.name: shown.text(m, reading) for m in models} for reading in readings],
             "views": {key: {layout: geometry(plot) for layout, plot in of.items()} for key, of in views.items()},
         },
@@ -119,7 +123,7 @@ class _Shown:
         """What is known of a model, a line each."""
         kind = {"teacher": "the teacher", "hand": f"{model.design}, by hand", "found": ""}[model.kind]
         scores = [(MEASURES[m].title, s) for m in self.measures(reading) if (s := model.score(reading, m))]
-        costs = [f"{100 * share:.1f} % of {COSTS[cost].partition(',')[0]}" for cost, share in self.shares[model.name].items()]
+        costs = [f"{100 * share:.1f} % of the {COSTS[cost].partition(',')[0]}" for cost, share in self.shares[model.name].items()]
         trained = (
             [f"trained {model.updates:,} updates" if model.updates else "not trained"]
             if model.arch and model.updates is not None
@@ -141,11 +145,10 @@ class _Shown:
             *((Column(heading(m)), [Cell.of(model.score(reading, m)) for model in rows]) for m in judges(self.models, reading)),
             (Column("params", "percent"), [Cell(s.get("params")) for s in shares]),
             (Column("MACs", "percent"), [Cell(s.get("macs")) for s in shares]),
-            (Column("step", "percent"), [Cell(s.get("latency")) for s in shares]),
+            (Column("latency", "percent"), [Cell(s.get("latency")) for s in shares]),
             (Column("updates", "plain"), [Cell(m.updates or None) for m in rows]),
         ]
-        note = "Params of the whole pipeline, MACs and time of a U-Net step: of the teacher's."
-        return Table.of_columns(f"Models at {reading.label}", columns, note)
+        return Table.of_columns(f"Models at {reading.label}", columns)
 
 
 def geometry(plot: Plot) -> dict[str, Any]:

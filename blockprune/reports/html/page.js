@@ -171,6 +171,18 @@ if (form) {
   form.addEventListener("change", redraw);
 }
 
+// What is wider than its place says so until its end is reached.
+const sizes = new ResizeObserver((entries) => entries.forEach(({ target }) => hint(target)));
+
+function hint(box) {
+  box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+}
+
+for (const box of document.querySelectorAll(".scroll, nav")) {
+  sizes.observe(box);
+  box.addEventListener("scroll", () => hint(box), { passive: true });
+}
+
 // A link into a folded section opens it; paper shows everything.
 function openTarget() {
   const target = document.getElementById(location.hash.slice(1));
@@ -195,10 +207,10 @@ const copyStatus = document.getElementById("status");
 document.getElementById("json").textContent = JSON.stringify(embedded.results, null, 2);
 for (const button of document.querySelectorAll("button.copy")) {
   button.addEventListener("click", async () => {
-    const pre = button.parentElement.querySelector("pre");
-    getSelection().selectAllChildren(pre);
+    const text = button.parentElement.querySelector("pre, code");
+    getSelection().selectAllChildren(text);
     try {
-      await navigator.clipboard.writeText(pre.textContent);
+      await navigator.clipboard.writeText(text.textContent);
       copyStatus.textContent = "Copied.";
     } catch {
       document.execCommand("copy");

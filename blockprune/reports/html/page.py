@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from blockprune.errors import UserError
+from blockprune.progress import duration
 from blockprune.reports.html.overview import Overview, overview
 from blockprune.reports.html.parts import Fold, Grid, Part, Section, prose
 from blockprune.reports.html.sections import sections
@@ -95,17 +96,19 @@ def _page(
 
 
 def _teacher(data: ReportData) -> str:
-    """How large the teacher is, how many runs there are, and on what models were judged."""
-    parts = []
+    """How large the teacher is, how long was searched, on what models were judged, and what shares on this page are shares of."""
+    parts, scope = [], ""
     if data.graph is not None:
-        whole = (
-            f", {count(data.graph.total.params + data.outside_params)} in the pipeline" if data.outside_params is not None else ""
-        )
-        parts.append(f"U-Net of {count(data.graph.total.params)} parameters{whole}")
+        parts.append(f"{count(data.graph.total.params + (data.outside_params or 0))} parameters")
+        whole = "the U-Net" if data.outside_params is None else "the whole pipeline"
+        scope = f" Parameters: of {whole}; MACs, latency: of a U-Net step; shares: of the teacher's."
     parts.append(f"{len(data.runs)} run{'s' if len(data.runs) > 1 else ''}")
+    if searched := list(data.searches.values()):
+        n = sum(len(view.search) - view.n_taken_over for view in searched)
+        parts.append(f"{n:,} architectures searched in {duration(sum(view.seconds for view in searched))}")
     if readings := readings_of(data.models):
         parts.append(f"{len(data.models)} models judged at {readings[0].label}")
-    return "; ".join(parts)
+    return f"{'; '.join(parts)}.{scope}"
 
 
 def _asked(data: ReportData, notes: Mapping[str, Sequence[str]]) -> str:

@@ -69,15 +69,14 @@ def _scan_charts(view: ScanView) -> Iterator[Charts]:
 
 
 def _removal(data: ReportData, taken: Sequence[Recommendation]) -> str:
-    """How much of the U-Net each recommended model lacks."""
+    """How many blocks and parameters each recommended model lacks."""
     models = {r.take.name: r.take for r in taken if r.take}
     if not models or data.graph is None:
         return f"{len(data.students)} architectures, drawn; what each lacks is hatched."
-    total = data.graph.total.params
-    said = [
-        f"`{n}` lacks {len(m.arch)} blocks, {100 - 100 * data.graph.cost(m.arch).params / total:.0f} %" for n, m in models.items()
-    ]
-    return f"{'; '.join(said)} of the U-Net's parameters. Hatched in the drawings."
+    graph, outside = data.graph, data.outside_params or 0
+    gone = {n: 100 - 100 * (graph.cost(m.arch).params + outside) / (graph.total.params + outside) for n, m in models.items()}
+    said = [f"`{n}` lacks {len(m.arch)} blocks, {gone[n]:.0f} %" for n, m in models.items()]
+    return f"{'; '.join(said)} of the parameters. Hatched in the drawings."
 
 
 def _drawn(data: ReportData, convention: str) -> Iterator[Part]:

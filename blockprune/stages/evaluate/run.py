@@ -80,11 +80,12 @@ class Share:
     _series: dict[str, Series] = field(default_factory=dict)
 
     def announce(self) -> None:
-        """Says what is still to be drawn and timed, by this process or another."""
+        """Says what is still to be drawn, scored and timed, by this process or another."""
         drawn_here = self.plan.teacher is not None and self.plan.teacher.run is None
         labels = [parts.paired_label(s.of_teacher.label) for s in self.plan.settings if drawn_here]
         left = {label: len(self.series(label).missing()) for label in [*labels, *(s.label for s in self.plan.settings)]}
         self.progress.plan(left, "images", "images")
+        self.progress.plan({"scores": sum(bool(self.missing_measures(s)) for s in self.plan.settings)}, "settings")
         if n := timing.n_timings(self.plan, self.run.rows()):
             self.progress.plan({"latency": n}, "timings")
 
@@ -139,10 +140,12 @@ class Share:
                     return True
             except NotFinite as err:
                 self._fail(setting, str(err))
+                self.progress.tick("scores", 1)
                 return True
             if series.missing() or not claims.take(1, lambda: [series.n] if self.missing_measures(setting) else []):
                 return False
             self._score(setting, series)
+            self.progress.tick("scores", 1)
             return True
 
     def _draw(

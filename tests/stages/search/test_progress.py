@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import blockprune as bp
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 from blockprune.progress import Silent
@@ -52,26 +49,3 @@ def test_a_run_that_goes_on_counts_from_where_it_was() -> None:
     progress.scored("search", evaluation(19, 5.0))
     assert heard.n == 2
     assert heard.lines == ["[20/20] best m0: eps_mse 1, 0 proposals known already, 0:00:00 left"]
-
-
-class Counted(Silent):
-    """Holds the work against what was announced."""
-
-    def __init__(self) -> None:
-        self.left: dict[str, int] = {}
-
-    def plan(self, steps: Mapping[str, int], unit: str = "images", stage: str = "") -> None:
-        self.left |= steps
-
-    def tick(self, step: str, n: int) -> None:
-        self.left[step] -= n
-
-
-def test_all_that_a_search_does_was_announced() -> None:
-    """From the teacher's first images to the finalists' last ones, and no more than that."""
-    counted = Counted()
-    small = {"n_images": 4, "steps": 1, "eps_samples": 8, "batch_size": 4, "finalists": 1, "final_factor": 2}
-    bp.search(unit="stage", budget="75%params", trials=4, objective="feature_distance", progress=counted, **small)
-    assert counted.left.keys() == {"teacher", "teacher-fresh", "search", "captions", "finalists", "latency", "images"}
-    assert all(left >= 0 for left in counted.left.values()), counted.left
-    assert all(counted.left[step] == 0 for step in ("teacher", "teacher-fresh", "search"))
