@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from blockprune.errors import UserError
-from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
+from blockprune.export.save import save_pipeline
 from blockprune.measures.measure import Measure, chosen
 from blockprune.model import presets, pretrained, surgery
 from blockprune.model.architecture import Architecture
@@ -235,10 +235,7 @@ def save(pipe: DiffusionPipeline, folder: str | Path) -> None:
     >>> bp.load_pipeline(folder).unet.num_parameters() == small.unet.num_parameters()
     True
     """
-    network = getattr(pipe, _network_of(pipe))
-    arch, teacher = surgery.architecture_of(network), teacher_of(pipe)
-    card = card_entries(teacher[0], network.config, arch)
-    export_pipeline(pipe, network, arch, Path(folder), card, teacher)
+    save_pipeline(pipe, Path(folder))
 
 
 def _network_of(pipe: DiffusionPipeline) -> str:

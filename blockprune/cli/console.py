@@ -25,6 +25,7 @@ from blockprune.reports.search_view import SearchView
 from blockprune.reports.table import Cell, Column, Table, share_of
 from blockprune.reports.text import agreement, correlation_text, ranking_table
 from blockprune.reports.view import ScanView, places_of
+from blockprune.runs.parts import paired_label
 from blockprune.runs.records import Candidate
 
 if TYPE_CHECKING:
@@ -93,13 +94,16 @@ def print_ranking(view: ScanView, console: Console) -> None:
 
 
 def print_evaluation(view: ModelView, console: Console) -> None:
-    """Prints every setting with its scores and intervals, then the component table where there is one."""
+    """Prints every setting with its scores and intervals, above it those of the teacher's images that its own are paired with; then
+    what tells settings apart besides, and the component table where there is one."""
     scores = [view.scores.get(setting.label, {}) for setting in view.settings]
     there = list(dict.fromkeys(m for by in scores for m in by))
-    for measures in ([m for m in there if MEASURES[m].of_quality], [m for m in there if not MEASURES[m].of_quality]):
+    quality = [m for m in there if MEASURES[m].of_quality]
+    others = [m for m in there if m not in quality and (len(scores) == 1 or len({view.value(s, m) for s in view.settings}) > 1)]
+    for measures in filter(None, (quality, others)):
         columns = [Column(view.label, "text"), *(Column(MEASURES[m].heading) for m in measures)]
         rows = [[Cell(s.label), *(Cell.of(by.get(m)) for m in measures)] for s, by in zip(view.settings, scores, strict=True)]
-        print_table(Table("", columns, rows), console)
+        print_table(Table("", columns, [*_teacher_rows(view, measures), *rows]), console)
     for setting in view.settings:
         if errors := {s.error for s in view.scores.get(setting.label, {}).values() if s.error}:
             console.print(Text(f"{setting.label}: {', '.join(sorted(errors))}", style="red"), soft_wrap=True)
@@ -108,6 +112,13 @@ def print_evaluation(view: ModelView, console: Console) -> None:
     console.print(Text(f"{detail}protocol {protocol['name']} {protocol['hash']}"), soft_wrap=True)
     if view.components:
         print_components(view.components, console)
+
+
+def _teacher_rows(view: ModelView, measures: Sequence[str]) -> list[list[Cell]]:
+    """The teacher's numbers, without intervals of their own, a row for each way in which it drew that is a setting here."""
+    plain = [s for s in view.settings if not s.quantize and s.checkpoint is None]
+    values = {paired_label(s.label): [view.teacher_value(s, m) for m in measures] for s in plain}
+    return [[Cell(label), *map(Cell, row)] for label, row in values.items() if any(value is not None for value in row)]
 
 
 def print_components(rows: Sequence[Component], console: Console, convention: str = "thop") -> None:

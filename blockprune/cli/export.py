@@ -10,9 +10,9 @@ import typer
 
 from blockprune.cli import options
 from blockprune.errors import UserError
-from blockprune.export.runtimes import FORMAT_NAMES, PRECISIONS
+from blockprune.export.runtimes import FORMAT_PRECISIONS, PRECISIONS, check_precision
 
-FORMATS = ("folder", "ldm", *FORMAT_NAMES)
+FORMATS = ("folder", "ldm", *FORMAT_PRECISIONS)
 COMPONENTS = ("unet", "all")
 
 
@@ -26,7 +26,7 @@ Format = Annotated[
     str,
     typer.Option(
         help="folder: a diffusers pipeline; ldm: the U-Net alone as one .safetensors file, in the original names; for a runtime: "
-        f"{', '.join(FORMAT_NAMES)}."
+        f"{', '.join(FORMAT_PRECISIONS)}."
     ),
 ]
 
@@ -62,11 +62,12 @@ def export(
     for flag, value, known in asked:
         if value not in known:
             raise UserError(f"unknown --{flag} {value!r}: choose from {', '.join(known)}")
-    if format in FORMAT_NAMES:
+    if format in FORMAT_PRECISIONS:
+        check_precision(format, precision)
         _for_runtime(str(student), out, format, precision, components == "all", resolution)
     elif (precision, components, resolution) != ("float32", "unet", None):
         flags = "--precision, --components and --resolution"
-        raise UserError(f"{flags} are for a runtime's --format, {', '.join(FORMAT_NAMES)}: leave them out, or give one")
+        raise UserError(f"{flags} are for a runtime's --format, {', '.join(FORMAT_PRECISIONS)}: leave them out, or give one")
     elif format == "ldm":
         _single_file(_student_folder(student), out)
     else:
@@ -77,7 +78,7 @@ def _folder(student: Path, teacher: str | None, out: Path) -> None:
     from blockprune.export.pipeline import card_entries, check_free, export_pipeline, load_student, read_architecture
     from blockprune.export.stock_config import Stock
     from blockprune.model.identity import identity
-    from blockprune.model.pretrained import load
+    from blockprune.model.pretrained import configs_of, load
 
     check_free(out)
     folder = _student_folder(student)
@@ -85,8 +86,9 @@ def _folder(student: Path, teacher: str | None, out: Path) -> None:
     card = _card_of(student)
     arch = read_architecture(folder)
     unet = load_student(folder)
-    card = card_entries(model, unet.config, arch) | card
-    found = export_pipeline(load(model, dtype=unet.dtype), unet, arch, out, card, (model, identity(model)))
+    pipe = load(model, dtype=unet.dtype)
+    card = card_entries(model, configs_of(pipe), arch) | card
+    found = export_pipeline(pipe, unet, arch, out, card, (model, identity(model)))
     print(f"{out}: {unet.num_parameters():,} U-Net parameters, the same outputs as the student")
     if isinstance(found, Stock):
         print(f"load it with diffusers: DiffusionPipeline.from_pretrained({str(out)!r})")
@@ -100,14 +102,16 @@ def _for_runtime(name: str, out: Path, format: str, precision: str, every: bool,
     from blockprune.export.runtimes.deploy import ALLOWED, deploy
     from blockprune.export.runtimes.formats import format_of
     from blockprune.model.model import of_pipeline
+    from blockprune.progress import Bars
 
     check_free(out)
     format_of(format, precision)
     run = Path(name, "pipeline")
     model = of_pipeline(load_pipeline(run if run.is_dir() else name), resolution)
-    for e in deploy(model, format, out, precision, every):
-        far = f"{e.real:.1e} of the output's size from PyTorch on what the model draws, {e.random:.1e} on random inputs"
-        print(f"{out / e.file}: {e.n_bytes / 2**20:.1f} MiB; {far} ({ALLOWED[precision]:g} allowed)", flush=True)
+    with Bars() as progress:
+        for e in deploy(model, format, out, precision, every, progress):
+            far = f"{e.real:.1e} of the output's size from PyTorch on what the model draws, {e.random:.1e} on random inputs"
+            print(f"{out / e.file}: {e.n_bytes / 2**20:.1f} MiB; {far} ({ALLOWED[precision]:g} allowed)", flush=True)
 
 
 def _single_file(folder: Path, out: Path) -> None:

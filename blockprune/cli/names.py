@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from blockprune.cli import options
+from blockprune.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from blockprune.model.architecture import Architecture
+    from blockprune.model.config_schema import Config
     from blockprune.model.graph import BlockGraph
 
 
@@ -23,25 +26,24 @@ def names(
 ) -> None:
     """Show each block under the names of diffusers, the original checkpoints, kohya's lists, ComfyUI and GGUF files.
 
-    With --arch: whether the block is removed, and the name that it has in a student that stock diffusers loads.
+    With --arch, or an exported student or its distill run as the model: whether the block is removed, and the name that it has in a
+    student that stock diffusers loads.
 
     Examples:
 
     $ blockprune names --model sd-v1-5
 
     $ blockprune names --model sdxl --arch ssd-1b --json
+
+    $ blockprune names --model runs/distill
     """
     from blockprune.export.original_names import COMFYUI, SINGLE_FILE, OriginalNames
     from blockprune.export.stock_config import Stock, expressible
-    from blockprune.model import presets, pretrained
-    from blockprune.model.trace import trace
 
-    configs = pretrained.configs(model)
-    graph = trace(configs.unet, configs.latent(None), configs.n_tokens)
-    removed = presets.parse(arch, graph)
-    stock = expressible(configs.unet, removed) if removed else None
+    config, graph, removed = _teacher_and_removed(model, arch)
+    stock = expressible(config, removed) if removed else None
     rows: dict[str, dict[str, object]] = {}
-    for name, row in OriginalNames(configs.unet).table(_shown(graph)).items():
+    for name, row in OriginalNames(config).table(_shown(graph)).items():
         rows[name] = dict(row)
         if removed:
             rows[name] |= {"removed": name in removed}
@@ -53,6 +55,23 @@ def names(
     print(f"{model}: a single file puts {SINGLE_FILE!r} before an LDM name, ComfyUI {COMFYUI!r}, a GGUF file nothing")
     if isinstance(stock, str):
         print(f"the student keeps its teacher's names, with gaps: no stock configuration ({stock})")
+
+
+def _teacher_and_removed(model: str, arch: str) -> tuple[Config, BlockGraph, Architecture]:
+    """The teacher's U-Net and what a student lacks of it: as `arch` says, or as an exported folder says of itself."""
+    from blockprune.export.pipeline import PRUNING, is_exported, read_architecture, read_teacher
+    from blockprune.model import presets, pretrained
+    from blockprune.model.trace import trace
+    from blockprune.stages.loading import pipeline_folder
+
+    folder = pipeline_folder(model)
+    teacher = read_teacher(folder) if is_exported(folder) else None
+    if teacher and arch != "full":
+        raise UserError(f"{str(folder)!r} is pruned already: leave out --arch, or give its teacher as the model")
+    configs = pretrained.configs(str(folder))
+    config = teacher["unet"] if teacher else configs.unet
+    graph = trace(config, configs.latent(None), configs.n_tokens)
+    return config, graph, read_architecture(folder / PRUNING) if teacher else presets.parse(arch, graph)
 
 
 def _shown(graph: BlockGraph) -> Iterator[str]:

@@ -27,6 +27,10 @@ def run(
     dry_run: options.DryRun = False,
     assume: options.Assume = None,
 ) -> None:
+    if request.instance_data_dir:
+        from blockprune.data.subject_images import subject_pixels
+
+        subject_pixels(Path(request.instance_data_dir))
     if options.only_estimated(request, dry_run, assume):
         return
     from blockprune import api

@@ -1,4 +1,7 @@
-"""Image files: reading those of others, and writing ours as a protocol says, for what judges see is what was stored."""
+"""Image files: reading those of others, and writing ours as a protocol says, for what judges see is what was stored.
+
+Needs no torch before an image becomes a tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from blockprune.errors import first_line
+from blockprune.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MAX_ASPECT = 64  # a longer strip would fill the memory when its shorter side is enlarged
@@ -38,8 +43,30 @@ class Unreadable(Exception):
         self.reason = reason
 
 
+def image_names(folder: Path) -> list[str]:
+    """The images in a folder and in all folders below it, as sorted paths relative to it. UserError when there are none."""
+    if not os.path.isdir(folder):
+        raise UserError(f"no folder of images at {str(folder)!r}: give a folder that exists")
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
+    if names := sorted(p.relative_to(folder).as_posix() for p in files):
+        return names
+    raise UserError(f"no images in {str(folder)!r}: it needs files such as .png or .jpg")
+
+
 def read_image(file: Path | io.BytesIO, max_aspect: float = float("inf")) -> Tensor:
-    """(3, H, W) uint8 RGB as stored (no EXIF rotation, as clean-fid reads it).
+    """(3, H, W) uint8 RGB as stored. Errors as those of `read_pixels`."""
+    return as_tensor(read_pixels(file, max_aspect))
+
+
+def as_tensor(pixels: NDArray[Any]) -> Tensor:
+    """(H, W, 3) uint8 => (3, H, W)."""
+    import torch
+
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_pixels(file: Path | io.BytesIO, max_aspect: float = float("inf")) -> NDArray[Any]:
+    """(H, W, 3) uint8 RGB as stored (no EXIF rotation, as clean-fid reads it).
 
     Raises Unreadable for what is no regular file, no whole image, past Pillow's limit of size, or a strip longer than `max_aspect`.
     """
@@ -49,11 +76,10 @@ def read_image(file: Path | io.BytesIO, max_aspect: float = float("inf")) -> Ten
         with Image.open(file) as image:
             if max(image.size) > max_aspect * min(image.size):
                 raise ValueError(f"{image.width}x{image.height} pixels are too long a strip")
-            pixels = np.array(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except Exception as err:  # Pillow's decoders raise almost anything on broken files
         why = getattr(err, "strerror", None) or first_line(err)
         raise Unreadable(re.sub(r" <_io.*", "", why)[:100]) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def file_bytes(image: Tensor, rules: Storing) -> bytes:
@@ -65,7 +91,7 @@ def file_bytes(image: Tensor, rules: Storing) -> bytes:
 def pixels(data: bytes) -> Tensor:
     """(3, H, W) uint8 RGB of an image file's bytes."""
     with Image.open(io.BytesIO(data)) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return as_tensor(np.array(image.convert("RGB")))
 
 
 def as_stored(image: Tensor, rules: Storing) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from blockprune.data.captions import flaw, metadata_of, read_metadata
-from blockprune.data.image_files import IMAGE_SUFFIXES, Unreadable, read_image
+from blockprune.data.image_files import Unreadable, image_names, read_image
 from blockprune.errors import UserError
 from blockprune.measures.fid_kid import Detector, Stats
 from blockprune.runs.atomic import writing
@@ -39,20 +39,14 @@ class ImageFolder:
     """The images of a folder and of all folders below it, sorted by path, as RGB.
 
     An image that cannot be read, or is more than `max_aspect` times as long as wide, is left out; `skipped` lists those of the last
-    iteration. UserError when the folder has no image, or an iteration skips more than `max_skipped` (None: 10, or 1 % if that
-    is more) or reads none.
+    iteration. UserError when the folder has no image, or an iteration skips more than 10 (or 1 %, if that is more) or reads none.
     """
 
-    def __init__(self, folder: str | Path, max_skipped: int | None = None, max_aspect: float = float("inf")) -> None:
+    def __init__(self, folder: str | Path, max_aspect: float = float("inf")) -> None:
         self.folder = Path(folder)
-        if not os.path.isdir(self.folder):
-            raise UserError(f"no folder of images at {str(self.folder)!r}: give a folder that exists")
-        files = (p for p in self.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
-        self.names = sorted(p.relative_to(self.folder).as_posix() for p in files)
-        if not self.names:
-            raise UserError(f"no images in {str(self.folder)!r}: it needs files such as .png or .jpg")
+        self.names = image_names(self.folder)
         self.max_aspect = max_aspect
-        self.max_skipped = max(10, len(self.names) // 100) if max_skipped is None else max_skipped
+        self.max_skipped = max(10, len(self.names) // 100)
         self.skipped: list[str] = []
 
     def __len__(self) -> int:

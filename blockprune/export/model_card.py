@@ -16,18 +16,20 @@ PARTS = {"resnets": "ResNet", "attentions": "attention", "downsamplers": "downsa
 FITTED = {"linear": "A fitted linear map", "channel": "A fitted scale and shift per channel"}
 STAGES = {"down_blocks": "down stage", "up_blocks": "up stage", "mid_block": "mid stage"}
 ENTRIES = {"teacher": "teacher", "data": "training data", "steps": "training steps"}
+ENTRIES |= {"personalised": "personalised from", "trained": "trained, all weights", "instance_prompt": "instance prompt"}
 USED = {"title", "license", "base_model", "costs", "scores"}
 
 
 def model_card(arch: Architecture, pipeline: str, why_not_stock: str, card: Mapping[str, Any]) -> str:
     """The README of a student that `pipeline` (a diffusers class) loads; entries that `card` lacks are left out.
 
-    `card` may hold title, license, base_model; teacher, data, steps and other plain values; costs: {"teacher": .., "student": ..}
-    as `Cost.to_json`; scores: {name: value}, {name: {measure: value}} or a list of such rows. UserError for
-    another form of these two.
+    `card` may hold title, license, base_model; teacher, data, steps and other plain values, of a personalised model `trained`, the
+    names of the parts that learnt, and the subject; costs: {"teacher": .., "student": ..} as `Cost.to_json`; scores: {name: value},
+    {name: {measure: value}} or a list of such rows. UserError for another form of these two.
     """
-    title = _text(card.get("title") or f"A pruned {card.get('teacher', 'diffusion model')}")
-    lines = [*_front_matter(card), "", f"# {title}", ""]
+    name = card.get("teacher", "diffusion model")
+    title = _text(card.get("title") or (f"A pruned {name}" if arch else name))
+    lines = [*_front_matter(arch, card), "", f"# {title}", ""]
     lines += [_intro(arch, card), "", *_usage(pipeline, why_not_stock), "", "## Removed blocks", ""]
     lines += [f"- {words}" for words in in_words(arch)] or ["None."]
     plain = [(ENTRIES.get(k, k), card[k]) for k in (*ENTRIES, *card) if k in card and k not in USED]
@@ -39,16 +41,22 @@ def model_card(arch: Architecture, pipeline: str, why_not_stock: str, card: Mapp
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(card: Mapping[str, Any]) -> list[str]:
+def _front_matter(arch: Architecture, card: Mapping[str, Any]) -> list[str]:
     given = {key: card[key] for key in ("license", "base_model") if card.get(key)}
-    fixed = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["diffusers", "pruned", "blockprune"]}
+    fixed = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["diffusers", *(["pruned"] if arch else []), "blockprune"],
+    }
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in (given | fixed).items()), "---"]
 
 
 def _intro(arch: Architecture, card: Mapping[str, Any]) -> str:
     teacher = f"The U-Net of {_text(card['teacher'])}" if card.get("teacher") else "The U-Net of its teacher"
-    n = len(arch)
-    return f"{teacher} without {n} of its blocks; every other part of the pipeline is the teacher's. Architecture `{arch.key}`."
+    lacks = f"without {len(arch)} of its blocks" if arch else "with all of its blocks"
+    others = f"every part of the pipeline but {_text(card['trained'])}" if "trained" in card else "every other part of the pipeline"
+    subject = f", and learnt the subject {_text(card['subject'])}" if "subject" in card else ""
+    return f"{teacher} {lacks}{subject}; {others} is the teacher's. Architecture `{arch.key}`."
 
 
 def _usage(pipeline: str, why_not_stock: str) -> list[str]:

@@ -27,6 +27,7 @@ from blockprune.model.config_schema import Config, UNetConfig
 from blockprune.model.defaults import BUILT_IN
 from blockprune.model.families import family_of
 from blockprune.model.identity import identity
+from blockprune.model.pretrained import Configs
 from blockprune.model.trace import trace
 from blockprune.runs.atomic import writing, writing_folder
 
@@ -257,9 +258,9 @@ def teacher_of(pipe: DiffusionPipeline) -> tuple[str, str]:
     return name, identity(name) if known else ""
 
 
-def card_entries(model: str, config: Config, arch: Architecture) -> dict[str, Any]:
-    """What a card says of a student: its costs, and its teacher, a hub id also as base model, a local path by its last part."""
-    graph = trace(config)
+def card_entries(model: str, configs: Configs, arch: Architecture) -> dict[str, Any]:
+    """What a card says of a student: its costs at the model's own size, and its teacher, of a local path the last part."""
+    graph = trace(configs.unet, configs.latent(), configs.n_tokens)
     costs = {"teacher": graph.total.to_json(), "student": graph.cost(graph.check(arch)).to_json()}
     if model in pretrained.ALIASES:
         return {"teacher": model, "base_model": pretrained.ALIASES[model].repo, "costs": costs}

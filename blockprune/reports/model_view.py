@@ -63,6 +63,11 @@ class ModelView:
         score = self.scores.get(setting.label, {}).get(measure)
         return score.finite if score else None
 
+    def teacher_value(self, setting: Setting, measure: str) -> float | None:
+        """The number of the teacher's images that a setting's are paired with; None when they were not compared."""
+        score = self.scores.get(setting.label, {}).get(measure)
+        return score.finite - score.delta if score and score.finite is not None and score.delta is not None else None
+
     def step_times(self, setting: Setting) -> tuple[float | None, float | None]:
         """(seconds, ratio) of a U-Net step: the teacher's in seconds, all else as the ratio to a teacher timed in turn with it."""
         scores, plain = self.scores.get(setting.label, {}), not setting.quantize and setting.checkpoint is None

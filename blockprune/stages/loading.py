@@ -15,7 +15,8 @@ from torch import Tensor
 
 from blockprune.data import captions, image_folder
 from blockprune.data.digits import DigitScenes
-from blockprune.data.image_files import MAX_ASPECT
+from blockprune.data.image_files import MAX_ASPECT, as_tensor
+from blockprune.data.subject_images import subject_pixels
 from blockprune.errors import UserError
 from blockprune.export import pipeline
 from blockprune.measures import detectors
@@ -26,8 +27,6 @@ from blockprune.model.defaults import BUILT_IN, DEFAULTS, GENERIC_PROMPTS, OWN, 
 from blockprune.model.identity import identity
 from blockprune.model.model import Model, load_model, of_pipeline
 from blockprune.stages.fields import Judging
-
-FEWEST = 3
 
 
 def prompts_of(path: str | None, model: Model) -> list[str]:
@@ -91,10 +90,7 @@ def with_subject(judges: Judges, model: Model, request: Judging) -> Judges:
 
 def subject_images(folder: str) -> list[Tensor]:
     """The images of a subject's folder, (1, 3, H, W) uint8 each. UserError when there are too few, or one cannot be read."""
-    images = image_folder.ImageFolder(folder, max_skipped=0, max_aspect=MAX_ASPECT)
-    if len(images) < FEWEST:
-        raise UserError(f"a subject needs at least {FEWEST} images, 3 to 5 as a rule: {folder!r} has {len(images)}; add some")
-    return [picture.image[None] for picture in images]
+    return [as_tensor(pixels)[None] for pixels in subject_pixels(Path(folder))]
 
 
 def clean_latents(model: Model, source: str | None, n: int, batch_size: int) -> tuple[Tensor, list[str]] | None:

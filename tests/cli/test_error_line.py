@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from as_user import pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
@@ -58,6 +59,33 @@ def test_a_fault_of_this_package_keeps_its_traceback(cli: Cli, monkeypatch: pyte
     monkeypatch.setattr("blockprune.cli.options.print_json", broken)
     with pytest.raises(KeyError, match="ours"):
         cli("graph", "--json")
+
+
+AT_ONCE = """
+import sys
+from blockprune.cli import main
+for command in {commands}:
+    try:
+        main(command)
+    except SystemExit as left:
+        assert left.code == 2
+print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
+"""
+
+
+def test_what_can_be_known_at_once_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    (pictures(tmp_path / "broken", 3) / "002.png").write_bytes(b"x")
+    learn = ["personalise", "--instance-prompt", "sks", "--out", str(tmp_path / "run"), "--instance-data-dir"]
+    commands = {
+        "no folder of images": [*learn, str(tmp_path / "nowhere")],
+        "'002.png' in": [*learn, str(tmp_path / "broken")],
+        "no precision 'int8'": ["export", "x", "--format", "openvino", "--precision", "int8", "--out", str(tmp_path / "out")],
+    }
+    code = AT_ONCE.format(commands=list(commands.values()))
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+    lines = found.stderr.splitlines()
+    assert all(says in line for says, line in zip(commands, lines, strict=True)), found.stderr
 
 
 SECRETS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 import shutil
 import subprocess
@@ -18,13 +19,16 @@ import pytest
 import torch
 from conftest import Cli
 from PIL import Image
+from rich.console import Console
 
 import blockprune as bp
 from blockprune.cli import main
+from blockprune.cli.console import print_evaluation
 from blockprune.data import image_folder
 from blockprune.data.digits import DigitScenes, caption, exchanged
 from blockprune.measures import detectors, fid_kid
 from blockprune.model import families
+from blockprune.reports.evaluations import evaluation_view
 from blockprune.runs import directory
 from blockprune.stages.evaluate import run as evaluate_run
 from blockprune.stages.evaluate import subject
@@ -240,6 +244,17 @@ def test_what_another_process_draws_is_waited_for(
     found, others = scores(tmp_path / "run"), scores(student)
     for key in found:
         assert found[key]["value"] == pytest.approx(others[key]["value"], rel=1e-9), key
+
+
+def test_the_table_has_the_teachers_edits(student: Path, teacher: Path) -> None:
+    """Their numbers are those of an evaluation of the teacher; a column that is the same in all rows is left out."""
+    out = io.StringIO()
+    print_evaluation(evaluation_view(directory.Stored(student, "evaluate")), Console(file=out, width=200))
+    for label in LABELS:
+        (row,) = (line.split() for line in out.getvalue().splitlines() if line.strip().startswith(f"teacher, {label}"))
+        wanted = [scores(teacher)[label, m]["value"] for m in ("feature_distance", "clip_score", "input_l1")]
+        assert [float(cell) for cell in row[-3:]] == pytest.approx(wanted, rel=1e-2, abs=1e-3)
+    assert "weight_bytes" not in out.getvalue()
 
 
 def test_a_page_has_the_grid_of_edits(student: Path, teacher: Path, tmp_path: Path, cli: Cli) -> None:

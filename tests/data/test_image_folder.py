@@ -169,9 +169,6 @@ def test_too_many_broken_images_are_an_error(folder: Path) -> None:
         (folder / f"broken{i:02}.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"more than 10 images .* such as 'broken10.png'"):
         list(ImageFolder(folder))
-    assert len(list(ImageFolder(folder, max_skipped=11))) == 7
-    with pytest.raises(UserError, match="more than 0 images"):
-        list(ImageFolder(folder, max_skipped=0))
 
 
 def test_the_limit_grows_with_the_folder(tmp_path: Path) -> None:

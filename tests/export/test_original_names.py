@@ -16,6 +16,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import blockprune as bp
 from blockprune.errors import UserError
 from blockprune.export.original_names import OriginalNames, kohya
 from blockprune.export.pipeline import save_student
@@ -117,6 +118,22 @@ def test_the_command(tmp_path: Path, cli: Cli, one_line: Callable[..., str]) -> 
     (tmp_path / "folder").mkdir()
     assert one_line(*args, tmp_path / "folder")
     assert "unknown --format 'onyx'" in one_line(*args[:2], "--format", "onyx", "--out", tmp_path / "x")
+
+
+def test_names_of_an_exported_student_are_its_teachers(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli, one_line: Callable[..., str]
+) -> None:
+    """Its folder, and a run directory with it as pipeline/, say by themselves what --arch says."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    folder = tmp_path / "run" / "pipeline"
+    bp.save(bp.prune(bp.load_pipeline(tiny_folder("sd1")), "bk-sdm-small"), folder)
+    _, wanted, _ = cli("names", "--model", tiny_folder("sd1"), "--arch", "bk-sdm-small", "--json")
+    for model in (folder, tmp_path / "run"):
+        code, out, err = cli("names", "--model", model, "--json")
+        assert code == 0, err
+        assert json.loads(out) == json.loads(wanted) | {"model": str(model)}
+    assert "is pruned already: leave out --arch" in one_line("names", "--model", tmp_path / "run", "--arch", "mid_block")
 
 
 def test_names_as_a_table_and_as_json(cli: Cli) -> None:

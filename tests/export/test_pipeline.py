@@ -266,6 +266,20 @@ def test_removed_layers_in_words() -> None:
     ]
 
 
+def test_a_student_that_is_pruned_again_lacks_both(exported: Callable[[str, Architecture], Exported], tmp_path: Path) -> None:
+    """A stock U-Net counts its blocks anew: a pair, a layer and a ResNet with a convolution are found at their teacher's."""
+    folder, _ = exported("sd1", preset("bk-sdm-tiny"))
+    more = arch("up_blocks.1.{resnets,attentions}.1", "down_blocks.0.attentions.0.transformer_blocks.0", "down_blocks.1.resnets.0")
+    student = blockprune.prune(load_pipeline(folder), more)
+    blockprune.save(student, tmp_path / "again")
+    of_teacher = arch(
+        "up_blocks.2.{resnets,attentions}.2", "down_blocks.0.attentions.0.transformer_blocks.0", "down_blocks.1.resnets.0"
+    )
+    assert pipeline.read_architecture(tmp_path / "again" / "pruning") == preset("bk-sdm-tiny") | of_teacher
+    inputs, again = pipeline._probe(student.unet.config), load_pipeline(tmp_path / "again").unet
+    assert same_outputs(run(student.unet, inputs), run(again, inputs), again)
+
+
 @pytest.mark.parametrize("card", [{"costs": [1]}, {"costs": {"student": 3}}, {"scores": 3}, {"scores": [3]}])
 def test_a_card_of_another_form_is_refused(card: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"the card's (costs|scores) are like"):

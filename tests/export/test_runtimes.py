@@ -21,7 +21,7 @@ from PIL import Image
 from torch.export import ExportedProgram
 
 from blockprune.export.pipeline import load_pipeline
-from blockprune.export.runtimes import FORMAT_NAMES, RUNTIMES, formats
+from blockprune.export.runtimes import FORMAT_PRECISIONS, RUNTIMES, formats
 from blockprune.export.runtimes import deploy as deploying
 from blockprune.export.runtimes.components import Component, components
 from blockprune.export.runtimes.deploy import ALLOWED, Exported, deploy
@@ -115,7 +115,7 @@ def bytes_of_weights(folder: Path) -> int:
 
 
 def test_the_names_are_those_of_the_formats() -> None:
-    assert tuple(FORMATS) == FORMAT_NAMES
+    assert tuple(FORMATS) == tuple(FORMAT_PRECISIONS)
     assert tuple(OTHERS) == RUNTIMES[2:]
 
 
@@ -216,27 +216,33 @@ def test_weights_that_are_too_large_for_one_file_lie_beside_it(
 
 
 def test_what_computes_something_else_is_refused(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, one_line: Callable[..., str]
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
+    """After its steps, each of which is told."""
     code, out, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "same")
     assert code == 0, err
     assert "unet/model.pt2" in out
     monkeypatch.setitem(deploying.ALLOWED, "float32", -1.0)
-    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "other")
-    assert "the unet computes something else in torch-export" in line
+    code, _, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "other")
+    assert code == 2
+    first, *steps, last = err.splitlines()
+    assert first == "unet: writing it as torch-export, then loading it there and comparing it with PyTorch"
+    assert [line.split(": 1 steps")[0] for line in steps] == ["[1/3] unet: write", "[2/3] unet: load", "[3/3] unet: compare"]
+    assert last.startswith("error: the unet computes something else in torch-export")
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
 def test_what_a_format_cannot_say_is_refused(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: Callable[..., str]
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, one_line: Callable[..., str]
 ) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no such operator\nand more of it")
 
     monkeypatch.setattr(deploying, "program_of", formats.program_of)
     monkeypatch.setattr(torch.export, "export", broken)
-    line = one_line("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
-    assert "torch-export cannot say or run the unet (no such operator" in line
+    code, _, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "out")
+    assert code == 2
+    assert "torch-export cannot say or run the unet (no such operator" in err.splitlines()[-1]
     cost = one_line("cost", "--model", small_folder, "--latency", "--rounds", "5", "--runtime", "torch-export")
     assert "torch-export cannot say or run the unet (no such operator" in cost
     assert not list(tmp_path.iterdir())

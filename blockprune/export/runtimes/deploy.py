@@ -17,6 +17,7 @@ from blockprune.export.runtimes.components import Component, Inputs, components
 from blockprune.export.runtimes.formats import Format, Runner, format_of, in_words, program_of
 from blockprune.model.compare import distance
 from blockprune.model.model import Model
+from blockprune.progress import Listener, Silent
 from blockprune.runs.atomic import writing_folder
 
 # how far a runtime's output may be from PyTorch's in float32, relative to its size: of other kernels, of weights in 10 or 7 bits
@@ -36,8 +37,12 @@ class Exported:
     random: float
 
 
-def deploy(model: Model, name: str, folder: Path, precision: str = "float32", every: bool = False) -> Iterator[Exported]:
+def deploy(
+    model: Model, name: str, folder: Path, precision: str = "float32", every: bool = False, progress: Listener | None = None
+) -> Iterator[Exported]:
     """Writes `folder` with a folder for each component; nothing is left of it when one of them fails.
+
+    `progress` None says nothing of each component's steps.
 
     UserError for a runtime that is not installed, for a component that the format cannot say, and for one that computes something
     else there.
@@ -46,7 +51,7 @@ def deploy(model: Model, name: str, folder: Path, precision: str = "float32", ev
     done: list[Exported] = []
     with writing_folder(folder) as part:
         for component in components(model, every):
-            done.append(_exported(component, form, part / component.name, precision))
+            done.append(_exported(component, form, part / component.name, precision, progress or Silent()))
             yield done[-1]
         about = {"format": 1, "model": Path(model.name).name, "runtime": form.name, "precision": precision}
         rows = [asdict(e) for e in done]
@@ -56,15 +61,21 @@ def deploy(model: Model, name: str, folder: Path, precision: str = "float32", ev
             _save_rest(model, part)
 
 
-def _exported(component: Component, form: Format, folder: Path, precision: str) -> Exported:
+def _exported(component: Component, form: Format, folder: Path, precision: str, progress: Listener) -> Exported:
+    writing, loading, comparing = (f"{component.name}: {step}" for step in ("write", "load", "compare"))
+    progress.say(f"{component.name}: writing it as {form.name}, then loading it there and comparing it with PyTorch")
+    progress.plan(dict.fromkeys((writing, loading, comparing), 1), "steps", component.name)
     folder.mkdir(parents=True)
     path = folder / form.file
     trials = [component.example, *others(component)]
     expected = [component.run(inputs) for inputs in trials]
     with in_words(form, component.name):
         form.write(program_of(_in(component, precision, form)), component, path, precision)
+        progress.tick(writing, 1)
         runner = form.load(path)
+        progress.tick(loading, 1)
         errors = [apart(runner, inputs, outputs) for inputs, outputs in zip(trials, expected, strict=True)]
+        progress.tick(comparing, 1)
     if not max(errors) <= ALLOWED[precision]:
         raise UserError(
             f"the {component.name} computes something else in {form.runtime}: {max(errors):.2g} of its output's size apart, where "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from blockprune.errors import UserError, explanation, first_line
-from blockprune.export.runtimes import PRECISIONS
+from blockprune.export.runtimes import check_precision
 from blockprune.export.runtimes.components import Component, Inputs
 
 Runner = Callable[[Inputs], list[Tensor]]  # tensors by name => the outputs
@@ -29,7 +29,7 @@ LARGEST_ONNX = 2**31 - 2**24  # bytes of weights in one file, which protobuf lim
 
 @dataclass(frozen=True)
 class Format:
-    """A format: the runtime that reads it, the packages that takes and how pip gets them, its precisions and its file.
+    """A format: the runtime that reads it, the packages that takes and how pip gets them, and its file.
 
     Where `compiles`, writing takes a C++ compiler. `write(program, component, path, precision)` and `load(path)` may raise whatever
     the runtime does.
@@ -39,7 +39,6 @@ class Format:
     runtime: str
     packages: tuple[str, ...]
     extra: str
-    precisions: tuple[str, ...]
     file: str
     write: Callable[[ExportedProgram, Component, Path, str], None]
     load: Callable[[Path], Runner]
@@ -222,17 +221,17 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         Format(
-            *("onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "onnx", PRECISIONS, "model.onnx"),
+            *("onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "onnx", "model.onnx"),
             _write_onnx,
             _load_onnx,
         ),
         Format(
-            *("openvino", "openvino", ("openvino",), "openvino", ("float32", "float16"), "openvino_model.xml"),
+            *("openvino", "openvino", ("openvino",), "openvino", "openvino_model.xml"),
             *(_write_openvino, _load_openvino),
         ),
-        Format("torch-export", "torch-export", (), "", ("float32", "float16"), "model.pt2", _write_program, _load_program),
+        Format("torch-export", "torch-export", (), "", "model.pt2", _write_program, _load_program),
         Format(
-            *("aot-inductor", "aot-inductor", (), "", ("float32", "float16"), "model.aoti.pt2"),
+            *("aot-inductor", "aot-inductor", (), "", "model.aoti.pt2"),
             *(_write_compiled, _load_compiled, True),
         ),
     )
@@ -241,13 +240,9 @@ FORMATS: dict[str, Format] = {
 
 def format_of(name: str, precision: str = "float32") -> Format:
     """The format of that name, ready to use; UserError lists those there are, and says what is missing."""
-    if name not in FORMATS:
-        raise UserError(f"unknown format {name!r}: choose from {', '.join(FORMATS)}")
-    found = FORMATS[name]
-    if precision not in found.precisions:
-        raise UserError(f"{name} has no precision {precision!r} here: choose from {', '.join(found.precisions)}")
-    found.check()
-    return found
+    check_precision(name, precision)
+    FORMATS[name].check()
+    return FORMATS[name]
 
 
 def files(folder: Path, names: Sequence[str]) -> list[tuple[str, Path, Format]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from blockprune.assets import ASSETS
 from blockprune.data.image_files import IMAGE_SUFFIXES
+from blockprune.data.subject_images import FEWEST
 from blockprune.decode import read_bytes, read_named_toml
 from blockprune.errors import UserError
 from blockprune.model.schedulers import SCHEDULERS
-from blockprune.stages.loading import FEWEST
 from blockprune.stages.personalise.request import PersonaliseRequest
 
 BENCHMARKS = ASSETS / "benchmarks"

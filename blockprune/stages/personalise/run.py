@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch import nn
 from blockprune.data.encoded import Live, Remembered
 from blockprune.data.training_data import PromptedFolder, Reader
 from blockprune.errors import UserError
-from blockprune.export.pipeline import card_entries, export_pipeline, teacher_of
+from blockprune.export.save import save_pipeline
 from blockprune.export.stock_config import who_loads
 from blockprune.measures.score import Score
 from blockprune.model import pretrained
@@ -73,10 +74,18 @@ class Personalised:
         target = folder / "pipeline"
         if target.exists():
             return f"the pipeline is in {target} already"
-        pipe, network = self.model.pipe, self.model.network
-        arch, teacher = architecture_of(network), teacher_of(pipe)
-        stock = export_pipeline(pipe, network, arch, target, card_entries(teacher[0], network.config, arch), teacher)
-        return f"the pipeline is in {target}; {who_loads(stock)}"
+        return f"the pipeline is in {target}; {who_loads(save_pipeline(self.model.pipe, target, self._card()))}"
+
+    def _card(self) -> dict[str, Any]:
+        """What a model card says of the subject and how it was learnt."""
+        about, model = self.run.about, self.run.about["model"]
+        return {
+            "personalised": Path(model).name if os.path.exists(model) else model,
+            "trained": " and ".join(self.learnt),
+            "subject": about["asked"]["token"],
+            "instance_prompt": about["instance_prompt"],
+            "updates": about["asked"]["max_train_steps"],
+        }
 
 
 def personalise(
