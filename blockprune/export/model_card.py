@@ -55,7 +55,7 @@ def _intro(arch: Architecture, card: Mapping[str, Any]) -> str:
     teacher = f"The U-Net of {_text(card['teacher'])}" if card.get("teacher") else "The U-Net of its teacher"
     lacks = f"without {len(arch)} of its blocks" if arch else "with all of its blocks"
     others = f"every part of the pipeline but {_text(card['trained'])}" if "trained" in card else "every other part of the pipeline"
-    subject = f", and learnt the subject {_text(card['subject'])}" if "subject" in card else ""
+    subject = f", taught the subject {_text(card['subject'])}" if "subject" in card else ""
     return f"{teacher} {lacks}{subject}; {others} is the teacher's. Architecture `{arch.key}`."
 
 
