@@ -131,7 +131,6 @@ class Job:
     runs: Path
     rows: Path
     scales: tuple[float, ...] = CFG_SCALES
-    kd: bool = True
 
     @property
     def stem(self) -> str:
@@ -139,7 +138,7 @@ class Job:
 
     @property
     def row(self) -> Path:
-        return self.rows / f"{self.stem}-{self.updates[-1]}{'' if self.kd else '-task'}.json"
+        return self.rows / f"{self.stem}-{self.updates[-1]}.json"
 
     @property
     def known(self) -> Row:
@@ -161,11 +160,10 @@ def the_judge() -> Judge:
 
 
 @lru_cache(maxsize=1)
-def recovery(seed: int, runs: Path, kd: bool) -> Recovery:
-    """One for each seed, so that all candidates are taught the same; without `kd` by the images alone."""
+def recovery(seed: int, runs: Path) -> Recovery:
+    """One for each seed, so that all candidates are taught the same."""
     of = the_judge()
-    school = Recovery(of.model, None, BATCH_SIZE, seed, runs / f"seed-{seed}{'' if kd else '-task'}", of.fitter)
-    return school if kd else replace(school, recipe=replace(school.recipe, output=0.0, feature=0.0))
+    return Recovery(of.model, None, BATCH_SIZE, seed, runs / f"seed-{seed}", of.fitter)
 
 
 def run(job: Job) -> str:
@@ -176,7 +174,7 @@ def run(job: Job) -> str:
     row |= job.known
     if job.seed == 0 and "untrained" not in row:
         row["untrained"] = of.untrained(job.student.arch)
-    school = recovery(job.seed, job.runs, job.kd)
+    school = recovery(job.seed, job.runs)
     row.setdefault("training", [])
     for updates in job.updates[len(row["training"]) :] or job.updates[-1:]:
         student = school.student(job.student.arch, updates)
@@ -209,7 +207,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     if args.only:
         chosen = [(s, seed) for seed in args.seeds for s in listed if s.name in args.only]
     updates, scales = tuple(args.updates), tuple(args.cfg_scales)
-    made = [Job(student, seed, updates, args.out, rows, scales, not args.task_only) for student, seed in chosen]
+    made = [Job(student, seed, updates, args.out, rows, scales) for student, seed in chosen]
     return [job for job in made if job.scales_left]
 
 
@@ -246,7 +244,6 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="+", help="candidates by name, with every one of --seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of --only")
-    parser.add_argument("--task-only", action="store_true", help="train on the images alone, without the losses of distillation")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")

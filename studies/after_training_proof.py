@@ -2,7 +2,7 @@
 
     python studies/after_training.py --out runs/after --reports reports/after-training --updates 50 200 600 2000 --seeds 0 1 2 \\
         --only bk-sdm-base "base-guided_mse, linear" bk-sdm-small "small-guided_mse, linear" bk-sdm-tiny "tiny-guided_mse, linear"
-    (the same with "base-feature_distance, linear" and the two other sizes, and --cfg-scales 1.5 2 3 4.5 6)
+    (the same with "base-feature_distance, linear" "small-feature_distance, linear" "tiny-feature_distance, linear")
     python studies/after_training_proof.py --reports reports/after-training
 
 The first takes about two hours on two CPU cores, the second as long; the last reads their rows and writes `proof.md` and
@@ -30,6 +30,7 @@ BY = {  # how a student was found, and the colour of its curves
     "search by guided_mse, linear": ("by guided_mse", "#0072b2"),
     "search by feature_distance, linear": ("by images", "#009e73"),
 }
+TEACHER_COLOUR = "#5f6b73"
 
 
 def read(folder: Path, updates: int) -> list[Row]:
@@ -139,9 +140,8 @@ def figure(rows: Sequence[Row], teacher: Row) -> Figure:
         tidy(ax)
         for row in [*(row for row in rows if row["size"] == size), teacher]:
             points = [(d["clip_score"], fid_at(d)) for d in row["truth"]]
-            ax.plot(
-                *zip(*points, strict=True), color=BY[row["source"]][1] if "source" in row else "#5f6b73", lw=1.4, marker=".", ms=4
-            )
+            colour = BY[row["source"]][1] if "source" in row else TEACHER_COLOUR
+            ax.plot(*zip(*points, strict=True), color=colour, lw=1.4, marker=".", ms=4)
         ax.set_title(f"size of {size}", fontsize=9)
         ax.set_xlabel("CLIP score", fontsize=8.5)
         ax.set_yscale("log")

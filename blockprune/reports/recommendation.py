@@ -112,9 +112,8 @@ class Recommendation:
             return f"{scores}; {other} of this size was evaluated. {self._trained}"
         pairs = [f"{c.title} {_said(c.mine)} against {_said(c.theirs)}" for c in self.comparisons]
         hand = self.take.kind == "hand"
-        first, who = (
-            ("nothing beats this design by hand: ", "the best other") if hand else ("", "the best design by hand within this")
-        )
+        first = "nothing beats this design by hand: " if hand else ""
+        who = "the best other" if hand else "the best design by hand within this"
         compared = f"{first}{self._told}, compared with `{self.rival.name}`, {who}"
         return f"{compared}. {', '.join(pairs)}. {self._at_own_best}{self._trained}"
 
