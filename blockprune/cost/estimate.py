@@ -129,7 +129,11 @@ def measured(
 
 def _busy(device: torch.device) -> str:
     """Words for a processor whose cores are wanted by more than there are of them: then a pass takes longer than on a free one."""
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    cores = os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none, and some sandboxes do not tell it
+        return ""
     return f" while it was busy: load {load:.1f} on {cores} cores" if device.type == "cpu" and load > cores else ""
 
 

@@ -15,8 +15,10 @@ COMPONENTS = {"attn1": "self-attention", "attn2": "cross-attention", "ff": "feed
 PARTS = {"resnets": "ResNet", "attentions": "attention", "downsamplers": "downsampler", "upsamplers": "upsampler"}
 FITTED = {"linear": "A fitted linear map", "channel": "A fitted scale and shift per channel"}
 STAGES = {"down_blocks": "down stage", "up_blocks": "up stage", "mid_block": "mid stage"}
-ENTRIES = {"teacher": "teacher", "data": "training data", "steps": "training steps"}
-ENTRIES |= {"personalised": "personalised from", "trained": "trained, all weights", "instance_prompt": "instance prompt"}
+ENTRIES = {
+    **{"teacher": "teacher", "data": "training data", "steps": "training steps"},
+    **{"personalised": "personalised from", "trained": "trained, all weights", "instance_prompt": "instance prompt"},
+}
 USED = {"title", "license", "base_model", "costs", "scores"}
 
 

@@ -178,3 +178,11 @@ def test_a_measurement_on_a_busy_machine_says_so(load: float, says: str, monkeyp
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert estimate._busy(torch.device("cpu")) == says
     assert estimate._busy(torch.device("cuda")) == ""
+
+
+def test_a_system_that_does_not_tell_its_load_is_not_called_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> tuple[float, float, float]:
+        raise OSError("Load averages are unobtainable")
+
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    assert estimate._busy(torch.device("cpu")) == ""
