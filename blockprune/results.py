@@ -136,6 +136,8 @@ class TrainResult:
     True
     """
 
+    n_files: ClassVar[int] = 4  # that `save` writes at most, the pipeline as one, for progress
+
     distilled: Distilled
 
     @property
@@ -176,12 +178,14 @@ class TrainResult:
 
         return _chosen(name, curves(self.run.rows()))
 
-    def save(self, folder: str | Path) -> str:
+    def save(self, folder: str | Path, progress: Listener | None = None) -> str:
         """Writes curves, card.json and, unless it is there already, the pipeline to a folder; returns what loads the pipeline."""
         from blockprune.reports.trainings import card_of, report_files
 
-        _write(Path(folder), report_files(self.run))
-        return self.distilled.export(Path(folder) / "pipeline", card_of(self.run))
+        _write(Path(folder), report_files(self.run), progress, to_follow=1)
+        exported = self.distilled.export(Path(folder) / "pipeline", card_of(self.run))
+        (progress or Silent()).tick(FILES, 1)
+        return exported
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,8 @@ class PersonaliseResult:
 
     See `blockprune.personalise` for an example.
     """
+
+    n_files: ClassVar[int] = 5  # that `save` writes at most, what was taught as one, for progress
 
     run: AnyRun
     personalised: Personalised | None = None
@@ -243,12 +249,16 @@ class PersonaliseResult:
 
         return _chosen(name, curves(self.run.rows()))
 
-    def save(self, folder: str | Path) -> str:
+    def save(self, folder: str | Path, progress: Listener | None = None) -> str:
         """Writes curves, scores and, unless it is there already, pipeline/ or lora/ to a folder; returns what loads that."""
         from blockprune.reports.personalisations import report_files
 
-        _write(Path(folder), report_files(self.run))
-        return self.personalised.export(Path(folder)) if self.personalised else f"the scores are in {folder}"
+        _write(Path(folder), report_files(self.run), progress, to_follow=1 if self.personalised else 0)
+        if self.personalised is None:
+            return f"the scores are in {folder}"
+        exported = self.personalised.export(Path(folder))
+        (progress or Silent()).tick(FILES, 1)
+        return exported
 
 
 @dataclass(frozen=True)
@@ -312,14 +322,14 @@ class ReportResult:
         return [self.page.with_suffix(suffix) for suffix in (".csv", ".json", ".tex")]
 
 
-def _write(folder: Path, files: Iterator[tuple[str, bytes]], progress: Listener | None = None) -> None:
-    """Writes each file as it is made. Where there are fewer than were announced, none is left in the end."""
+def _write(folder: Path, files: Iterator[tuple[str, bytes]], progress: Listener | None = None, to_follow: int = 0) -> None:
+    """Writes each file as it is made. Where there are fewer than were announced, those `to_follow` alone are left in the end."""
     heard = progress or Silent()
     for name, content in files:
         with writing(folder / name) as temporary:
             temporary.write_bytes(content)
         heard.tick(FILES, 1)
-    heard.plan({FILES: 0}, FILES)
+    heard.plan({FILES: to_follow}, FILES)
 
 
 def _chosen(name: str, figures: Iterator[tuple[str, F]]) -> F:

@@ -14,7 +14,7 @@ os.environ.pop("COLUMNS", None)  # what is printed does not depend on the termin
 import pytest
 import tiny
 import torch
-from as_user import run
+from as_user import pictures, run
 from small_search import QUICK
 
 from blockprune.cli import main
@@ -89,6 +89,12 @@ def one_line(cli: Cli) -> Callable[..., str]:
 def drifting_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes as long as it has parameters, and is not run for that: timings of finalists take most of a small search."""
     tiny.drifting_clock(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three images of one thing."""
+    return pictures(tmp_path_factory.mktemp("subject"), 3)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import blockprune as bp
 from blockprune.progress import FILES, Bars, Silent
-from blockprune.results import EvaluateResult, ScanResult, SearchResult
+from blockprune.results import EvaluateResult, PersonaliseResult, ScanResult, SearchResult, TrainResult
 
 
 class Clock:
@@ -145,6 +145,8 @@ SMALL: dict[str, Any] = {"n_images": 4, "steps": 1, "batch_size": 4}
 SCAN: dict[str, Any] = {**SMALL, "arch": ["mid_block"], "eps_samples": 8, "measures": ["eps_mse", "clip_score", "latency"]}
 SEARCH: dict[str, Any] = {"unit": "stage", "eps_samples": 8, "budget": "75%params", "trials": 4, "objective": "feature_distance"}
 EVALUATE: dict[str, Any] = {**SMALL, "cfg_scale": [2, 3], "measures": ["clip_score"], "latency": True, "rounds": 3}
+TRAIN: dict[str, Any] = {"steps": 2, "train_batch_size": 2, "n_images": 2, "denoising_steps": 1}
+WEIGHTS = {"pipeline", "lora"}  # folders that are announced as one file
 
 
 @pytest.mark.usefixtures("drifting_clock")
@@ -159,15 +161,18 @@ EVALUATE: dict[str, Any] = {**SMALL, "cfg_scale": [2, 3], "measures": ["clip_sco
             {"captions", "finalists", "latency", "images"},
         ),
         (bp.evaluate, EvaluateResult, EVALUATE, set()),
+        (bp.distill, TrainResult, {**TRAIN, "arch": "mid-removed", "n_images": 4}, set()),
+        (bp.personalise, PersonaliseResult, {**TRAIN, "instance_prompt": "bold upright: sks top left", "rank": 2}, set()),
     ],
 )
 def test_all_that_a_run_does_was_announced(
-    run: Callable[..., Any], result: Any, asked: dict[str, Any], at_most: set[str], tmp_path: Path
+    run: Callable[..., Any], result: Any, asked: dict[str, Any], at_most: set[str], subject: Path, tmp_path: Path
 ) -> None:
     """From the teacher's first images to the last figure; but for what shows only as a search goes on, and the figures, all of it
     is done."""
     counted = Counted(result.n_files)
+    asked = {**asked, "instance_data_dir": subject} if run is bp.personalise else asked
     run(progress=counted, **asked).save(tmp_path, counted)
     assert all(left == 0 or (left > 0 and step in at_most) for step, left in counted.left.items()), counted.left
-    assert counted.ticks[FILES] == len([file for file in tmp_path.rglob("*") if file.is_file() and file.parent == tmp_path])
+    assert counted.ticks[FILES] == len([path for path in tmp_path.iterdir() if path.is_file() or path.name in WEIGHTS])
     assert counted.ticks[FILES] <= result.n_files

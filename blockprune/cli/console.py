@@ -16,7 +16,7 @@ from blockprune.cost.table import Component
 from blockprune.cost.work import Passes
 from blockprune.measures.measure import MEASURES
 from blockprune.model.graph import Cost
-from blockprune.progress import FILES, Bars, duration
+from blockprune.progress import FILES, Bars, Listener, Silent, duration
 from blockprune.progress import make_console as make_console
 from blockprune.reports.captions import warning
 from blockprune.reports.model_view import ModelView
@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress(n_files: int) -> Iterator[Bars]:
-    """Progress over a stage and the files, at most so many, that are written when it has ended."""
-    with Bars() as bars:
+def progress(n_files: int) -> Iterator[Listener]:
+    """Progress over a stage and the files, at most so many, that are written when it has ended; silent in a process that helps."""
+    from blockprune.stages.train.launch import helps
+
+    with Silent() if helps() else Bars() as bars:
         bars.plan({FILES: n_files}, FILES)
         yield bars
 

@@ -18,12 +18,16 @@ def run(request: TrainRequest, out: Out = None, dry_run: options.DryRun = False,
     if options.only_estimated(request, dry_run, assume):
         return
     from blockprune import api
+    from blockprune.cli import console
+    from blockprune.results import TrainResult
 
     arch = request.arch or ""
     folder = out or options.default_out("distill", Path(arch).stem if arch.endswith(".json") else arch)
-    trained = api.distill(request=request, out=folder)
-    if trained.leads:
-        print(trained.save(folder))
+    with console.progress(TrainResult.n_files) as bars:
+        trained = api.distill(request=request, out=folder, progress=bars)
+        saved = trained.save(folder, bars) if trained.leads else ""
+    if saved:
+        print(saved)
 
 
 distill = command(

@@ -34,17 +34,21 @@ def run(
     if options.only_estimated(request, dry_run, assume):
         return
     from blockprune import api
+    from blockprune.cli import console
     from blockprune.reports.personalisations import last_scores, side_by_side
+    from blockprune.results import PersonaliseResult
     from blockprune.runs.directory import Stored
 
     earlier = {str(path): Stored(path, "personalise") for path in beside or ()}
     rows = {name: last_scores(stored) for name, stored in earlier.items()}
     what = Path(request.instance_data_dir or request.dataset or "").name
     folder = out or options.default_out("personalise", f"{Path(request.model).name}-{what}")
-    found = api.personalise(request=request, out=folder)
+    with console.progress(PersonaliseResult.n_files) as bars:
+        found = api.personalise(request=request, out=folder, progress=bars)
+        saved = found.save(folder, bars) if found.leads else ""
     if found.leads:
         print("\n".join(side_by_side({**rows, **found.subjects, str(folder): found.scores})))
-        print(found.save(folder))
+        print(saved)
 
 
 personalise = command(

@@ -32,11 +32,6 @@ QUICK = ["--max-train-steps", "4", "--checkpointing-steps", "2", "--n-images", "
 PRIOR = ["--with-prior-preservation", "--class-prompt", "a photo of a cat", "--num-class-images", "5"]
 
 
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("subject"), 3)
-
-
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of an update, which takes several to measure, is that of `test_scores_of_the_built_in_model` alone."""
