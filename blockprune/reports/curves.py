@@ -116,6 +116,7 @@ def finding(runs: Mapping[str, Along]) -> str:
         return f"{len(runs)} runs have validations." if runs else "No validation was made."
     order = sorted(last, key=lambda name: last[name][measure].loss)
     ends = [f"{last[name][measure].value:.3g} (`{name}`)" for name in (order[0], order[-1])]
-    span = f"from {ends[0]} to {ends[1]}" if len(order) > 1 else f"at {ends[0]}"
+    span = " to ".join(ends[: len(order)])
     n = last[order[0]][measure].n
-    return f"{axis_title(measure).partition(' (')[0]} at the last validation is {span}, on {n:,} images: for following a run only."
+    title = axis_title(measure).partition(" (")[0]
+    return f"{title} at the last validation: {span}. It is of {n:,} images: it follows a run, and does not compare models."

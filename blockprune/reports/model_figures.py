@@ -73,12 +73,16 @@ def guidance(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) -> Sheet:
 
 
 def finding(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) -> str:
-    """The guidance scale of the best FID and of the best CLIP score of each curve, in a line; "" without curves."""
-    best: dict[str, list[str]] = {}
-    for name, points in curves.items():
-        scales = min(points, key=lambda p: p[1].loss)[0].cfg_scale, min(points, key=lambda p: p[2].loss)[0].cfg_scale
-        best.setdefault("FID is best at CFG {:g}, CLIP score at {:g}".format(*scales), []).append(f"`{name}`")
-    return "; ".join(f"{words} for {', '.join(names)}" for words, names in best.items()) + "." * bool(best)
+    """Between which guidance scales the best FIDs and the best CLIP scores of the curves lie, in a line; "" without curves."""
+    if not curves:
+        return ""
+    best = (
+        [min(points, key=lambda p: p[1].loss)[0].cfg_scale for points in curves.values()],
+        [min(points, key=lambda p: p[2].loss)[0].cfg_scale for points in curves.values()],
+    )
+    fid, clip = (" to ".join(f"{scale:g}" for scale in dict.fromkeys((min(scales), max(scales)))) for scales in best)
+    differs = " It differs by model: the order at one scale need not hold at another." if len(set(best[0])) > 1 else ""
+    return f"FID is best at CFG {fid}, CLIP score at CFG {clip}.{differs}"
 
 
 def _said(score: Score) -> str:

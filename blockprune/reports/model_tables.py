@@ -47,7 +47,8 @@ def finding(models: Mapping[str, Model]) -> str:
     if not ratios:
         return "No step was timed."
     fastest, slowest = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
-    return f"A step takes from {ratios[fastest]:.2f} (`{fastest}`) to {ratios[slowest]:.2f} (`{slowest}`) of the teacher's time."
+    span = " to ".join(f"{ratios[name]:.0%} (`{name}`)" for name in dict.fromkeys((fastest, slowest)))
+    return f"A step of the U-Net takes {span} of the teacher's time."
 
 
 def steps_and_quantisation(models: Mapping[str, ModelView]) -> Table | None:

@@ -14,17 +14,18 @@ from typing import Any, Literal
 from blockprune.measures.measure import MEASURES, names
 from blockprune.measures.score import TEACHER, Score
 from blockprune.progress import duration
-from blockprune.reports.model_view import Setting
 from blockprune.reports.models import Model, Reading, at_own_best, readings_of
 from blockprune.reports.next_command import next_command
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.search_view import SearchView
-from blockprune.reports.table import with_interval
+from blockprune.reports.table import Cell, Column, Table
 from blockprune.stages.search.budget import QUANTITIES
 
 LOOKS = ("fid", "kid", "is")  # of how images look, the first that was measured speaks
 NEAR = 0.01  # a design within this share of a budget is what the budget is for
 WORDS = {"params": "parameters", "macs": "MACs", "latency": "latency"}
+WORDS_OF_TOLD = {1: "better", -1: "worse", 0: "undecided"}
+FEW = 2  # others that are named
 Verdict = Literal["better", "mixed", "hand", "alone", "none"]
 
 
@@ -51,36 +52,41 @@ class Size:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of the recommended model beside its rival's."""
+    """One measure of the recommended model beside its rival's, None without one; with `guidance` each at the scale that is best
+    for it, which may turn the order round."""
 
     mine: Score
-    theirs: Score
+    theirs: Score | None = None
+    guidance: tuple[float, float] | None = None
 
     @property
     def told(self) -> int:
         """1 where the model is better, -1 where it is worse, 0 where the intervals meet."""
-        return int(self.theirs.clearly_worse(self.mine)) - int(self.mine.clearly_worse(self.theirs))
+        return int(self.theirs.clearly_worse(self.mine)) - int(self.mine.clearly_worse(self.theirs)) if self.theirs else 0
+
+    @property
+    def word(self) -> str:
+        return WORDS_OF_TOLD[self.told] if self.theirs else ""
 
     @property
     def title(self) -> str:
-        return MEASURES[self.mine.measure].title
+        return MEASURES[self.mine.measure].title + ", best CFG" * bool(self.guidance)
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """At a size: the model to take, None where none was evaluated, and what it is compared with: the best design by hand, or for a
-    design the best that is none. `spent` are its shares of the teacher's costs; `own_best` are both at their own best guidance;
-    `command` is what to run next, "" where that is not known."""
+    design the best that is none. `spent` are its shares of the teacher's costs; `alike` are others that captions do not tell apart
+    from it; `command` is what to run next, "" where that is not known."""
 
     size: Size
     reading: Reading
     take: Model | None = None
     rival: Model | None = None
-    scores: Sequence[Score] = ()
     comparisons: Sequence[Comparison] = ()
+    alike: Sequence[Model] = ()
     answers: Sequence[str] = ()
     spent: Mapping[str, float] = field(default_factory=dict)
-    own_best: Sequence[tuple[Setting, Score]] = ()
     command: str = ""
 
     @property
@@ -97,50 +103,63 @@ class Recommendation:
             return "hand"
         if self.rival is None:
             return "alone"
-        return "mixed" if any(c.told < 0 for c in self.comparisons) else "better"
+        return "mixed" if any(c.told < 0 for c in self._at_reading) else "better"
 
     @property
     def sentence(self) -> str:
-        """All of it in a sentence that follows the size and the model's name."""
+        """The verdict, after the size and the model's name."""
         if self.take is None:
             found = f" The search answers {', '.join(self.answers)}: distil and evaluate it." if self.answers else ""
             return f"no student that holds this was evaluated.{found}"
-        if self.rival is None:
-            scores = ", ".join(f"{MEASURES[s.measure].title} {_said(s)}" for s in self.scores)
-            trained = "trained " if self.take.updates != 0 else ""
-            other = f"no other {trained}student" if self.take.kind == "hand" else f"no {trained}design by hand"
-            return f"{scores}; {other} of this size was evaluated. {self._trained}"
-        pairs = [f"{c.title} {_said(c.mine)} against {_said(c.theirs)}" for c in self.comparisons]
         hand = self.take.kind == "hand"
+        if self.rival is None:
+            trained = "trained " if self.take.updates != 0 else ""
+            other = f"no other {trained}student" if hand else f"no {trained}design by hand"
+            return f"{other} of this size was evaluated."
         first = "nothing beats this design by hand: " if hand else ""
-        who = "the best other" if hand else "the best design by hand within this"
-        compared = f"{first}{self._told}, compared with `{self.rival.name}`, {who}"
-        return f"{compared}. {', '.join(pairs)}. {self._at_own_best}{self._trained}"
+        who = "the best other" if hand else "the best design by hand"
+        return f"{first}{self._told}, compared with `{self.rival.name}`, {who} that fits."
+
+    @property
+    def remarks(self) -> str:
+        """How sure the verdict is, and what else might be taken."""
+        said = [self._trained]
+        for c in self.comparisons:
+            if c.guidance:
+                rises = ", and FID rises as n falls" if c.mine.measure == "fid" and c.mine.n != self.reading.n else ""
+                (mine, theirs), n = c.guidance, f"n\u00a0=\u00a0{c.mine.n:,}"
+                said.append(f"Best CFG of each: {mine:g} and {theirs:g}; there {n}{rises}.")
+        if self.alike:
+            names = ", ".join(f"`{m.name}`" for m in self.alike[:FEW]) + ", …" * (len(self.alike) > FEW)
+            hears, looks = (c.title for c in self._at_reading)
+            said.append(f"As good in {hears}, behind in {looks}: {names}.")
+        return " ".join(said)
+
+    @property
+    def table(self) -> Table:
+        """The measures that decide, for the model and its rival, and in which one is better."""
+        names = [model.name for model in (self.take, self.rival) if model]
+        scores = zip(*((c.mine, c.theirs) for c in self.comparisons), strict=True)
+        columns = [(Column("", "text"), [Cell(c.title) for c in self.comparisons])]
+        columns += [(Column(name), [Cell.of(s) for s in of]) for name, of in zip(names, scores, strict=False)]
+        return Table.of_columns("", [*columns, (Column("", "text"), [Cell(c.word or None) for c in self.comparisons])])
 
     def to_json(self) -> dict[str, Any]:
         take, rival = (model.name if model else None for model in (self.take, self.rival))
         named = {"size": self.size.text, "limits": dict(self.size.limits), "take": take, "against": rival}
-        return named | {"verdict": self.verdict, "reading": self.reading.label, "sentence": self.sentence, "command": self.command}
+        rows = [[column.line(cell) for column, cell in row] for row in self.table.paired()]
+        said = {"sentence": self.sentence, "comparisons": rows, "remarks": self.remarks if self.take else ""}
+        return named | {"verdict": self.verdict, "reading": self.reading.label, **said, "command": self.command}
+
+    @property
+    def _at_reading(self) -> list[Comparison]:
+        return [c for c in self.comparisons if c.guidance is None]
 
     @property
     def _told(self) -> str:
         """In which measures the two differ beyond their intervals."""
-        words = {1: "better in", -1: "worse in", 0: "not told apart in"}
-        parts = [(w, [c.title for c in self.comparisons if c.told == told]) for told, w in words.items()]
-        return ", ".join(f"{w} {' and '.join(titles)}" for w, titles in parts if titles)
-
-    @property
-    def _at_own_best(self) -> str:
-        """How images look where each guidance is best for it, which may turn the order round."""
-        if not self.own_best:
-            return ""
-        (_, mine), (_, theirs) = self.own_best
-        title, n = MEASURES[mine.measure].title, f"n\u00a0=\u00a0{mine.n:,}"
-        n += " (FID falls with n)" if mine.measure == "fid" and mine.n != self.reading.n else ""
-        said = [f"{_said(score)} (CFG\u00a0{setting.cfg_scale:g})" for setting, score in self.own_best]
-        told = Comparison(mine, theirs).told
-        word = "better" if told > 0 else "worse" if told < 0 else "not told apart"
-        return f"Each at its own best guidance, {n}: {title} {' against '.join(said)}, {word}. "
+        parts = [(word, [c.title for c in self._at_reading if c.told == told]) for told, word in WORDS_OF_TOLD.items()]
+        return ", ".join(f"{word} in {' and '.join(titles)}" for word, titles in parts if titles)
 
     @property
     def _trained(self) -> str:
@@ -151,10 +170,6 @@ class Recommendation:
         )
         trained += f" in {duration(self.take.trained_s)}" if updates and self.take.trained_s else ""
         return f"{trained}; {n}."
-
-
-def _said(score: Score) -> str:
-    return with_interval(score.value, *(score.interval or (None, None)))
 
 
 def judges(models: Sequence[Model], reading: Reading) -> list[str]:
@@ -189,16 +204,30 @@ def recommended(size: Size, models: Sequence[Model], reading: Reading, shares: M
     if take is None:
         return Recommendation(size, reading)
     rival = design if take is found else found
-    compared = _compared(take, rival, reading, measures) if rival else []
-    scores = [s for m in measures if (s := take.score(reading, m))]
+    compared = [*_compared(take, rival, reading, measures), *_at_own_best(take, rival, measures)]
+    alike = _alike(take, [m for m in candidates if m not in (take, rival)], reading, measures)
+    return Recommendation(size, reading, take, rival, compared, alike, spent=shares[take.name])
+
+
+def _compared(one: Model, other: Model | None, reading: Reading, measures: Sequence[str]) -> list[Comparison]:
+    pairs = ((one.score(reading, m), other.score(reading, m) if other else None) for m in measures)
+    return [Comparison(mine, theirs) for mine, theirs in pairs if mine and (theirs or not other)]
+
+
+def _at_own_best(one: Model, other: Model | None, measures: Sequence[str]) -> list[Comparison]:
+    """How images of both look, each at the guidance that is best for it; [] where they were not drawn at several."""
     looks = [m for m in measures if m in LOOKS]
-    own_best = at_own_best([take, rival], looks[0]) if rival and looks else []
-    return Recommendation(size, reading, take, rival, scores, compared, spent=shares[take.name], own_best=own_best)
+    both = at_own_best([one, other], looks[0]) if other and looks else []
+    return [Comparison(both[0][1], both[1][1], (both[0][0].cfg_scale, both[1][0].cfg_scale))] if both else []
 
 
-def _compared(one: Model, other: Model, reading: Reading, measures: Sequence[str]) -> list[Comparison]:
-    pairs = ((one.score(reading, m), other.score(reading, m)) for m in measures)
-    return [Comparison(mine, theirs) for mine, theirs in pairs if mine and theirs]
+def _alike(take: Model, others: Sequence[Model], reading: Reading, measures: Sequence[str]) -> list[Model]:
+    """Who the first of two measures does not tell apart from what is taken: there the second decided."""
+    if len(measures) < 2 or not all(take.score(reading, m) for m in measures):
+        return []
+    scored = [(m, score) for m in others if (score := m.score(reading, measures[0])) and m.score(reading, measures[1])]
+    mine = take.score(reading, measures[0])
+    return [m for m, score in scored if mine and not score.clearly_worse(mine)]
 
 
 def recommendations(data: ReportData) -> list[Recommendation]:

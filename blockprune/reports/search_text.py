@@ -99,10 +99,10 @@ def finding(searches: Mapping[str, SearchView]) -> str:
         searches_of = f"One search of {said}" if len(ranked) == 1 else f"{len(ranked)} searches of {said} in all"
         return f"{searches_of}; no design by hand was small enough to compare with."
     if len(ranked) == 1:
-        better = f"the search ({said}) finds {'better than' if apart else 'nothing better than'} the design by hand"
+        better = f"the search ({said}) found {'better' if apart else 'nothing better'}"
     else:
-        better = f"{apart} of {len(pairs)} searches ({said} in all) find better than the design by hand"
-    return f"Before any training, by {MEASURES[ranked[0].measure].title}, {better}, intervals apart."
+        better = f"{apart} of {len(pairs)} searches ({said} in all) found better"
+    return f"Before any training, by {MEASURES[ranked[0].measure].title}, {better} than the design by hand, 95 % intervals apart."
 
 
 def _best_design(view: SearchView) -> list[Evaluation]:

@@ -51,12 +51,12 @@ def taken(found: Recommendation) -> tuple[str, str, str]:
     ("clip", "fid", "take", "verdict", "told"),
     [
         (0.8, 10.0, "small", "better", "better in CLIP score and FID"),
-        (0.8, 20.0, "small", "better", "better in CLIP score, not told apart in FID"),
-        (0.51, 10.0, "small", "better", "better in FID, not told apart in CLIP score"),
+        (0.8, 20.0, "small", "better", "better in CLIP score, undecided in FID"),
+        (0.51, 10.0, "small", "better", "better in FID, undecided in CLIP score"),
         (0.8, 40.0, "small", "mixed", "better in CLIP score, worse in FID"),
-        (0.51, 19.0, "design", "hand", "not told apart in CLIP score and FID"),
+        (0.51, 19.0, "design", "hand", "undecided in CLIP score and FID"),
         (0.3, 10.0, "design", "hand", "better in CLIP score, worse in FID"),
-        (0.5, 40.0, "design", "hand", "better in FID, not told apart in CLIP score"),
+        (0.5, 40.0, "design", "hand", "better in FID, undecided in CLIP score"),
         (0.3, 40.0, "design", "hand", "better in CLIP score and FID"),
     ],
 )
@@ -65,14 +65,29 @@ def test_the_verdict_is_what_intervals_tell(clip: float, fid: float, take: str, 
     assert taken(found) == (take, "design" if take == "small" else "small", verdict)
     assert told in found.sentence
     assert found.sentence.startswith("nothing beats this design by hand") == (verdict == "hand")
-    assert found.sentence.endswith("One training of 100 updates; n\xa0=\xa064.")
+    assert found.remarks == "One training of 100 updates; n\xa0=\xa064."
 
 
-def test_numbers_stand_with_their_intervals() -> None:
-    sentence = at(model("small", 0.8, 10.0), DESIGN).sentence
-    assert (
-        "CLIP score 0.800 [0.720, 0.880] against 0.500 [0.450, 0.550], FID 10.0 [9.00, 11.0] against 20.0 [18.0, 22.0]" in sentence
-    )
+def lines(found: Recommendation) -> list[list[str]]:
+    return [[column.line(cell) for column, cell in row] for row in found.table.paired()]
+
+
+def test_numbers_stand_beside_those_of_the_rival() -> None:
+    found = at(model("small", 0.8, 10.0), model("design", 0.5, 10.5, "bk-sdm-small"))
+    assert [column.title for column in found.table.columns] == ["", "small", "design", ""]
+    assert lines(found) == [
+        ["CLIP score", "0.800 [0.720, 0.880]", "0.500 [0.450, 0.550]", "better"],
+        ["FID", "10.0 [9.00, 11.0]", "10.5 [9.45, 11.6]", "undecided"],
+    ]
+    assert lines(at(DESIGN)) == [["CLIP score", "0.500 [0.450, 0.550]"], ["FID", "20.0 [18.0, 22.0]"]]
+    assert found.to_json()["comparisons"] == lines(found)
+
+
+def test_who_follows_captions_as_well_is_named_where_fid_decided() -> None:
+    others = [model(f"small_{i}", 0.79, 20.0 + i) for i in range(3)]
+    assert "As good in CLIP score, behind in FID: `small_0`." in at(model("small", 0.8, 10.0), others[0], DESIGN).remarks
+    assert "behind in FID: `small_0`, `small_1`, …." in at(model("small", 0.8, 10.0), *others, DESIGN).remarks
+    assert "As good" not in at(model("small", 0.8, 10.0), model("small_9", 0.5, 1.0), DESIGN).remarks
 
 
 def test_the_order_of_models_does_not_matter_and_what_is_too_large_is_never_taken() -> None:
@@ -89,7 +104,7 @@ def test_among_those_that_captions_do_not_tell_apart_fid_decides() -> None:
 def test_a_measure_that_is_missing_does_not_speak() -> None:
     assert taken(at(model("small", None, 10.0), model("design", None, 20.0, "bk-sdm-small"))) == ("small", "design", "better")
     found = at(model("small", 0.8, None), model("design", 0.5, None, "bk-sdm-small"))
-    assert "FID" not in found.sentence and "better in CLIP score, compared with" in found.sentence
+    assert [row[0] for row in lines(found)] == ["CLIP score"] and "better in CLIP score, compared with" in found.sentence
 
 
 def swept(name: str, fids: dict[float, float], design: str = "") -> Model:
@@ -106,18 +121,21 @@ def test_what_each_is_worth_at_its_own_best_guidance_is_said() -> None:
     found = at(
         swept("small", {1.5: 30.0, 3.0: 20.0, 4.5: 18.0}), swept("design", {1.5: 14.0, 3.0: 25.0, 4.5: 60.0}, "bk-sdm-small")
     )
-    own = "n\xa0=\xa032 (FID falls with n): FID 14.0 [12.6, 15.4] (CFG\xa01.5) against 18.0 [16.2, 19.8] (CFG\xa04.5), better."
     assert found.take and found.take.name == "design"
-    assert f"Each at its own best guidance, {own}" in found.sentence
-    assert "guidance" not in at(swept("small", {1.5: 30.0, 3.0: 20.0}), swept("design", {3.0: 25.0}, "bk-sdm-small")).sentence
+    assert lines(found)[-1] == ["FID, best CFG", "14.0 [12.6, 15.4]", "18.0 [16.2, 19.8]", "better"]
+    assert "Best CFG of each: 1.5 and 4.5; there n\xa0=\xa032, and FID rises as n falls." in found.remarks
+    assert found.verdict == "hand" and "better" not in found.sentence, "the verdict is that of equal guidance"
+    once = at(swept("small", {1.5: 30.0, 3.0: 20.0}), swept("design", {3.0: 25.0}, "bk-sdm-small"))
+    assert len(lines(once)) == 2 and "CFG" not in once.remarks
 
 
 def test_an_untrained_student_is_taken_only_where_no_trained_one_is() -> None:
     raw = model("small", 0.9, 1.0, updates=0)
     assert taken(at(raw, DESIGN)) == ("design", "", "hand")
     assert taken(at(raw)) == ("small", "", "alone")
-    assert "no design by hand of this size was evaluated. Not trained" in at(raw).sentence
-    assert "Training not recorded" in at(model("small", 0.9, 1.0, updates=None)).sentence
+    assert at(raw).sentence == "no design by hand of this size was evaluated."
+    assert at(raw).remarks.startswith("Not trained")
+    assert "Training not recorded" in at(model("small", 0.9, 1.0, updates=None)).remarks
 
 
 def test_without_a_student_there_is_no_model_to_take() -> None:

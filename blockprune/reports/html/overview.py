@@ -13,18 +13,18 @@ from blockprune.reports.canvas import axis_title, is_wide
 from blockprune.reports.models import Model, Reading, readings_of
 from blockprune.reports.next_command import next_command
 from blockprune.reports.plot import Axis, Mark, Plot, Rule
-from blockprune.reports.recommendation import Recommendation, judges, shares_of
+from blockprune.reports.recommendation import WORDS_OF_TOLD, Recommendation, judges, shares_of
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.results import heading, in_paper_order
 from blockprune.reports.table import Cell, Column, Table, with_interval
 
-LAYOUTS = {"wide": (620.0, 400.0), "narrow": (360.0, 300.0)}  # pixels of the picture on a desk and on a phone
+LAYOUTS = {"wide": (620.0, 380.0), "narrow": (360.0, 300.0)}  # pixels of the picture on a desk and on a phone
 COSTS = {
     "params": "parameters, % of the teacher",
     "macs": "MACs, % of the teacher",
     "latency": "latency, % of the teacher",
 }
-KEYS = {"teacher star": "teacher", "hand diamond": "design by hand", "found dot": "found", "taken dot": "recommended"}
+KEYS = {"teacher star": "teacher", "hand diamond": "design by hand", "found dot": "found", "taken ring dot": "recommended"}
 SHAPES = {"teacher": "star", "hand": "diamond", "found": "dot"}
 SHOWN = 8  # models in the table
 
@@ -117,7 +117,7 @@ class _Shown:
         """(text, per cent of the teacher) of each budget that bounds a cost."""
         for size in (r.size for r in self.taken if r.size.searches):
             if cost in size.limits:
-                yield f"budget {size.texts[cost]}", 100 * size.limits[cost]
+                yield f"{100 * size.limits[cost]:.3g} %: budget {size.texts[cost]}", 100 * size.limits[cost]
 
     def text(self, model: Model, reading: Reading) -> str:
         """What is known of a model, a line each."""
@@ -148,7 +148,8 @@ class _Shown:
             (Column("latency", "percent"), [Cell(s.get("latency")) for s in shares]),
             (Column("updates", "plain"), [Cell(m.updates or None) for m in rows]),
         ]
-        return Table.of_columns(f"Models at {reading.label}", columns)
+        undecided = any(c.word == WORDS_OF_TOLD[0] for r in self.taken for c in r.comparisons)
+        return Table.of_columns(f"Models at {reading.label}", columns, "Undecided: 95 % intervals overlap." * undecided)
 
 
 def geometry(plot: Plot) -> dict[str, Any]:

@@ -97,18 +97,19 @@ def _page(
 
 def _teacher(data: ReportData) -> str:
     """How large the teacher is, how long was searched, on what models were judged, and what shares on this page are shares of."""
-    parts, scope = [], ""
+    size, scope, done = "", "", list[str]()
     if data.graph is not None:
-        parts.append(f"{count(data.graph.total.params + (data.outside_params or 0))} parameters")
+        size = f"Teacher: {count(data.graph.total.params + (data.outside_params or 0))} parameters. "
         whole = "the U-Net" if data.outside_params is None else "the whole pipeline"
-        scope = f" Parameters: of {whole}; MACs, latency: of a U-Net step; shares: of the teacher's."
-    parts.append(f"{len(data.runs)} run{'s' if len(data.runs) > 1 else ''}")
+        scope = f" Shares are of the teacher's: parameters of {whole}, MACs and latency of a U-Net step."
     if searched := list(data.searches.values()):
         n = sum(len(view.search) - view.n_taken_over for view in searched)
-        parts.append(f"{n:,} architectures searched in {duration(sum(view.seconds for view in searched))}")
+        searches = f"{len(searched)} search{'es' * (len(searched) != 1)}"
+        done.append(f"{searches} scored {n:,} architectures in {duration(sum(view.seconds for view in searched))}")
     if readings := readings_of(data.models):
-        parts.append(f"{len(data.models)} models judged at {readings[0].label}")
-    return f"{'; '.join(parts)}.{scope}"
+        models = f"{len(data.models)} model{'s' * (len(data.models) != 1)}"
+        done.append(f"{models} compared at {readings[0].label}")
+    return f"{size}{'; '.join(done)}{'.' * bool(done)}{scope}"
 
 
 def _asked(data: ReportData, notes: Mapping[str, Sequence[str]]) -> str:

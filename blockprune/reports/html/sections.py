@@ -33,7 +33,7 @@ def sections(data: ReportData, tabled: Sequence[ResultTable], taken: Sequence[Re
     settings = [curve for group in data.groups.values() for curve in model_figures.guidance_curves(group).items()]
     shown = [
         Section("blocks", "Blocks", "What each block costs", "".join(scans[:1]), list(_blocks(data, convention))),
-        Section("remove", "Remove", "What to remove", _removal(data, taken), list(_drawn(data, convention))),
+        Section("remove", "Removed", "What to remove", _removal(data, taken), list(_drawn(data, convention))),
         Section("search", "Search", "How the search went", search_text.finding(data.searches), list(_search(data, by_run))),
         Section(
             "training", "Training", "How training went", curves.finding(_along(data)), list(_training(data, tabled, convention))
@@ -75,8 +75,8 @@ def _removal(data: ReportData, taken: Sequence[Recommendation]) -> str:
         return f"{len(data.students)} architectures, drawn; what each lacks is hatched."
     graph, outside = data.graph, data.outside_params or 0
     gone = {n: 100 - 100 * (graph.cost(m.arch).params + outside) / (graph.total.params + outside) for n, m in models.items()}
-    said = [f"`{n}` lacks {len(m.arch)} blocks, {gone[n]:.0f} %" for n, m in models.items()]
-    return f"{'; '.join(said)} of the parameters. Hatched in the drawings."
+    said = [f"`{n}` lacks {len(m.arch)} blocks with {gone[n]:.0f} % of the parameters" for n, m in models.items()]
+    return f"{'; '.join(said)}. Removed blocks are hatched in the drawings."
 
 
 def _drawn(data: ReportData, convention: str) -> Iterator[Part]:
