@@ -52,7 +52,7 @@ def requests(folder: Path) -> dict[str, tuple[Callable[..., Any], Request]]:
         "search": (bp.search, replace(search, n_images=16)),
         "distill --arch bk-sdm-small": (bp.distill, TrainRequest(arch="bk-sdm-small", max_train_steps=12)),
         "distill --train-batch-size 256": (bp.distill, TrainRequest(arch="bk-sdm-small", max_train_steps=1, train_batch_size=256)),
-        "evaluate --arch bk-sdm-small": (bp.evaluate, EvaluateRequest(arch="bk-sdm-small", n_images=64, steps=(5,))),
+        "evaluate --arch bk-sdm-small": (bp.evaluate, EvaluateRequest(arch="bk-sdm-small", n_images=256)),
         "evaluate --batch-size 512": (bp.evaluate, EvaluateRequest(n_images=512, steps=(1,), batch_size=512)),
         "personalise": (bp.personalise, replace(subject, max_train_steps=30, train_batch_size=4, n_images=16)),
     }

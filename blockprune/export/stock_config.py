@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, product
 from typing import Any, Literal
 
@@ -90,8 +92,15 @@ class _Stage:
 def expressible(config: Config, arch: Architecture) -> Stock | str:
     """The stock form of the U-Net of `config` without the blocks of `arch`; the reason in words when there is none.
 
-    Keys, shapes and settings of a stock form have been compared with the student's. Raises UserError when `arch` does not fit.
+    Keys, shapes and settings of a stock form have been compared with the student's, once in a process. Raises UserError when `arch`
+    does not fit.
     """
+    return _expressible(json.dumps(dict(config), sort_keys=True, default=repr), arch)
+
+
+@lru_cache(maxsize=32)
+def _expressible(config_json: str, arch: Architecture) -> Stock | str:
+    config = json.loads(config_json)
     teacher, student = surgery.skeleton(config, Architecture()), surgery.skeleton(config, arch)
     surgery.check_innermost(teacher, arch)
     if not arch:

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -323,7 +324,7 @@ def built(what: str) -> Iterator[None]:
 
 def skeleton(config: Mapping[str, Any], arch: Architecture) -> UNet2DConditionModel:
     """The student's modules on the meta device, without weights."""
-    with built("the U-Net"), torch.device("meta"):
+    with built("the U-Net"), torch.device("meta"), no_init_weights():
         unet = UNet2DConditionModel.from_config(config)
     for name, module in stand_ins(unet, arch).items():
         unet.set_submodule(name, module)

@@ -173,6 +173,7 @@ def test_a_full_disk_loses_nothing(distilled: Path, tmp_path: Path, cli: Cli, mo
     assert losses(tmp_path / "run") == losses(distilled)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drifting_clock")
 def test_from_scan_to_pipeline(tmp_path: Path, cli: Cli) -> None:
     """The whole path in miniature, as the README shows it."""
@@ -190,6 +191,7 @@ def test_from_scan_to_pipeline(tmp_path: Path, cli: Cli) -> None:
     assert pipe("thin upright: one top left", num_inference_steps=2).images[0].size == (32, 32)
 
 
+@pytest.mark.slow
 def test_training_starts_from_what_is_fitted(tmp_path: Path, cli: Cli) -> None:
     command = ["distill", "--arch", "bk-sdm-small", *QUICK, "--max-train-steps", "2"]
     assert cli(*command, "--out", tmp_path / "plain")[0] == 0
@@ -237,6 +239,7 @@ def _folder(folder: Path, n: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_cache_trains_as_the_images_do(tmp_path: Path, cli: Cli, tiny_folder: Callable[[str], Path]) -> None:
     model, data = tiny_folder("sd1"), _folder(tmp_path / "data", 5)
     assert cli("cache", "--model", model, "--data", data, "--out", tmp_path / "cache")[0] == 0

@@ -94,6 +94,7 @@ def test_the_passes_are_those_of_a_real_run(command: str, cli: Cli, subject: lis
     assert len(passes) == said
 
 
+@pytest.mark.slow
 def test_a_search_takes_at_most_what_was_said(cli: Cli, subject: list[str | Path], tmp_path: Path) -> None:
     """Who is looked at for captions, and who stops early, shows only as the search goes on."""
     said = counted(cli, *SEARCH)

@@ -21,6 +21,7 @@ from blockprune.runs import directory
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 
 
+@pytest.mark.slow
 def test_checkpoints_along_training(distilled: Path, tmp_path: Path, cli: Cli) -> None:
     code, _, err = cli("evaluate", "--checkpoints", distilled, *QUICK, "--out", tmp_path / "run")
     assert code == 0, err

@@ -93,6 +93,7 @@ def test_all_weights_beside_the_class(
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == rows
 
 
+@pytest.mark.slow
 def test_a_stock_student_stays_a_student(
     command: list[str | Path], tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli
 ) -> None:

@@ -132,7 +132,8 @@ def test_more_trials_go_on_from_what_there_is(searched: Path, tmp_path: Path, cl
     assert after.items() >= before.items()
 
 
-@pytest.mark.parametrize("fit", ["none", pytest.param("linear", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", ["none", "linear"])
 def test_scores_of_a_scan_are_taken_over(tmp_path: Path, cli: Cli, fit: str) -> None:
     scan = ["scan", "--unit", "stage", *SMALL[:8], "--measures", "guided_mse", "--fit", fit, "--out", tmp_path / "scan"]
     assert cli(*scan)[0] == 0
@@ -159,7 +160,7 @@ def test_two_workers_share_a_search(tmp_path: Path) -> None:
 
 
 def test_a_front(tmp_path: Path, cli: Cli) -> None:
-    args = ["--pareto", "params", "--unit", "stage", "--trials", "20", *SMALL, *BY_ERROR, "--finalists", "1"]
+    args = ["--pareto", "params", "--unit", "stage", "--trials", "14", *SMALL, *BY_ERROR, "--finalists", "1", "--score-fit", "none"]
     assert cli("search", *args, "--out", tmp_path / "run")[0] == 0
     front = json.loads((tmp_path / "run" / "pareto.json").read_text())["front"]
     shares = [point["share_of_teacher"] for point in front]
@@ -189,6 +190,7 @@ def test_a_front_within_a_budget_has_a_best(tmp_path: Path, cli: Cli) -> None:
 LATENCY = ["--budget", "90%latency", *QUICK[:2], "--trials", str(N_TRIALS), *SMALL, *BY_ERROR]
 
 
+@pytest.mark.slow
 def test_a_latency_budget_is_measured(tmp_path: Path, cli: Cli) -> None:
     """On a machine that slows down by half again and again, where a step takes as long as it has parameters."""
     code, out, err = cli("search", *LATENCY, "--out", tmp_path / "run")
@@ -222,7 +224,7 @@ def test_a_latency_budget_out_of_reach_is_said(tmp_path: Path, cli: Cli, monkeyp
 
 def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> None:
     """The winner holds the bound on fresh seeds; one that nobody reaches is said, with what was reached."""
-    args = [*QUICK[:4], "--trials", "12", *SMALL, "--n-images", "2", "--finalists", "1", "--out"]
+    args = [*QUICK[:4], "--trials", "6", *SMALL, "--n-images", "2", "--finalists", "1", "--score-fit", "none", "--out"]
     code, _, _ = cli("search", *args, tmp_path / "held", "--objective", "guided_mse,clip_score>=0.1")
     assert code == 0
     rows = [row for row in directory.read_rows(tmp_path / "held") if "tiers" in row]
@@ -243,7 +245,7 @@ def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> Non
 
 @pytest.mark.parametrize("objective", ["guided_mse", *(pytest.param(o, marks=pytest.mark.slow) for o in ("eps_mse", "clip_score"))])
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
-    few = ["--trials", "12", *SMALL, "--finalists", "1"]
+    few = ["--trials", "8", *SMALL, "--finalists", "1", "--score-fit", "none"]
     args = [*QUICK[:4], *few, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]
     code, _, err = cli("search", *args, "--out", tmp_path / "run")
     assert code == 0, err
@@ -265,6 +267,7 @@ def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective
     assert len(directory.read_rows(tmp_path / "run")) == n
 
 
+@pytest.mark.slow
 def test_a_fit_may_stand_in_for_what_goes(tmp_path: Path, cli: Cli) -> None:
     few = ["--trials", "25", *SMALL, "--finalists", "1"]
     args = [*QUICK[:4], *few, "--fit", "linear", "--objective", "eps_mse", "--recover", "1", "--recover-batch-size", "2"]

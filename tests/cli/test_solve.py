@@ -64,6 +64,7 @@ def test_a_budget_may_be_a_design(searched: Path, cli: Cli, tmp_path: Path, one_
     assert "preset 'ssd-1b' is for another U-Net" in one_line("search", *args, "--budget", "ssd-1b")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drifting_clock")
 def test_a_search_may_be_held_to_what_stock_diffusers_loads(tmp_path: Path, cli: Cli, one_line: Callable[..., str]) -> None:
     """Scored, and solved on the scores of single blocks, which add up to those of the pairs that must go together."""

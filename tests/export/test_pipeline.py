@@ -83,6 +83,7 @@ for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
 PLAIN = [("sd1", "bk-sdm-tiny"), ("sd1-v", "mid-removed"), ("sdxl", "ssd-1b")]
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_loads_stock_students(exported: Callable[..., Exported], tmp_path: Path) -> None:
     args = []
     for kind, label in PLAIN:
@@ -310,6 +311,7 @@ def test_command_exports_a_run(saved: Path, tmp_path: Path, cli: Callable[..., t
     assert "| training steps | 77 |" in card and f"{student.num_parameters():,}" in card
 
 
+@pytest.mark.slow
 def test_command_exports_a_bare_student(tiny_folder: Folder, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
     pipe = pretrained.load(str(tiny_folder("sdxl")))
     a = arch("down_blocks.1.attentions.0")

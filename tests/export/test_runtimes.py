@@ -34,8 +34,7 @@ from blockprune.model.model import Model, of_pipeline
 
 HERE = [name for name, form in FORMATS.items() if all(map(importlib.util.find_spec, form.packages))]
 slow = partial(pytest.param, marks=pytest.mark.slow)
-QUICK = [slow(name) if name == "aot-inductor" else name for name in HERE]
-ONE = [name if name == "torch-export" else slow(name) for name in HERE]  # of what all do alike
+QUICK = [name if name in ("onnx", "openvino") else slow(name) for name in HERE]  # another is tried from its command, below
 GAPS = Architecture(frozenset({"down_blocks.1.resnets.0", "mid_block"}), frozenset({("mid_block", "linear")}))
 needs_onnx = pytest.mark.skipif("onnx" not in HERE, reason="onnxruntime is not installed")
 
@@ -119,7 +118,8 @@ def test_the_names_are_those_of_the_formats() -> None:
     assert tuple(OTHERS) == RUNTIMES[2:]
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HERE)
 def test_every_component_of_a_student_is_written_and_compared(name: str, written: Callable[..., Written]) -> None:
     it = written(name, every=True)
     assert [e.name for e in it.components] == ["unet", "text_encoder", "vae_decoder", "vae_encoder"]
@@ -145,7 +145,8 @@ def test_a_student_with_gaps_and_maps_computes_the_same_there(name: str, written
         assert apart(network, unet, inputs) < ALLOWED["float32"]
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HERE)
 def test_a_condition_of_several_tensors(name: str, tmp_path: Path) -> None:
     """That of SDXL, whose attentions have several layers."""
     unet = student(tiny.small_unet("sdxl"))
@@ -174,7 +175,8 @@ def test_sdxl_has_two_text_encoders_and_a_pooled_output(tiny_folder: Callable[[s
     assert torch.allclose(pooled, condition["added_cond_kwargs"]["text_embeds"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name if name == "openvino" else slow(name) for name in HERE if name in ("onnx", "openvino")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in HERE if name in ("onnx", "openvino")])
 def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Callable[..., Written], tmp_path: Path) -> None:
     """And nothing in the file of where it was made."""
     (half,) = deploy(model, name, tmp_path / "half", "float16")
@@ -187,7 +189,8 @@ def test_half_the_bytes_in_half_precision(name: str, model: Model, written: Call
 
 
 @needs_onnx
-@pytest.mark.parametrize("limit", [formats.LARGEST_ONNX, slow(1000)])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [formats.LARGEST_ONNX, 1000])
 def test_linear_layers_in_eight_bits(limit: int, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "LARGEST_ONNX", limit)
     (int8,) = deploy(model, "onnx", tmp_path / "int8", "int8")
@@ -290,7 +293,8 @@ def test_bad_options_are_one_line(tmp_path: Path, one_line: Callable[..., str]) 
     assert "unknown --runtime" in one_line("evaluate", "--runtime", "tensorrt", *out)
 
 
-@pytest.mark.parametrize("others", [["torch-export"], slow(["torch-compile"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [["torch-export"], ["torch-compile"]])
 def test_latency_is_measured_in_turn_in_several_runtimes(others: list[str], cli: Cli, small_folder: Path) -> None:
     names = ["torch", *others]
     args = ["cost", "--model", small_folder, "--arch", "mid_block~linear", "--latency", "--rounds", "5"]

@@ -257,6 +257,7 @@ def test_what_is_no_option_of_its_level_is_not_stock(kind: str) -> None:
             assert isinstance(expressible(tiny.config(kind), student), Stock) == (student in levels[level].values()), student
 
 
+@pytest.mark.slow
 def test_layers_and_options_are_stock_together() -> None:
     """What a search that is held to stock students may remove: one option of each level, and layers of what stays, at random."""
     graph, draw = trace(tiny.config("sdxl")), random.Random(2)
