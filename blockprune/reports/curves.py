@@ -119,4 +119,4 @@ def finding(runs: Mapping[str, Along]) -> str:
     span = " to ".join(ends[: len(order)])
     n = last[order[0]][measure].n
     title = axis_title(measure).partition(" (")[0]
-    return f"{title} at the last validation: {span}. It is of {n:,} images: it follows a run, and does not compare models."
+    return f"{title} at the last validation: {span}. On {n:,} images it shows progress, and does not compare models."

@@ -81,8 +81,8 @@ def finding(curves: Mapping[str, list[tuple[Setting, Score, Score]]]) -> str:
         [min(points, key=lambda p: p[2].loss)[0].cfg_scale for points in curves.values()],
     )
     fid, clip = (" to ".join(f"{scale:g}" for scale in dict.fromkeys((min(scales), max(scales)))) for scales in best)
-    differs = " It differs by model: the order at one scale need not hold at another." if len(set(best[0])) > 1 else ""
-    return f"FID is best at CFG {fid}, CLIP score at CFG {clip}.{differs}"
+    differs = ", depending on the model: the order at one scale need not hold at another" if len(set(best[0])) > 1 else ""
+    return f"FID is best at CFG {fid}, CLIP score at CFG {clip}{differs}."
 
 
 def _said(score: Score) -> str:

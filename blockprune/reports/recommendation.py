@@ -69,6 +69,12 @@ class Comparison:
         return WORDS_OF_TOLD[self.told] if self.theirs else ""
 
     @property
+    def ahead(self) -> str:
+        """Beyond the intervals, or by the values alone."""
+        behind = self.theirs is not None and self.theirs.loss < self.mine.loss
+        return self.word if self.told else "behind" if behind else "ahead"
+
+    @property
     def title(self) -> str:
         return MEASURES[self.mine.measure].title + ", best CFG" * bool(self.guidance)
 
@@ -126,13 +132,13 @@ class Recommendation:
         said = [self._trained]
         for c in self.comparisons:
             if c.guidance:
-                rises = ", and FID rises as n falls" if c.mine.measure == "fid" and c.mine.n != self.reading.n else ""
+                within = ": compare within a row" if c.mine.n != self.reading.n else ""
                 (mine, theirs), n = c.guidance, f"n\u00a0=\u00a0{c.mine.n:,}"
-                said.append(f"Best CFG of each: {mine:g} and {theirs:g}; there {n}{rises}.")
+                said.append(f"Best CFG: {mine:g} and {theirs:g}, {n}{within}.")
         if self.alike:
             names = ", ".join(f"`{m.name}`" for m in self.alike[:FEW]) + ", …" * (len(self.alike) > FEW)
             hears, looks = (c.title for c in self._at_reading)
-            said.append(f"As good in {hears}, behind in {looks}: {names}.")
+            said.append(f"Similar {hears}, {looks} no better: {names}.")
         return " ".join(said)
 
     @property
@@ -157,17 +163,18 @@ class Recommendation:
 
     @property
     def _told(self) -> str:
-        """In which measures the two differ beyond their intervals."""
-        parts = [(word, [c.title for c in self._at_reading if c.told == told]) for told, word in WORDS_OF_TOLD.items()]
+        """In which measures the two differ beyond their intervals, and who is ahead where each has its best guidance."""
+        own = {c.mine.measure: f" ({c.ahead} at best CFG)" for c in self.comparisons if c.guidance}
+        said = {c: c.title + own.get(c.mine.measure, "") for c in self._at_reading}
+        parts = [(word, [title for c, title in said.items() if c.told == told]) for told, word in WORDS_OF_TOLD.items()]
         return ", ".join(f"{word} in {' and '.join(titles)}" for word, titles in parts if titles)
 
     @property
     def _trained(self) -> str:
         assert self.take is not None
+        once = "One training each" if self.rival and self.rival.updates == self.take.updates else "One training"
         updates, n = self.take.updates, f"n\u00a0=\u00a0{self.reading.n:,}" if self.reading.n is not None else "n not recorded"
-        trained = (
-            "Training not recorded" if updates is None else f"One training of {updates:,} updates" if updates else "Not trained"
-        )
+        trained = "Training not recorded" if updates is None else f"{once}, {updates:,} updates" if updates else "Not trained"
         trained += f" in {duration(self.take.trained_s)}" if updates and self.take.trained_s else ""
         return f"{trained}; {n}."
 

@@ -99,10 +99,10 @@ def finding(searches: Mapping[str, SearchView]) -> str:
         searches_of = f"One search of {said}" if len(ranked) == 1 else f"{len(ranked)} searches of {said} in all"
         return f"{searches_of}; no design by hand was small enough to compare with."
     if len(ranked) == 1:
-        better = f"the search ({said}) found {'better' if apart else 'nothing better'}"
+        better = f"the search ({said}) {'beats' if apart else 'does not beat'}"
     else:
-        better = f"{apart} of {len(pairs)} searches ({said} in all) found better"
-    return f"Before any training, by {MEASURES[ranked[0].measure].title}, {better} than the design by hand, 95 % intervals apart."
+        better = f"{apart} of {len(pairs)} searches ({said} in all) beat"
+    return f"Before any training, by {MEASURES[ranked[0].measure].title}, {better} the design by hand, 95 % intervals apart."
 
 
 def _best_design(view: SearchView) -> list[Evaluation]:

@@ -227,7 +227,7 @@ def extremes(view: ScanView) -> str:
     order = ranked(view)
     few = min(3, max(1, len(order) // 2))
     least, most = ([f"`{n}` ({number(view.value(n, main))})" for n in part] for part in (order[:few], order[::-1][:few]))
-    return f"By `{main}` the least is lost by removing {', '.join(least)}, the most by removing {', '.join(most)}."
+    return f"Cheapest to remove, by `{main}`: {', '.join(least)}; dearest: {', '.join(most)}."
 
 
 def correlation_text(view: ScanView) -> str:

@@ -65,9 +65,9 @@ def mark(page: Any, name: str) -> Any:
 
 def test_the_first_screen_says_what_to_take_and_shows_it(page: Any) -> None:
     card = page.locator(".taken li").last.inner_text()
-    named = r"Up to 80\xa0% of the parameters:\ntake found (?:again )?\(\d\S*\xa0%\): "
+    named = r"Budget: 80\xa0% of the parameters\nTake found (?:again )?\(uses \d\S*\xa0%\): "
     assert re.match(named + "no trained design by hand of this size was evaluated", card)
-    assert re.search(r"CLIP score\s+\d\S*\s+FID\s+\d\S*\s+One training of 2 updates in \S+; n\xa0=\xa04", card)
+    assert re.search(r"CLIP score\s+\d\S*\s+FID\s+\d\S*\s+One training, 2 updates in \S+; n\xa0=\xa04", card)
     assert re.search(r"\nNext: python", card)
     for size in (DESK, PHONE):
         page.set_viewport_size(size)

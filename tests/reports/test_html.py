@@ -308,7 +308,7 @@ def test_the_page_says_once_how_much_was_searched_in_what_time_and_of_what_share
     header = html.partition("<header>")[2].partition("</header>")[0]
     first = html.partition("</header>")[2].partition('<details class="section" id="blocks"')[0]
     n, _ = re.search(r"([\d,]+) architectures in (\d+:\d\d:\d\d)", header).groups()  # type: ignore[union-attr]
-    assert f" 2 searches ({n} evaluations in all) found better than the design by hand, 95 % intervals apart." in html
+    assert f" 2 searches ({n} evaluations in all) beat the design by hand, 95 % intervals apart." in html
     assert header.count("whole pipeline") == 1 and "U-Net" in header
     assert "pipeline" not in re.sub(r"<code>.*?</code>", "", first) and "U-Net" not in first
 
@@ -320,5 +320,5 @@ def test_what_a_search_took_over_is_told_from_what_it_evaluated(data: ReportData
     n = len(view.search)
     assert f"after {n} evaluations." in search_text.summary(view)
     assert f"after {n} evaluations, 3 of them taken over from another run." in search_text.summary(other)
-    assert f"the search ({n - 3} evaluations) found" in search_text.finding({"other": other})
+    assert f"the search ({n - 3} evaluations) beats" in search_text.finding({"other": other})
     assert view.seconds - other.seconds == 3.0

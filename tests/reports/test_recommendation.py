@@ -65,7 +65,7 @@ def test_the_verdict_is_what_intervals_tell(clip: float, fid: float, take: str, 
     assert taken(found) == (take, "design" if take == "small" else "small", verdict)
     assert told in found.sentence
     assert found.sentence.startswith("nothing beats this design by hand") == (verdict == "hand")
-    assert found.remarks == "One training of 100 updates; n\xa0=\xa064."
+    assert found.remarks == "One training each, 100 updates; n\xa0=\xa064."
 
 
 def lines(found: Recommendation) -> list[list[str]]:
@@ -85,9 +85,9 @@ def test_numbers_stand_beside_those_of_the_rival() -> None:
 
 def test_who_follows_captions_as_well_is_named_where_fid_decided() -> None:
     others = [model(f"small_{i}", 0.79, 20.0 + i) for i in range(3)]
-    assert "As good in CLIP score, behind in FID: `small_0`." in at(model("small", 0.8, 10.0), others[0], DESIGN).remarks
-    assert "behind in FID: `small_0`, `small_1`, …." in at(model("small", 0.8, 10.0), *others, DESIGN).remarks
-    assert "As good" not in at(model("small", 0.8, 10.0), model("small_9", 0.5, 1.0), DESIGN).remarks
+    assert "Similar CLIP score, FID no better: `small_0`." in at(model("small", 0.8, 10.0), others[0], DESIGN).remarks
+    assert "FID no better: `small_0`, `small_1`, …." in at(model("small", 0.8, 10.0), *others, DESIGN).remarks
+    assert "Similar" not in at(model("small", 0.8, 10.0), model("small_9", 0.5, 1.0), DESIGN).remarks
 
 
 def test_the_order_of_models_does_not_matter_and_what_is_too_large_is_never_taken() -> None:
@@ -123,8 +123,8 @@ def test_what_each_is_worth_at_its_own_best_guidance_is_said() -> None:
     )
     assert found.take and found.take.name == "design"
     assert lines(found)[-1] == ["FID, best CFG", "14.0 [12.6, 15.4]", "18.0 [16.2, 19.8]", "better"]
-    assert "Best CFG of each: 1.5 and 4.5; there n\xa0=\xa032, and FID rises as n falls." in found.remarks
-    assert found.verdict == "hand" and "better" not in found.sentence, "the verdict is that of equal guidance"
+    assert "Best CFG: 1.5 and 4.5, n\xa0=\xa032: compare within a row." in found.remarks
+    assert found.verdict == "hand" and "undecided in CLIP score and FID (better at best CFG), compared" in found.sentence
     once = at(swept("small", {1.5: 30.0, 3.0: 20.0}), swept("design", {3.0: 25.0}, "bk-sdm-small"))
     assert len(lines(once)) == 2 and "CFG" not in once.remarks
 

@@ -199,8 +199,16 @@ addEventListener("beforeprint", () => {
   closed.forEach((details) => { details.open = true; });
 });
 addEventListener("afterprint", () => closed.forEach((details) => { details.open = false; }));
-document.querySelectorAll("nav a").forEach((link) => link.addEventListener("click", () => setTimeout(openTarget)));
+document.querySelectorAll('a[href^="#"]').forEach((link) => link.addEventListener("click", () => setTimeout(openTarget)));
 openTarget();
+
+// On a phone the first screen has room for verdicts; their numbers are a touch away.
+const phone = matchMedia("(max-width: 40rem)");
+function foldNumbers() {
+  document.querySelectorAll(".numbers").forEach((details) => { details.open = !phone.matches; });
+}
+phone.addEventListener("change", foldNumbers);
+foldNumbers();
 
 // Texts to copy; the JSON is the one that the page carries.
 const copyStatus = document.getElementById("status");
