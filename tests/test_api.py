@@ -36,8 +36,11 @@ def examples() -> list[doctest.DocTest]:
     return [test for value in public for test in finder.find(value, value.__name__, module=False, globs={}) if test.examples]
 
 
+SLOW = {"SearchResult": [pytest.mark.slow]}  # the example of `search`, once more
+
+
 @pytest.mark.usefixtures("drifting_clock")
-@pytest.mark.parametrize("example", examples(), ids=lambda e: e.name)
+@pytest.mark.parametrize("example", [pytest.param(e, id=e.name, marks=SLOW.get(e.name, [])) for e in examples()])
 def test_an_example_in_a_docstring_is_true(example: doctest.DocTest) -> None:
     n = len(example.examples)
     assert doctest.DocTestRunner().run(example) == (0, n)

@@ -281,7 +281,8 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("distill", marks=SLOW), "cache"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distill", "cache"])
 def test_killed_where_it_hurts_most(
     name: str, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:

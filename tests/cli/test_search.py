@@ -222,6 +222,7 @@ def test_a_latency_budget_out_of_reach_is_said(tmp_path: Path, cli: Cli, monkeyp
     assert not (tmp_path / "run" / "finalists.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> None:
     """The winner holds the bound on fresh seeds; one that nobody reaches is said, with what was reached."""
     args = [*QUICK[:4], "--trials", "6", *SMALL, "--n-images", "2", "--finalists", "1", "--score-fit", "none", "--out"]

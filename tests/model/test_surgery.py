@@ -96,7 +96,8 @@ def test_teacher_comes_back_bit_for_bit(kind: str) -> None:
         assert torch.equal(run(unet, inputs), before)
 
 
-@pytest.mark.parametrize("kind", tiny.FIRST_KIND)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_every_removal_trains_with_checkpointing(kind: str) -> None:
     inputs, unet = tiny.inputs(kind, batch=1), tiny.unet(kind).train()
     unet.enable_gradient_checkpointing()

@@ -104,7 +104,8 @@ def test_a_unit_stays_goes_or_goes_with_a_fit() -> None:
 
 def test_best_sets_with_fits_equal_enumeration_and_cost_exactly() -> None:
     budgets = [budget("70%params"), budget("80%macs")]
-    space, values = Space(GRAPH, FITTED, budgets), scores(FITTED)
+    few = {label: arch for label, arch in FITTED.items() if not label.startswith("down_blocks.0")}
+    space, values = Space(GRAPH, few, budgets), scores(few)
     options = [(None, *labels) for labels in space.choices.values()]
     every = (frozenset(filter(None, c)) for c in product(*options))
     fitting_sets = {c for c in every if space.valid(c) and space.fits(c)}
