@@ -211,8 +211,9 @@ def recommended(size: Size, models: Sequence[Model], reading: Reading, shares: M
     if take is None:
         return Recommendation(size, reading)
     rival = design if take is found else found
-    compared = [*_compared(take, rival, reading, measures), *_at_own_best(take, rival, measures)]
-    alike = _alike(take, [m for m in candidates if m not in (take, rival)], reading, measures)
+    compared = _compared(take, rival, reading, measures)
+    alike = _alike([m for m in candidates if m not in (take, rival)], reading, [c.mine for c in compared])
+    compared += _at_own_best(take, rival, measures)
     return Recommendation(size, reading, take, rival, compared, alike, spent=shares[take.name])
 
 
@@ -228,13 +229,13 @@ def _at_own_best(one: Model, other: Model | None, measures: Sequence[str]) -> li
     return [Comparison(both[0][1], both[1][1], (both[0][0].cfg_scale, both[1][0].cfg_scale))] if both else []
 
 
-def _alike(take: Model, others: Sequence[Model], reading: Reading, measures: Sequence[str]) -> list[Model]:
-    """Who the first of two measures does not tell apart from what is taken: there the second decided."""
-    if len(measures) < 2 or not all(take.score(reading, m) for m in measures):
+def _alike(others: Sequence[Model], reading: Reading, best_scores: Sequence[Score]) -> list[Model]:
+    """Who the first of two measures does not tell apart from what is taken, and is no better by the second, which decided."""
+    if len(best_scores) < 2:
         return []
-    scored = [(m, score) for m in others if (score := m.score(reading, measures[0])) and m.score(reading, measures[1])]
-    mine = take.score(reading, measures[0])
-    return [m for m, score in scored if mine and not score.clearly_worse(mine)]
+    scored = [(m, [m.score(reading, best.measure) for best in best_scores]) for m in others]
+    hears, looks = best_scores
+    return [m for m, (a, b) in scored if a and b and not a.clearly_worse(hears) and b.loss >= looks.loss]
 
 
 def recommendations(data: ReportData) -> list[Recommendation]:

@@ -88,6 +88,11 @@ def test_who_follows_captions_as_well_is_named_where_fid_decided() -> None:
     assert "Similar CLIP score, FID no better: `small_0`." in at(model("small", 0.8, 10.0), others[0], DESIGN).remarks
     assert "FID no better: `small_0`, `small_1`, …." in at(model("small", 0.8, 10.0), *others, DESIGN).remarks
     assert "Similar" not in at(model("small", 0.8, 10.0), model("small_9", 0.5, 1.0), DESIGN).remarks
+    without_fid = model("design", 0.5, None, "bk-sdm-small")
+    assert at(model("small", 0.8, 10.0), others[0], without_fid).remarks.startswith("One training each")
+    better = model("small_8", 0.51, 19.0)  # by its value, not beyond the intervals: then a design by hand is taken
+    assert "Similar" not in at(DESIGN, better, model("small_7", 0.52, 19.5)).remarks
+    assert at(DESIGN, better).take is DESIGN
 
 
 def test_the_order_of_models_does_not_matter_and_what_is_too_large_is_never_taken() -> None:
