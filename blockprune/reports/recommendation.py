@@ -69,10 +69,11 @@ class Comparison:
         return WORDS_OF_TOLD[self.told] if self.theirs else ""
 
     @property
-    def ahead(self) -> str:
-        """Beyond the intervals, or by the values alone."""
-        behind = self.theirs is not None and self.theirs.loss < self.mine.loss
-        return self.word if self.told else "behind" if behind else "ahead"
+    def lead(self) -> str:
+        """Who is ahead by the values, whatever their intervals."""
+        assert self.theirs is not None
+        mine, theirs = self.mine.loss, self.theirs.loss
+        return "ahead" if mine < theirs else "behind" if mine > theirs else "level"
 
     @property
     def title(self) -> str:
@@ -134,7 +135,7 @@ class Recommendation:
             if c.guidance:
                 within = ": compare within a row" if c.mine.n != self.reading.n else ""
                 (mine, theirs), n = c.guidance, f"n\u00a0=\u00a0{c.mine.n:,}"
-                said.append(f"Best CFG: {mine:g} and {theirs:g}, {n}{within}.")
+                said.append(f"Best CFG by {MEASURES[c.mine.measure].title}: {mine:g} and {theirs:g}, {n}{within}.")
         if self.alike:
             names = ", ".join(f"`{m.name}`" for m in self.alike[:FEW]) + ", …" * (len(self.alike) > FEW)
             hears, looks = (c.title for c in self._at_reading)
@@ -164,10 +165,14 @@ class Recommendation:
     @property
     def _told(self) -> str:
         """In which measures the two differ beyond their intervals, and who is ahead where each has its best guidance."""
-        own = {c.mine.measure: f" ({c.ahead} at best CFG)" for c in self.comparisons if c.guidance}
-        said = {c: c.title + own.get(c.mine.measure, "") for c in self._at_reading}
-        parts = [(word, [title for c, title in said.items() if c.told == told]) for told, word in WORDS_OF_TOLD.items()]
+        parts = [(word, [self._with_lead(c) for c in self._at_reading if c.told == told]) for told, word in WORDS_OF_TOLD.items()]
         return ", ".join(f"{word} in {' and '.join(titles)}" for word, titles in parts if titles)
+
+    def _with_lead(self, c: Comparison) -> str:
+        """The title, and who leads where that is undecided, and where each has its best guidance."""
+        own = [f"{o.lead} at best CFG" for o in self.comparisons if o.guidance and o.mine.measure == c.mine.measure]
+        leads = "; ".join([*([c.lead] if not c.told else []), *own])
+        return c.title + f" ({leads})" * bool(leads)
 
     @property
     def _trained(self) -> str:

@@ -51,12 +51,12 @@ def taken(found: Recommendation) -> tuple[str, str, str]:
     ("clip", "fid", "take", "verdict", "told"),
     [
         (0.8, 10.0, "small", "better", "better in CLIP score and FID"),
-        (0.8, 20.0, "small", "better", "better in CLIP score, undecided in FID"),
-        (0.51, 10.0, "small", "better", "better in FID, undecided in CLIP score"),
+        (0.8, 20.0, "small", "better", "better in CLIP score, undecided in FID (level), compared"),
+        (0.51, 10.0, "small", "better", "better in FID, undecided in CLIP score (ahead)"),
         (0.8, 40.0, "small", "mixed", "better in CLIP score, worse in FID"),
-        (0.51, 19.0, "design", "hand", "undecided in CLIP score and FID"),
+        (0.51, 19.0, "design", "hand", "undecided in CLIP score (behind) and FID (behind)"),
         (0.3, 10.0, "design", "hand", "better in CLIP score, worse in FID"),
-        (0.5, 40.0, "design", "hand", "better in FID, undecided in CLIP score"),
+        (0.5, 40.0, "design", "hand", "better in FID, undecided in CLIP score (level)"),
         (0.3, 40.0, "design", "hand", "better in CLIP score and FID"),
     ],
 )
@@ -128,8 +128,10 @@ def test_what_each_is_worth_at_its_own_best_guidance_is_said() -> None:
     )
     assert found.take and found.take.name == "design"
     assert lines(found)[-1] == ["FID, best CFG", "14.0 [12.6, 15.4]", "18.0 [16.2, 19.8]", "better"]
-    assert "Best CFG: 1.5 and 4.5, n\xa0=\xa032: compare within a row." in found.remarks
-    assert found.verdict == "hand" and "undecided in CLIP score and FID (better at best CFG), compared" in found.sentence
+    assert "Best CFG by FID: 1.5 and 4.5, n\xa0=\xa032: compare within a row." in found.remarks
+    assert (
+        found.verdict == "hand" and "undecided in CLIP score (level) and FID (level; ahead at best CFG), compared" in found.sentence
+    )
     once = at(swept("small", {1.5: 30.0, 3.0: 20.0}), swept("design", {3.0: 25.0}, "bk-sdm-small"))
     assert len(lines(once)) == 2 and "CFG" not in once.remarks
 
