@@ -172,6 +172,7 @@ def run(job: Job) -> str:
     cost = of.model.graph.cost(job.student.arch)
     row: Row = {**job.student.to_json(), "seed": job.seed, "params": cost.params, "macs_thop": cost.thop}
     row |= job.known
+    scales_left = job.scales_left
     if job.seed == 0 and "untrained" not in row:
         row["untrained"] = of.untrained(job.student.arch)
     school = recovery(job.seed, job.runs)
@@ -180,7 +181,7 @@ def run(job: Job) -> str:
         student = school.student(job.student.arch, updates)
         if len(row["training"]) < len(job.updates):
             row["training"].append({"updates": updates, **of.denoised(student)})
-    drawn = [of.drawn(student, s, N_READ if s == CFG_SCALE else N_IMAGES) for s in job.scales_left]
+    drawn = [of.drawn(student, s, N_READ if s == CFG_SCALE else N_IMAGES) for s in scales_left]
     row["truth"] = sorted([*row.get("truth", ()), *drawn], key=lambda d: d["cfg_scale"])
     row["seconds"] = row.get("seconds", 0) + round(time.perf_counter() - begun)
     with writing(job.row) as path:

@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress(n_files: int) -> Iterator[Listener]:
-    """Progress over a stage and the files, at most so many, that are written when it has ended; silent in a process that helps."""
-    from blockprune.stages.train.launch import helps
-
-    with Silent() if helps() else Bars() as bars:
+def progress(n_files: int, silent: bool = False) -> Iterator[Listener]:
+    """Progress over a stage and the files, at most so many, that are written when it has ended."""
+    with Silent() if silent else Bars() as bars:
         bars.plan({FILES: n_files}, FILES)
         yield bars
 

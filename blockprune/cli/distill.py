@@ -20,10 +20,11 @@ def run(request: TrainRequest, out: Out = None, dry_run: options.DryRun = False,
     from blockprune import api
     from blockprune.cli import console
     from blockprune.results import TrainResult
+    from blockprune.stages.train.launch import helps
 
     arch = request.arch or ""
     folder = out or options.default_out("distill", Path(arch).stem if arch.endswith(".json") else arch)
-    with console.progress(TrainResult.n_files) as bars:
+    with console.progress(TrainResult.n_files, silent=helps()) as bars:
         trained = api.distill(request=request, out=folder, progress=bars)
         saved = trained.save(folder, bars) if trained.leads else ""
     if saved:

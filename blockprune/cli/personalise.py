@@ -38,12 +38,13 @@ def run(
     from blockprune.reports.personalisations import last_scores, side_by_side
     from blockprune.results import PersonaliseResult
     from blockprune.runs.directory import Stored
+    from blockprune.stages.train.launch import helps
 
     earlier = {str(path): Stored(path, "personalise") for path in beside or ()}
     rows = {name: last_scores(stored) for name, stored in earlier.items()}
     what = Path(request.instance_data_dir or request.dataset or "").name
     folder = out or options.default_out("personalise", f"{Path(request.model).name}-{what}")
-    with console.progress(PersonaliseResult.n_files) as bars:
+    with console.progress(PersonaliseResult.n_files, silent=helps()) as bars:
         found = api.personalise(request=request, out=folder, progress=bars)
         saved = found.save(folder, bars) if found.leads else ""
     if found.leads:

@@ -218,7 +218,7 @@ def recommended(size: Size, models: Sequence[Model], reading: Reading, shares: M
     rival = design if take is found else found
     compared = _compared(take, rival, reading, measures)
     alike = _alike([m for m in candidates if m not in (take, rival)], reading, [c.mine for c in compared])
-    compared += _at_own_best(take, rival, measures)
+    compared += _at_best_guidance(take, rival, measures)
     return Recommendation(size, reading, take, rival, compared, alike, spent=shares[take.name])
 
 
@@ -227,7 +227,7 @@ def _compared(one: Model, other: Model | None, reading: Reading, measures: Seque
     return [Comparison(mine, theirs) for mine, theirs in pairs if mine and (theirs or not other)]
 
 
-def _at_own_best(one: Model, other: Model | None, measures: Sequence[str]) -> list[Comparison]:
+def _at_best_guidance(one: Model, other: Model | None, measures: Sequence[str]) -> list[Comparison]:
     """How images of both look, each at the guidance that is best for it; [] where they were not drawn at several."""
     looks = [m for m in measures if m in LOOKS]
     both = at_own_best([one, other], looks[0]) if other and looks else []

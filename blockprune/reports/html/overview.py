@@ -13,7 +13,7 @@ from blockprune.reports.canvas import axis_title, is_wide
 from blockprune.reports.models import Model, Reading, readings_of
 from blockprune.reports.next_command import next_command
 from blockprune.reports.plot import Axis, Mark, Plot, Rule
-from blockprune.reports.recommendation import WORDS_OF_TOLD, Recommendation, judges, shares_of
+from blockprune.reports.recommendation import Recommendation, judges, shares_of
 from blockprune.reports.report_data import ReportData
 from blockprune.reports.results import heading, in_paper_order
 from blockprune.reports.table import Cell, Column, Table, with_interval
@@ -148,7 +148,7 @@ class _Shown:
             (Column("latency", "percent"), [Cell(s.get("latency")) for s in shares]),
             (Column("updates", "plain"), [Cell(m.updates or None) for m in rows]),
         ]
-        undecided = any(c.word == WORDS_OF_TOLD[0] for r in self.taken for c in r.comparisons)
+        undecided = any(c.theirs and not c.told for r in self.taken for c in r.comparisons)
         return Table.of_columns(f"Models at {reading.label}", columns, "Undecided: 95 % intervals overlap." * undecided)
 
 
