@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import Student, alike, by_images, chance, fitted, scorers, winners
+from candidates import BY_IMAGES, Student, alike, by_images, chance, fitted, grown, scorers, winners
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from quality_tiny_digits import cells, real_scenes, train_reader
@@ -58,7 +58,7 @@ N_NOISY, SEED, CAPTIONS_SEED = 256, 50_000, 17
 N_UNTRAINED = 128
 N_LOOKED_AT = 64  # images of a candidate in the search by what it draws
 TWICE = 3  # a third of the candidates, designs and winners first, is trained with a second seed
-LISTS = ("chance", "winners", "fitted", "alike")
+LISTS = ("chance", "winners", "fitted", "alike", "grown")
 PARTS = (*LISTS, "teacher", "rows")
 Row = dict[str, Any]
 
@@ -193,7 +193,7 @@ def run(job: Job) -> str:
 def students(reports: Path) -> list[Student]:
     """Everything that is listed, each architecture once: designs and winners first."""
     unique: dict[tuple[str, ...], Student] = {}
-    for name in ("fitted", "winners", "alike", "chance"):
+    for name in ("fitted", "winners", "alike", "grown", "chance"):
         path = reports / f"{name}.json"
         for row in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
             student = Student(**{**row, "removed": tuple(row["removed"])})
@@ -216,8 +216,12 @@ def listing(part: str, reports: Path) -> None:
     """Writes the candidates of a kind."""
     model = the_judge().model
     asked = Measuring(eps_samples=128, n_images=N_LOOKED_AT, steps=STEPS, batch_size=64).filled(model.defaults)
-    if part == "alike":
-        found = alike(by_images(model, plan_of(model, asked, ["feature_distance"])))
+    if part in ("alike", "grown"):
+        score, closer = (
+            by_images(model, plan_of(model, replace(asked, n_images=n), ["feature_distance"])) for n in (N_LOOKED_AT, N_IMAGES)
+        )
+        by_size = {s.size: s.arch for s in students(reports) if s.source == BY_IMAGES}
+        found = alike(score) if part == "alike" else grown(score, closer, by_size)
     else:
         by = scorers(model, plan_of(model, asked, []))
         made = {"chance": partial(chance, by["guided_mse, none"]), "winners": partial(winners, by), "fitted": partial(fitted, by)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ SIZES = {
 HEARS = Architecture(frozenset({"mid_block.attentions.0", "down_blocks.2.attentions.0"}))
 UNIFORM, INFORMED, SPREAD = 2, 5, 1.0  # random sets at each size; how far scores of single removals are spread for `informed`
 N_SAMPLES, N_EVALUATIONS = 128, 110
+BY_IMAGES = "search by feature_distance, linear"
+GROWN = "by images, winners of this size and of the smaller one with blocks put back"
 Scorer = Callable[[Architecture], float]
 
 
@@ -166,7 +169,24 @@ def alike(score: Scorer) -> Iterator[Student]:
     for design, budgets in SIZES.items():
         arch = found(space_of(*budgets, units=units), score)
         name = f"{design.rpartition('-')[2]}-feature_distance, linear"
-        yield Student(name, design, "search by feature_distance, linear", tuple(arch.terms))
+        yield Student(name, design, BY_IMAGES, tuple(arch.terms))
+
+
+def grown(score: Scorer, closer: Scorer, by_size: Mapping[str, Architecture]) -> Iterator[Student]:
+    """At each size the best, by `closer`, of: the winner by images, that of the next smaller size, and that one with what fits of
+    its blocks put back."""
+    for (design, budgets), smaller in zip(SIZES.items(), [*list(SIZES)[1:], None], strict=True):
+        contenders = [by_size[design]]
+        if smaller:
+            lacks = by_size[smaller]
+            inside = partial(units_within, lacks=lacks)
+            contenders += [lacks, found(space_of(*budgets, units=inside), score)]
+        name = f"{design.rpartition('-')[2]}-grown"
+        yield Student(name, design, GROWN, tuple(min(contenders, key=closer).terms))
+
+
+def units_within(graph: BlockGraph, lacks: Architecture) -> dict[str, Architecture]:
+    return {label: unit for label, unit in units(graph).items() if unit.removed <= lacks.removed}
 
 
 def fitted(by: Mapping[str, Scorer]) -> Iterator[Student]:

@@ -36,7 +36,7 @@ def examples() -> list[doctest.DocTest]:
     return [test for value in public for test in finder.find(value, value.__name__, module=False, globs={}) if test.examples]
 
 
-SLOW = {"SearchResult": [pytest.mark.slow]}  # the example of `search`, once more
+SLOW = {"search": [pytest.mark.slow], "SearchResult": [pytest.mark.slow]}
 
 
 @pytest.mark.usefixtures("drifting_clock")
@@ -100,7 +100,7 @@ def test_removed_is_over_when_the_context_ends(pipe: DiffusionPipeline) -> None:
 
 @pytest.mark.parametrize(
     "arch",
-    [pytest.param("full", marks=pytest.mark.slow), "mid_block", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"],
+    ["mid_block", *(pytest.param(a, marks=pytest.mark.slow) for a in ("full", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"))],
 )
 def test_save_and_load_round_trip(pipe: DiffusionPipeline, arch: str, tmp_path: Path) -> None:
     small = bp.prune(pipe, arch)

@@ -291,7 +291,7 @@ READERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], object]]] = {
 SLOW = {"U-Net": 8, "SDXL U-Net": 4}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "SDXL U-Net")) for n in READERS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.endswith("U-Net")) for n in READERS])
 def test_a_changed_document_is_read_or_refused(name: str, tmp_path: Path) -> None:
     make, read = READERS[name]
     document = make()
@@ -342,7 +342,7 @@ def test_a_changed_run_is_reported_or_refused(kind: str, file: str, tmp_path: Pa
     check()
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("unet")) for n in SCHEMAS])
 def test_a_changed_model_folder_is_read_or_refused(name: str, tmp_path: Path) -> None:
     tiny.pipeline("sdxl" if "text_encoder_2" in name else "sd1", tmp_path / "model")
     document = json.loads((tmp_path / "model" / name).read_text())

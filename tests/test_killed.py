@@ -253,10 +253,8 @@ def assert_same(folder: Path, other: Path) -> None:
     assert [name for name in ours if name != "rows.jsonl" and ours[name] != theirs[name]] == []
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=SLOW) for name in ("scan", "evaluate", "distill")), "cache"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scan", "evaluate", "distill", "cache"])
 def test_killed_and_started_again_ends_as_if_undisturbed(
     name: str, launcher: Launcher, undisturbed: Callable[[str], Undisturbed], tmp_path: Path
 ) -> None:

@@ -154,15 +154,22 @@ WEIGHTS = {"pipeline", "lora"}  # folders that are announced as one file
     ("run", "result", "asked", "at_most"),
     [
         (bp.scan, ScanResult, SCAN, set()),
-        (
+        pytest.param(
             bp.search,
             SearchResult,
             {**SMALL, **SEARCH, "finalists": 1, "final_factor": 2},
             {"captions", "finalists", "latency", "images"},
+            marks=pytest.mark.slow,
         ),
         (bp.evaluate, EvaluateResult, EVALUATE, set()),
         (bp.distill, TrainResult, {**TRAIN, "arch": "mid-removed", "n_images": 4}, set()),
-        (bp.personalise, PersonaliseResult, {**TRAIN, "instance_prompt": "bold upright: sks top left", "rank": 2}, set()),
+        pytest.param(
+            bp.personalise,
+            PersonaliseResult,
+            {**TRAIN, "instance_prompt": "bold upright: sks top left", "rank": 2},
+            set(),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_all_that_a_run_does_was_announced(

@@ -153,6 +153,7 @@ def test_components_of_the_published_students_side_by_side(run: Run) -> None:
         assert rows[who, "U-Net x 1"]["latency_s"] is None
 
 
+@pytest.mark.slow
 def test_components_are_timed_one_by_one(run: Run, sd1: Path) -> None:
     args = ["--model", sd1, "--arch", "bk-sdm-tiny", "--components", "--latency", "--rounds", 5, "--steps", 3, "--device", "cpu"]
     _, out, _ = run("cost", *args, "--json")

@@ -128,6 +128,7 @@ def test_two_processes_make_the_run_of_one(distilled: Path, tmp_path: Path) -> N
         assert w.sub(whole[name]).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_killed_after_the_last_update_the_run_still_ends(distilled: Path, tmp_path: Path, cli: Cli) -> None:
     shutil.copytree(distilled, tmp_path / "run")
     for name in ("pipeline", "student"):
@@ -154,6 +155,7 @@ def test_a_torn_checkpoint_falls_back(distilled: Path, tmp_path: Path, cli: Cli)
     assert losses(tmp_path / "run") == losses(distilled)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(distilled: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["distill", "--arch", "bk-sdm-small", *QUICK, "--ema", "--validation-steps", "4", "--out", tmp_path / "run"]
     real = checkpoints.save_file
@@ -347,6 +349,7 @@ def test_the_fsdp_configuration_is_one() -> None:
     assert set(layers) < {type(module).__name__ for module in unet.modules()}
 
 
+@pytest.mark.slow
 def test_trackers_hear_the_losses(tmp_path: Path, cli: Cli, one_line: Callable[..., str]) -> None:
     args = ["distill", "--arch", "mid-removed", *QUICK[:6], "--max-train-steps", "2", "--out", tmp_path / "run"]
     assert cli(*args, "--report-to", "tensorboard")[0] == 0

@@ -84,7 +84,9 @@ def counted(cli: Cli, *args: str | Path) -> int:
     return int(found[1].replace(",", ""))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", ["scan", "evaluate", *(pytest.param(c, marks=pytest.mark.slow) for c in ("distill", "personalise"))]
+)
 def test_the_passes_are_those_of_a_real_run(command: str, cli: Cli, subject: list[str | Path], tmp_path: Path) -> None:
     args = [*COMMANDS[command], *(subject if command == "personalise" else [])]
     said = counted(cli, *args)

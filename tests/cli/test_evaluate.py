@@ -229,6 +229,7 @@ def test_grids_of_settings_have_one_protocol(evaluated: Path, tmp_path: Path, cl
     assert again["value"] == pytest.approx(first["value"], rel=1e-3)  # drawn again: rounding turns some pixels by a grey level
 
 
+@pytest.mark.slow
 def test_components_stand_side_by_side(tmp_path: Path, cli: Cli) -> None:
     quick = ["--n-images", "2", "--steps", "2", "--measures", "clip_score"]
     args = ["--arch", "bk-sdm-small", *quick, "--components", "--rounds", "3"]
@@ -253,6 +254,7 @@ def test_components_stand_side_by_side(tmp_path: Path, cli: Cli) -> None:
     assert len([r for r in directory.read_rows(tmp_path / "run") if r["kind"] == "component"]) == 10
 
 
+@pytest.mark.slow
 def test_maps_are_fitted_before_the_images(tmp_path: Path, cli: Cli) -> None:
     """In place of the blocks of a design: the weights that they cost, and images nearer to the teacher's."""
     kept, drawn = {}, {}
@@ -283,6 +285,7 @@ def coco(folder: Path, n: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_coco_protocol_in_miniature(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small numbers in a copy of the file; JPEG, resizing, pytorch-fid's Inception and the split score as in the original."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -44,6 +44,7 @@ def test_checkpoints_along_training(distilled: Path, tmp_path: Path, cli: Cli) -
     assert pipeline["label"] == "run"
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_taken(distilled: Path) -> None:
     from blockprune.stages.train.finished import Finished
 
@@ -58,9 +59,10 @@ def test_averaged_weights_are_taken(distilled: Path) -> None:
     assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
-    ["mid-removed", pytest.param("down_blocks.1.resnets.0,up_blocks.1.attentions.2", marks=pytest.mark.slow)],
+    ["mid-removed", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"],
     ids=["stock", "slots"],
 )
 def test_an_exported_folder_that_does_not_name_its_teacher(

@@ -381,6 +381,7 @@ def test_a_model_without_such_a_pipeline(
     assert "holds a StableDiffusionInpaintPipeline: give a model with a StableDiffusionPipeline" in one_line(*args)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_be_paired(
     student: Path, teacher: Path, data: Path, tmp_path: Path, tiny_folder: Callable[[str], Path], one_line: OneLine, cli: Cli
 ) -> None:

@@ -60,6 +60,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.slow
 def test_all_weights_beside_the_class(
     command: list[str | Path], tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_pipeline_that_is_given_stays(subject: Path, tiny_folder: Callable[[st
     assert not any(p.requires_grad for p in found.pipeline.unet.parameters())
 
 
+@pytest.mark.slow
 def test_class_images_are_the_teachers_and_depend_on_their_number(
     command: list[str | Path], tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli
 ) -> None:

@@ -62,6 +62,7 @@ def test_outputs_are_all_there(scanned: Path) -> None:
     assert "unet.svg" in (scanned / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_all_that_can_be_measured_is_where_nothing_is_named(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("scan", "--arch", "mid_block", *SHAPE, "--out", tmp_path / "run")
     assert code == 0, err
@@ -207,6 +208,7 @@ def test_unreadable_reference_images_are_counted(cli: Cli, one_line: Callable[..
     assert "more than 10 images" in one_line("scan", "--reference", folder, "--detector", "tiny-digits")
 
 
+@pytest.mark.slow
 def test_stats_of_a_folder_are_a_reference(cli: Cli, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "real", 12)
     assert cli("stats", folder, tmp_path / "real.npz", "--detector", "tiny-digits")[0] == 0
@@ -399,6 +401,7 @@ def test_seconds_of_students_in_runs_of_earlier_versions_are_not_shown(
     assert view.value("mid_block", "latency_ratio") == pytest.approx(row["value"])
 
 
+@pytest.mark.slow
 def test_the_largest_seed_is_one_for_every_generator(cli: Cli, tmp_path: Path) -> None:
     args = [
         "--arch",

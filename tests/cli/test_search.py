@@ -244,7 +244,8 @@ def test_a_second_measure_bounds_what_is_chosen(tmp_path: Path, cli: Cli) -> Non
     assert re.search(r"no finalist holds the budgets and clip_score>=0.99 \(\d tried, the best clip_score is 0\.\d+\)", line)
 
 
-@pytest.mark.parametrize("objective", ["guided_mse", *(pytest.param(o, marks=pytest.mark.slow) for o in ("eps_mse", "clip_score"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["guided_mse", "eps_mse", "clip_score"])
 def test_finalists_recover_before_the_choice(tmp_path: Path, cli: Cli, objective: str) -> None:
     few = ["--trials", "8", *SMALL, "--finalists", "1", "--score-fit", "none"]
     args = [*QUICK[:4], *few, "--objective", objective, "--recover", "1,2", "--recover-batch-size", "2"]
@@ -292,6 +293,7 @@ def test_a_fit_may_stand_in_for_what_goes(tmp_path: Path, cli: Cli) -> None:
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
     few = ["--trials", "12", "--finalists", "1"]
     assert cli("search", *QUICK, *few, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
@@ -356,7 +358,8 @@ def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tin
     assert "needs a reference: give --reference" in line
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd1-v", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1-v", "sdxl"])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), "--unit", "pair", "--budget", "80%params", "--trials", "5", *SMALL]
     code, out, err = cli("search", *args, "--out", tmp_path / "run")

@@ -106,7 +106,7 @@ def test_every_alias_has_its_configurations_in_the_package(model: str) -> None:
     assert c.n_tokens == 77
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_sum_equals_a_recount_of_single_removals(kind: str) -> None:
     config = tiny.config(kind)
     graph = trace(config, (8, 8), tiny.N_TOKENS)
@@ -134,7 +134,10 @@ def test_the_sum_equals_a_recount_where_the_mid_stage_moves_to_an_odd_size() -> 
 
 @pytest.mark.parametrize(
     ("kind", "removed"),
-    [("sd1", ["mid_block", "up_blocks.1.resnets.1"]), ("sd2", []), pytest.param("sdxl", [], marks=pytest.mark.slow)],
+    [
+        ("sd1", ["mid_block", "up_blocks.1.resnets.1"]),
+        *(pytest.param(kind, [], marks=pytest.mark.slow) for kind in ("sd2", "sdxl")),
+    ],
 )
 def test_thop_and_fvcore_agree(kind: str, removed: list[str]) -> None:
     config, arch = tiny.config(kind), Architecture(frozenset(removed))

@@ -120,6 +120,7 @@ def test_the_command(tmp_path: Path, cli: Cli, one_line: Callable[..., str]) -> 
     assert "unknown --format 'onyx'" in one_line(*args[:2], "--format", "onyx", "--out", tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_names_of_an_exported_student_are_its_teachers(
     tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli, one_line: Callable[..., str]
 ) -> None:

@@ -102,7 +102,10 @@ def test_a_process_without_this_package_loads_stock_students(exported: Callable[
         assert out["image"].shape == (1, 16, 16, 3)
 
 
-@pytest.mark.parametrize(("kind", "a"), [("sd1", preset("bk-sdm-small")), ("sdxl", preset("koala-700m")), ("sd1", NO_STOCK)])
+@pytest.mark.parametrize(
+    ("kind", "a"),
+    [("sd1", preset("bk-sdm-small")), pytest.param("sdxl", preset("koala-700m"), marks=pytest.mark.slow), ("sd1", NO_STOCK)],
+)
 def test_load_pipeline_loads_both_kinds(kind: str, a: Architecture, exported: Callable[..., Exported], tmp_path: Path) -> None:
     folder, student = exported(kind, a)
     pipe = blockprune.load_pipeline(folder)
@@ -138,7 +141,7 @@ def test_plain_diffusers_says_what_to_do_where_there_is_no_stock_form(exported: 
         pretrained.load(str(folder))
 
 
-@pytest.mark.parametrize("a", [preset("mid-removed"), NO_STOCK], ids=["stock", "slots"])
+@pytest.mark.parametrize("a", [pytest.param(preset("mid-removed"), marks=pytest.mark.slow), NO_STOCK], ids=["stock", "slots"])
 def test_half_precision_and_a_masked_teacher(a: Architecture, tiny_folder: Folder, tmp_path: Path) -> None:
     pipe = pretrained.load(str(tiny_folder("sd1")), dtype=torch.bfloat16)
     with surgery.removed(pipe.unet, a):
@@ -150,7 +153,7 @@ def test_half_precision_and_a_masked_teacher(a: Architecture, tiny_folder: Folde
     assert pipe.unet.state_dict().keys() == tiny.unet("sd1").state_dict().keys()
 
 
-@pytest.mark.parametrize("a", [preset("bk-sdm-base"), NO_STOCK], ids=["stock", "slots"])
+@pytest.mark.parametrize("a", [pytest.param(preset("bk-sdm-base"), marks=pytest.mark.slow), NO_STOCK], ids=["stock", "slots"])
 def test_rounding_refuses_no_student(a: Architecture, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other kernels give other last bits: here by another memory layout, and by an error of the size that processors make."""
     pipe = pretrained.load(str(tiny_folder("sd1")))
@@ -174,6 +177,7 @@ def test_rounding_refuses_no_student(a: Architecture, tiny_folder: Folder, tmp_p
         export_pipeline(pipe, surgery.prune(pipe.unet, a), a, tmp_path / "wrong", {})
 
 
+@pytest.mark.slow
 def test_an_export_that_is_not_the_student_leaves_nothing(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from blockprune.model.model import Model, of_pipeline
 
 HERE = [name for name, form in FORMATS.items() if all(map(importlib.util.find_spec, form.packages))]
 slow = partial(pytest.param, marks=pytest.mark.slow)
-QUICK = [name if name in ("onnx", "openvino") else slow(name) for name in HERE]  # another is tried from its command, below
+QUICK = [name if name == "onnx" else slow(name) for name in HERE]
 GAPS = Architecture(frozenset({"down_blocks.1.resnets.0", "mid_block"}), frozenset({("mid_block", "linear")}))
 needs_onnx = pytest.mark.skipif("onnx" not in HERE, reason="onnxruntime is not installed")
 
@@ -222,9 +222,6 @@ def test_what_computes_something_else_is_refused(
     small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     """After its steps, each of which is told."""
-    code, out, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "same")
-    assert code == 0, err
-    assert "unet/model.pt2" in out
     monkeypatch.setitem(deploying.ALLOWED, "float32", -1.0)
     code, _, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "other")
     assert code == 2
@@ -232,7 +229,7 @@ def test_what_computes_something_else_is_refused(
     assert first == "unet: writing it as torch-export, then loading it there and comparing it with PyTorch"
     assert [line.split(": 1 steps")[0] for line in steps] == ["[1/3] unet: write", "[2/3] unet: load", "[3/3] unet: compare"]
     assert last.startswith("error: the unet computes something else in torch-export")
-    assert [path.name for path in tmp_path.iterdir()] == ["same"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_format_cannot_say_is_refused(
@@ -310,7 +307,8 @@ def test_latency_is_measured_in_turn_in_several_runtimes(others: list[str], cli:
 SCORED = [FORMATS[name].runtime for name in HERE if name != "aot-inductor"]
 
 
-@pytest.mark.parametrize("runtime", [r if r == "torch-export" else slow(r) for r in SCORED])
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", SCORED)
 def test_images_of_a_runtime_are_those_of_pytorch(runtime: str, tmp_path: Path, cli: Cli) -> None:
     args = ["evaluate", "--arch", "*attentions*", "--n-images", "2", "--steps", "2", "--measures", "clip_score", "--out"]
     for name in ("torch", runtime):

@@ -87,7 +87,10 @@ def make_linear(unet: UNet2DConditionModel, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("size", [8, pytest.param((16, 8), marks=pytest.mark.slow)], ids=["square", "oblong"])
 @pytest.mark.parametrize("kind", FITS)
-@pytest.mark.parametrize(("family", "name"), [(f, name) for f, names in LINEAR_BLOCKS.items() for name in names])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [pytest.param(f, name, marks=[pytest.mark.slow] * (f == "sdxl")) for f, names in LINEAR_BLOCKS.items() for name in names],
+)
 def test_a_block_that_is_linear_is_fitted_exactly(family: str, name: str, kind: str, size: int | tuple[int, int]) -> None:
     unet, graph, given = tiny.unet(family), GRAPHS[family], batches(family, 48, size)
     make_linear(unet, name, kind)
@@ -228,9 +231,7 @@ def test_too_few_samples_are_refused() -> None:
         Fitter(tiny.unet("sd1"), GRAPHS["sd1"], batches("sd1", 2))(Architecture({"mid_block~linear"}))
 
 
-@pytest.mark.parametrize(
-    ("kind", "every"), [("sd1", 12), ("sdxl", 30), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in tiny.KINDS)]
-)
+@pytest.mark.parametrize(("kind", "every"), [("sd1", 12), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in tiny.KINDS)])
 @pytest.mark.parametrize("fit", FITS)
 def test_costs_are_exact(kind: str, every: int, fit: str) -> None:
     graph, config = GRAPHS[kind], tiny.config(kind)
@@ -259,7 +260,7 @@ def test_until_it_is_fitted_it_does_what_the_plain_one_does(kind: str, fit: str)
             assert same_outputs(run(unet, batch), plain, unet)
 
 
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("fit", [pytest.param("channel", marks=pytest.mark.slow), "linear"])
 def test_a_fitted_student_is_saved_and_loaded_strictly(fit: str, tmp_path: Path) -> None:
     unet, graph, batch = tiny.unet("sd1"), GRAPHS["sd1"], batches("sd1", 8)[0]
     arch = graph.fitted(presets_of(graph)["bk-sdm-small"], fit)

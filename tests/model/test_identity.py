@@ -31,7 +31,7 @@ def test_a_pipeline_saved_again_keeps_its_id(tiny_folder: Folder, tmp_path: Path
     assert identity(str(tmp_path / "again")) == identity_of(pipe)
 
 
-@pytest.mark.parametrize("whole", [module.WHOLE, 0], ids=["whole", "sampled"])
+@pytest.mark.parametrize("whole", [module.WHOLE, pytest.param(0, marks=pytest.mark.slow)], ids=["whole", "sampled"])
 def test_it_follows_weights_and_configuration(
     whole: int, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,7 +310,12 @@ def test_bad_resolutions(text: str, tiny_folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "arch"), [("sd1", "bk-sdm-base"), ("sd1", "bk-sdm-tiny"), ("sd2", "mid-removed"), ("sdxl", "ssd-1b")]
+    ("kind", "arch"),
+    [
+        ("sd1", "bk-sdm-base"),
+        ("sd1", "bk-sdm-tiny"),
+        *(pytest.param(*student, marks=pytest.mark.slow) for student in (("sd2", "mid-removed"), ("sdxl", "ssd-1b"))),
+    ],
 )
 def test_a_student_comes_back_equal(kind: str, arch: str, tmp_path: Path) -> None:
     student = surgery.prune(tiny.unet(kind), preset(arch))

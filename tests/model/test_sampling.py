@@ -51,7 +51,7 @@ def stock_images(pipe, protocol: Protocol) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd1-v", "sd2", "sdxl"])
-@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+@pytest.mark.parametrize("cfg_scale", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
 def test_equals_the_diffusers_pipeline(pipe, kind: str, cfg_scale: float) -> None:
     protocol = Protocol(4, 3, cfg_scale, 7, (8, 8))
     ours, stock = images(pipe(kind), protocol, 4), stock_images(pipe(kind), protocol)
@@ -83,7 +83,7 @@ def edited(pipe, strength: float, index: list[int], scheduler: str = "") -> torc
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd1-v", "sdxl"])
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("strength", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_edits_are_those_of_diffusers_image_to_image_pipeline(pipe, kind: str, strength: float) -> None:
     stock = diffusers.AutoPipelineForImage2Image.from_pipe(pipe(kind))
     images = stock(

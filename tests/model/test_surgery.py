@@ -48,7 +48,7 @@ def every_removal(kind: str, units: tuple[str, ...] = UNITS, n_random: int = 6) 
     [
         ("sd1", 8, UNITS),
         ("sd1", (13, 8), ("stage",)),
-        ("sdxl", 8, ("stage",)),
+        pytest.param("sdxl", 8, ("stage",), marks=pytest.mark.slow),
         *(pytest.param(kind, 8, UNITS, marks=pytest.mark.slow) for kind in ("sd2", "sdxl")),
         *(pytest.param(kind, (13, 8), ("stage", "block"), marks=pytest.mark.slow) for kind in tiny.KINDS),
     ],
@@ -127,7 +127,7 @@ def test_gradients_flow_with_checkpointing(kind: str) -> None:
         torch.testing.assert_close(grad, grads[1][name], msg=name)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", tiny.FIRST_KIND)
 def test_students_have_teacher_keys_and_the_priced_cost(kind: str) -> None:
     unet, graph = tiny.unet(kind), GRAPHS[kind]
     keys = set(unet.state_dict())

@@ -275,6 +275,7 @@ def test_without_scripts_there_is_the_same_picture(browser: Any, report: str) ->
     context.close()
 
 
+@pytest.mark.slow
 def test_it_prints_with_everything_open(page: Any, tmp_path: Path) -> None:
     page.evaluate(
         "addEventListener('beforeprint', () => { window.folded = document.querySelectorAll('.section:not([open])').length })"

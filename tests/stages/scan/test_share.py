@@ -101,7 +101,7 @@ def numbers(rows: list[Score]) -> dict[tuple[str, str], tuple[float, ...]]:
     return found
 
 
-@pytest.mark.parametrize("killed", [0, 2])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_processes_share_a_scan_and_take_over_from_the_dead(model: Model, plan: Plan, tmp_path: Path, killed: int) -> None:
     """No batch is done twice, and the rows are those of a single process: the same arithmetic, so within rounding."""
     alone = numbers(scanned(model, ARCHS, plan))

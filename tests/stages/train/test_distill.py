@@ -228,11 +228,12 @@ def test_a_resumed_run_has_its_tensors_in_the_layout_that_they_had(tmp_path: Pat
     assert layouts(second) == layouts(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "arch", "compiler"),
     [
         (tiny.small_unet, Architecture(frozenset({"mid_block"})), "eager"),
-        pytest.param(tiny.unet, preset("bk-sdm-small"), "aot_eager", marks=pytest.mark.slow),
+        (tiny.unet, preset("bk-sdm-small"), "aot_eager"),
     ],
     ids=["small", "whole"],
 )

@@ -80,6 +80,7 @@ def test_a_name_and_a_loaded_pipeline_train_alike(pipe: Any, tiny_folder: Callab
         assert two.losses == pytest.approx(dict(one.losses), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_dataset_a_folder_and_a_cache_train_alike(
     pipe: Any, tmp_path: Path, cli: Any, tiny_folder: Callable[[str], Path]
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_run_in_a_directory_goes_on_from_its_checkpoint(pipe: Any, tmp_path: P
     assert all(torch.equal(ours[name], t) for name, t in theirs.items())
 
 
+@pytest.mark.slow
 def test_precision_may_change_from_call_to_call_and_others_accelerators_stay(pipe: Any) -> None:
     mine = Accelerator(cpu=True, gradient_accumulation_steps=3)
     for precision in ("no", "bf16"):
