@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Cli
+from common_fixtures import Cli
 from diffusers import DiffusionPipeline
 
 import blockprune as bp
@@ -98,10 +98,8 @@ def test_removed_is_over_when_the_context_ends(pipe: DiffusionPipeline) -> None:
     assert same(before, state(pipe))
 
 
-@pytest.mark.parametrize(
-    "arch",
-    ["mid_block", *(pytest.param(a, marks=pytest.mark.slow) for a in ("full", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["full", "mid_block", "down_blocks.1.resnets.0,up_blocks.1.attentions.2"])
 def test_save_and_load_round_trip(pipe: DiffusionPipeline, arch: str, tmp_path: Path) -> None:
     small = bp.prune(pipe, arch)
     bp.save(small, tmp_path / "out")

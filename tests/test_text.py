@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import report_rows
 from captioned import write_folder
-from conftest import Cli
+from common_fixtures import Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import Cli
+from common_fixtures import Cli
 from typer.testing import CliRunner
 
 from blockprune import cli as cli_module

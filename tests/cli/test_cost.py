@@ -177,6 +177,7 @@ def test_cost_of_two_text_encoders(run: Run, tiny_folder: Callable[[str], Path])
     assert data["pipeline"]["params"] == sum(data[p]["params"] for p in parts)
 
 
+@pytest.mark.slow
 def test_verify_asks_thop_and_fvcore(run: Run, sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("cost", "--model", sd1, "--arch", "mid_block", "--verify")
     assert code == 0

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from as_user import run
-from conftest import Cli
+from common_fixtures import Cli
 from diffusers import StableDiffusionPipeline
 
 import blockprune
@@ -256,6 +256,7 @@ def test_a_cache_trains_as_the_images_do(tmp_path: Path, cli: Cli, tiny_folder: 
         assert cached == pytest.approx(live, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_trained_on_its_own_data_or_on_what_is_given(
     tmp_path: Path, cli: Cli, one_line: Callable[..., str], tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

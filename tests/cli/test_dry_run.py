@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from as_user import pictures
-from conftest import Cli
+from common_fixtures import Cli
 from diffusers import UNet2DConditionModel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -85,7 +85,7 @@ def counted(cli: Cli, *args: str | Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "command", ["scan", "evaluate", *(pytest.param(c, marks=pytest.mark.slow) for c in ("distill", "personalise"))]
+    "command", ["scan", *(pytest.param(c, marks=pytest.mark.slow) for c in ("distill", "evaluate", "personalise"))]
 )
 def test_the_passes_are_those_of_a_real_run(command: str, cli: Cli, subject: list[str | Path], tmp_path: Path) -> None:
     args = [*COMMANDS[command], *(subject if command == "personalise" else [])]

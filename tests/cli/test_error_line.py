@@ -143,7 +143,8 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[bytes
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 
 
-@pytest.mark.parametrize("words", [("search", "--help"), pytest.param(("graph",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("search", "--help"), ("graph",)])
 def test_a_terminal_without_our_characters(words: tuple[str, ...]) -> None:
     found = python(*words, **ASCII)
     assert found.returncode == 0, found.stderr.decode()

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 from as_user import pictures, run
-from conftest import Cli
+from common_fixtures import Cli
 from PIL import Image
 from safetensors.numpy import load_file
 from small_evaluation import QUICK, SLUG, N, scores, teacher_config, values

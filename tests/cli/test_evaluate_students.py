@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import Cli
+from common_fixtures import Cli
 from small_evaluation import QUICK, scores, teacher_config, values
 
 from blockprune.measures import detectors

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Cli
+from common_fixtures import Cli
 from PIL import Image
 from rich.console import Console
 

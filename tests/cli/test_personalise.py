@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from as_user import pictures
-from conftest import Cli
+from common_fixtures import Cli
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -130,8 +130,9 @@ def plain_name(key: str) -> str:
     return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_peak")
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_lora_of_a_slot_keeping_student(
     kind: str, subject: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, cli: Cli
 ) -> None:
@@ -331,6 +332,7 @@ def benchmark(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> list[str | 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_peak")
 def test_a_benchmark_learns_every_subject_once(benchmark: list[str | Path], tmp_path: Path, cli: Cli) -> None:
     code, out, err = cli(*benchmark)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import report_rows
-from conftest import Cli
+from common_fixtures import Cli
 
 from blockprune.reports.html import page
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tiny
 from as_user import pictures, run, workers_of
-from conftest import Cli
+from common_fixtures import Cli
 
 from blockprune.measures import fid_kid
 from blockprune.model.sampling import MAX_SEED
@@ -305,7 +305,8 @@ def test_a_base_that_is_none(args: list[str], says: str, one_line: Callable[...,
     assert says in one_line("scan", *args, "--out", tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["sd1-v", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2", "sdxl"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1-v", "sd2", "sdxl"])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), "--unit", "stage", *SHAPE, "--out", tmp_path / "run", "--measures", IMAGES]
     reference = pictures(tmp_path / "real", 8, 16)

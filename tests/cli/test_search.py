@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from as_user import run, run_in_own_process, workers_of
-from conftest import Cli
+from common_fixtures import Cli
 from small_search import BY_ERROR, N_TRIALS, QUICK, SMALL, scored
 
 from blockprune.cost import latency
@@ -159,6 +159,7 @@ def test_two_workers_share_a_search(tmp_path: Path) -> None:
     assert _best(tmp_path / "run")["holds_budget"] == "True"
 
 
+@pytest.mark.slow
 def test_a_front(tmp_path: Path, cli: Cli) -> None:
     args = ["--pareto", "params", "--unit", "stage", "--trials", "14", *SMALL, *BY_ERROR, "--finalists", "1", "--score-fit", "none"]
     assert cli("search", *args, "--out", tmp_path / "run")[0] == 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cli
+from common_fixtures import Cli
 from small_search import SMALL
 
 from blockprune.export.stock_config import Stock, expressible

@@ -87,7 +87,7 @@ def blocks_of(arch: Architecture, config: dict[str, Any]) -> BlockMap:
 
 @pytest.mark.parametrize(
     "arch",
-    [preset("bk-sdm-tiny"), pytest.param(preset("bk-sdm-small"), marks=pytest.mark.slow), SLOTS],
+    [*(pytest.param(preset(name), marks=pytest.mark.slow) for name in ("bk-sdm-tiny", "bk-sdm-small")), SLOTS],
     ids=["tiny", "small", "slots"],
 )
 @pytest.mark.parametrize("with_metadata", [True, False])
@@ -331,7 +331,7 @@ def run_with_image(pipe: Any, folder: Path, name: str, arch: Architecture | None
 @pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "face-id"])
 @pytest.mark.parametrize(
     "arch",
-    [preset("bk-sdm-tiny"), pytest.param(preset("bk-sdm-small"), marks=pytest.mark.slow), SLOTS],
+    [*(pytest.param(preset(name), marks=pytest.mark.slow) for name in ("bk-sdm-tiny", "bk-sdm-small")), SLOTS],
     ids=["tiny", "small", "slots"],
 )
 def test_a_teachers_ip_adapter_arrives_in_its_student(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import Cli
+from common_fixtures import Cli
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import Cli
+from common_fixtures import Cli
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch.export import ExportedProgram
 
-from blockprune.export.pipeline import load_pipeline
+from blockprune.export.pipeline import export_pipeline, load_pipeline
 from blockprune.export.runtimes import FORMAT_PRECISIONS, RUNTIMES, formats
 from blockprune.export.runtimes import deploy as deploying
 from blockprune.export.runtimes.components import Component, components
@@ -219,17 +219,18 @@ def test_weights_that_are_too_large_for_one_file_lie_beside_it(
 
 
 def test_what_computes_something_else_is_refused(
-    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+    model: Model, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     """After its steps, each of which is told."""
+    export_pipeline(load_pipeline(small_folder), model.network, GAPS, tmp_path / "student", {"model": str(small_folder)})
     monkeypatch.setitem(deploying.ALLOWED, "float32", -1.0)
-    code, _, err = cli("export", small_folder, "--format", "torch-export", "--out", tmp_path / "other")
-    assert code == 2
+    code, _, err = cli("export", tmp_path / "student", "--format", "torch-export", "--out", tmp_path / "other")
+    assert code == 2, err
     first, *steps, last = err.splitlines()
     assert first == "unet: writing it as torch-export, then loading it there and comparing it with PyTorch"
     assert [line.split(": 1 steps")[0] for line in steps] == ["[1/3] unet: write", "[2/3] unet: load", "[3/3] unet: compare"]
     assert last.startswith("error: the unet computes something else in torch-export")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
 def test_what_a_format_cannot_say_is_refused(

@@ -84,7 +84,8 @@ def random_design(kind: str, seed: int) -> Architecture:
     return Architecture(frozenset(names + draw.choice(mid)))
 
 
-@pytest.mark.parametrize("kind", tiny.FIRST_KIND)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_whatever_the_rule_calls_stock_is_stock(kind: str) -> None:
     verdicts = []
     n = 8 if kind == "sdxl" else 12

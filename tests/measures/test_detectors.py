@@ -177,6 +177,7 @@ def test_inception_agrees_with_clean_fid_on_files(folders: dict[str, Path], tmp_
     assert fid_kid.fid(first, fid_kid.Stats.of(second)) == pytest.approx(score, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pytorch_fid_agrees_with_clean_fid_and_torch_fidelity_on_files(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import report_rows
-from conftest import Cli
+from common_fixtures import Cli
 
 from blockprune.reports.html.page import report_files
 from blockprune.reports.notes import missing

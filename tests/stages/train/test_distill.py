@@ -193,7 +193,11 @@ def test_random_initialisation_differs_from_the_teacher() -> None:
     assert not torch.equal(first["conv_in.weight"], teacher.state_dict()["conv_in.weight"])
 
 
-@pytest.mark.parametrize("settings", [Settings(2, ema=True), Settings(1, accumulation=2)], ids=["ema", "accumulation"])
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(2, ema=True), pytest.param(Settings(1, accumulation=2), marks=pytest.mark.slow)],
+    ids=["ema", "accumulation"],
+)
 def test_a_resumed_run_is_the_undisturbed_one(settings: Settings, tmp_path: Path) -> None:
     arch, recipe = preset("bk-sdm-small"), Recipe(learning_rate=1e-3)
     whole = distiller(arch, recipe, settings)

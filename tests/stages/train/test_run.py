@@ -153,6 +153,7 @@ def test_what_contradicts_itself(pipe: Any, tmp_path: Path) -> None:
         bp.distill(pipe, "mid-removed", **QUICK)
 
 
+@pytest.mark.slow
 def test_a_recovery_trains_each_finalist_alike_and_leaves_the_model(tiny_folder: Callable[[str], Path]) -> None:
     model: Model = load_model(str(tiny_folder("sd1")))
     before = state(model.pipe)
