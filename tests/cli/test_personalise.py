@@ -221,6 +221,7 @@ def test_class_images_are_the_teachers_and_depend_on_their_number(
     assert "were drawn otherwise (model is" in err
 
 
+@pytest.mark.slow
 def test_scores_of_the_built_in_model(tmp_path: Path, cli: Cli, subject: Path) -> None:
     """They are measures like all others: `evaluate` takes them, too, and gives the same for the same images."""
     args = ["--instance-data-dir", subject, "--token", "three", "--dino", "tiny-digits"]

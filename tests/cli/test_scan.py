@@ -230,6 +230,7 @@ def test_prompts_in_a_file_and_an_architecture_in_a_file(cli: Cli, tmp_path: Pat
     assert {r["label"] for r in rows_of(tmp_path / "run")} == {"full", "mine", "bk-sdm-small,+mid_block"}
 
 
+@pytest.mark.slow
 def test_fits_stand_beside_what_they_are_fitted_for(cli: Cli, tmp_path: Path) -> None:
     command = ["scan", "--arch", "mid_block", "--arch", "up_blocks.3.resnets.2", "--fit", "none,channel,linear"]
     command += ["--measures", "eps_mse,clip_score", *SHAPE, "--eps-samples", "16", "--out", str(tmp_path / "run")]
