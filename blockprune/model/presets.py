@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -124,6 +124,21 @@ def parse(text: str, graph: BlockGraph) -> Architecture:
         if not os.path.isfile(text):
             raise
         return graph.check(_read(Path(text)))
+
+
+def label_of(text: str) -> str:
+    """What an architecture that was given as this text is called: a JSON file by its name."""
+    return Path(text).stem if text.endswith(".json") else text
+
+
+def named(texts: Iterable[str], graph: BlockGraph, known: Mapping[str, Architecture] | None = None) -> dict[str, Architecture]:
+    """Label => architecture: those that are `known` and what `texts` say. Raises UserError as `parse`, and for one label of two."""
+    chosen = dict(known or {})
+    for text in texts:
+        label, arch = label_of(text), parse(text, graph)
+        if chosen.setdefault(label, arch) != arch:
+            raise UserError(f"two architectures are called {label!r}: rename one file")
+    return chosen
 
 
 def _of_terms(text: str, graph: BlockGraph) -> Architecture:

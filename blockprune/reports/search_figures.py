@@ -16,7 +16,7 @@ from blockprune.reports.search_view import SearchView, history
 from blockprune.reports.svg import Svg
 from blockprune.reports.table import with_interval
 from blockprune.reports.unet import search_svg
-from blockprune.runs.records import PRESET, SCAN, Evaluation
+from blockprune.runs.records import GIVEN, PRESET, SCAN, Evaluation
 
 NAMES = {"params": "parameters of the {scope}", "macs": "MACs of a U-Net step", "latency": "latency of a U-Net step"}
 
@@ -68,11 +68,11 @@ def history_plot(view: SearchView, name: str = "") -> Plot:
 
 
 def _stages(view: SearchView) -> dict[str, float]:
-    """Source => the evaluation from which on it proposes; presets left out, and what proposes from the first on."""
+    """Source => the evaluation from which on it proposes; without presets, what is given, and what proposes from the first on."""
     first: dict[str, float] = {}
     for i, e in enumerate(view.search, 1):
         first.setdefault(e.candidate.source, i - 0.5)
-    return {source: at for source, at in first.items() if source != PRESET and at > 1}
+    return {source: at for source, at in first.items() if source not in (PRESET, GIVEN) and at > 1}
 
 
 def front_plot(view: SearchView, name: str = "", width: float = 380, height: float = 300) -> Plot:

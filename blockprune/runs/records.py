@@ -13,12 +13,12 @@ from blockprune.decode import AGAIN, Natural, checked
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
 
-SCAN, PRESET, EXACT = "scan", "preset", "exact"  # sources of candidates, besides the sampler that proposed one
+SCAN, PRESET, GIVEN, EXACT = "scan", "preset", "given", "exact"  # sources of candidates, besides the sampler that proposed one
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture that a search may score, and why: `source` is scan, exact, preset, or the sampler that proposed it.
+    """An architecture that a search may score, and why: `source` is scan, exact, preset, given, or the sampler that proposed it.
 
     `params` says of each unit of the space whether it goes (empty when the architecture is no union of units); `over` is by how
     much of each budget the architecture exceeds it, at most 0 when it fits; `costs` are the U-Net's exact ones.

@@ -43,7 +43,9 @@ def scan(
     with run, model.undisturbed():
         if not run.rows():
             begins()
-        share = Share(Scan(model, archs, plan, label_of(request.base) if request.base else ""), run, progress, request.racing)
+        share = Share(
+            Scan(model, archs, plan, presets.label_of(request.base) if request.base else ""), run, progress, request.racing
+        )
         _announce(progress, plan, share.race.wanted, {(row["label"], row["measure"]) for row in run.rows()})
         if request.workers > 1 and out is not None:
             _follow(run, started(request.workers, partial(_share, request, out), progress), progress)
@@ -100,24 +102,14 @@ def _listed(graph: BlockGraph, request: ScanRequest) -> dict[str, Architecture]:
     chosen = graph.units(unit) if unit else {}
     if unit and not chosen:
         raise UserError(f"this U-Net has no removable unit {unit!r}: see `blockprune graph`")
-    for text in request.arch:
-        label = label_of(text)
-        if (known := chosen.get(label)) is not None and known != presets.parse(text, graph):
-            raise UserError(f"two architectures are called {label!r}: rename one file")
-        chosen[label] = presets.parse(text, graph)
-    return chosen
-
-
-def label_of(text: str) -> str:
-    """What a scan calls an architecture that was given as this text."""
-    return Path(text).stem if text.endswith(".json") else text
+    return presets.named(request.arch, graph, chosen)
 
 
 def around(graph: BlockGraph, text: str, unit: str | None) -> dict[str, Architecture]:
     """An architecture; it with one more unit removed, "-UNIT"; and with one that it lacks put back, "+UNIT"."""
     base = presets.parse(text, graph)
     units = graph.units(unit or "block") | {name: inner for name, inner in graph.units("stage").items() if name == "innermost"}
-    chosen = {label_of(text): base}
+    chosen = {presets.label_of(text): base}
     for label, one in units.items():
         with suppress(UserError):  # what does not go together, such as the innermost stage's parts
             if one.removed <= base.removed:

@@ -95,9 +95,26 @@ class Problem:
             self.units = units_of(graph, request.unit, self.kept, request.fit)
         self.presets = {name: arch for name, arch in presets.fitting(graph).items() if self._allowed(arch)}
 
-    def _allowed(self, design: Architecture) -> bool:
-        """True for a design that keeps what must stay, and is stock where that is asked."""
-        return not touches(design, self.kept) and (not self.request.stock_only or self.free.choice(design) is not None)
+    @cached_property
+    def given(self) -> dict[str, Architecture]:
+        """The architectures of --arch, but presets."""
+        known = {*self.presets.values()}
+        return {label: arch for label, arch in presets.named(self.request.arch, self.graph).items() if arch not in known}
+
+    def check(self) -> None:
+        """Raises UserError when nothing meets the budgets, and for an architecture of --arch that breaks what is asked for."""
+        for label, arch in self.given.items():
+            if not self._allowed(arch):
+                raise UserError(f"--arch {label} removes what --keep or --stock-only rules out: leave out one of them")
+            if not self.timed and not any(space.holds(arch) for space in self.spaces):
+                over = " and ".join(f"{text} by {excess:.1%}" for text, excess in self.space.over(arch).items() if excess > 0)
+                raise UserError(f"--arch {label} exceeds {over or 'every size of the front'}: give one within the budget")
+        if not self.timed:
+            self.space.check()
+
+    def _allowed(self, arch: Architecture) -> bool:
+        """True for an architecture that keeps what must stay, and is stock where that is asked."""
+        return not touches(arch, self.kept) and (not self.request.stock_only or self.free.choice(arch) is not None)
 
     @property
     def timed(self) -> bool:
@@ -137,7 +154,7 @@ class Problem:
     def strategy(self, seed: int) -> Strategy:
         """How candidates are found. Units are scored one by one where the trials allow it or their scores are there already."""
         request = self.request
-        left = request.trials - len(self.units) - len(self.presets)
+        left = request.trials - len(self.units) - len(self.presets) - len(self.given)
         scan, teacher = left > 0 or request.from_scan is not None, not measure(request.measure).paired
         n_exact = max(1, min(N_EXACT, left) // len(self.spaces)) if scan else 0
-        return Strategy(self.space, self.spaces, self.presets, request.sampler, seed, n_exact, scan, teacher)
+        return Strategy(self.space, self.spaces, self.presets, request.sampler, seed, n_exact, scan, teacher, self.given)

@@ -64,8 +64,14 @@ class SearchRequest(Shared, Measuring):
         200, "architectures to score, the removals of single units among them", SEARCH, least=1, most=MOST_TRIALS, compared=False
     )
     sampler: str = option("tpe", "Optuna's sampler after the exact solution", SEARCH, choices=SAMPLERS, compared=False)
+    arch: tuple[str, ...] = option(
+        (),
+        "an architecture to score and to choose from as well, such as the best.json of a smaller budget; repeatable",
+        SEARCH,
+        compared=False,
+    )
     finalists: int = option(
-        4, "how many are scored again on fresh seeds, presets besides", SEARCH, least=1, most=1000, compared=False
+        4, "how many are scored again on fresh seeds, presets and --arch besides", SEARCH, least=1, most=1000, compared=False
     )
     allow: tuple[str, ...] = option(
         (),

@@ -53,8 +53,7 @@ def search(
     if request.workers > 1 and out is None:
         raise UserError("--workers needs a run directory where they meet: give --out")
     worker = Worker(model, request, out, recall=lambda name: None)
-    if not worker.problem.timed:
-        worker.problem.space.check()
+    worker.problem.check()
     known = _known(worker) if request.from_scan else []
     if request.storage:
         worker.trials()
@@ -111,7 +110,7 @@ def _announce(worker: Worker, run: AnyRun, trials: Mapping[str, Trials], shown: 
 
 def _n_finals(worker: Worker) -> int:
     """How many finalists there are at most."""
-    return worker.request.finalists * len(worker.problem.spaces) + len(worker.problem.presets)
+    return worker.request.finalists * len(worker.problem.spaces) + len(worker.problem.presets) + len(worker.problem.given)
 
 
 def _recovery_time(worker: Worker) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from blockprune.measures.runner import FULL
 from blockprune.measures.score import Score
 from blockprune.model.architecture import Architecture
-from blockprune.runs.records import EXACT, PRESET, SCAN, Candidate, Evaluation
+from blockprune.runs.records import EXACT, GIVEN, PRESET, SCAN, Candidate, Evaluation
 from blockprune.stages.search.bounds import Bounding, no_bounds
 from blockprune.stages.search.proposals import Proposer
 from blockprune.stages.search.space import Choice, Space
@@ -36,8 +36,8 @@ class Candidates(Protocol):
 
 @dataclass
 class Strategy:
-    """First every unit alone; then the exact best sums of those scores, and the presets that fit; then what a sampler
-    proposes and, in turn with it, neighbours of the best.
+    """First every unit alone; then the exact best sums of those scores, the presets that fit, and what is `given`; then what a
+    sampler proposes and, in turn with it, neighbours of the best.
 
     `space` holds the budgets that every candidate is held against; `spaces` are where candidates are sought: that one alone, or
     for a front one for each step of its sweep. Without `scan` no unit is scored alone and all are taken for alike. `teacher` scores
@@ -52,6 +52,7 @@ class Strategy:
     n_exact: int = 8
     scan: bool = True
     teacher: bool = False
+    given: Mapping[str, Architecture] = field(default_factory=dict)
     _proposers: list[Proposer] = field(default_factory=list)
     _second: list[Candidate] | None = None
 
@@ -62,7 +63,7 @@ class Strategy:
         if (losses := self._losses(evaluations)) is None:
             return []
         if self._second is None:
-            self._second = [*self._exact(losses), *self.known_designs()]
+            self._second = [*self._exact(losses), *self.known_designs(), *self.given_ones()]
             self._proposers = [Proposer(s, self.sampler, self.seed + i, losses) for i, s in enumerate(self.spaces)]
         if second := [c for c in self._second if c.arch.key not in known]:
             return second
@@ -87,6 +88,9 @@ class Strategy:
         """The presets that fit somewhere."""
         fitting = {name: arch for name, arch in self.presets.items() if any(space.holds(arch) for space in self.spaces)}
         return [self.of(arch, PRESET, name) for name, arch in fitting.items()]
+
+    def given_ones(self) -> list[Candidate]:
+        return [self.of(arch, GIVEN, name) for name, arch in self.given.items()]
 
     def _losses(self, evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
         """What each unit loses alone, above the teacher; None while some are not scored. One that failed loses more than any."""
@@ -218,7 +222,7 @@ def search(
 def finalists(
     evaluations: Sequence[Evaluation], spaces: Sequence[Space], k: int, holds: Callable[[Candidate], bool] = lambda candidate: True
 ) -> list[Candidate]:
-    """The `k` best of every space, and every preset that one of them holds.
+    """The `k` best of every space, and every preset and given architecture that one of them holds.
 
     `holds` has the last word about a budget that can only be predicted before; it is asked from the best on, of 6 k at most.
     """
@@ -227,6 +231,6 @@ def finalists(
         inside = [e for e in evaluations if e.score.value is not None and space.holds(e.candidate.arch)]
         order = [e.candidate for e in sorted(inside, key=lambda e: (not e.fits, e.loss))]
         best = islice((c for c in order[: 6 * k] if holds(c)), k)
-        known = (c for c in order if c.source == PRESET)
+        known = (c for c in order if c.source in (PRESET, GIVEN))
         chosen |= {c.arch.key: c for c in [*best, *known]}
     return list(chosen.values())

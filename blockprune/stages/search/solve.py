@@ -67,6 +67,8 @@ def solve(request: SearchRequest) -> Solutions:
     Without an objective that of an earlier search, of a scan the one that a search would have."""
     if request.from_scan is None:
         raise UserError("--solve-only solves on the scores of an earlier run: give --from-scan, a scan or search directory")
+    if request.arch:
+        raise UserError(f"--solve-only scores nothing, so it cannot choose from --arch {request.arch[0]}: leave out one of them")
     source = Path(request.from_scan)
     about = read_run(source)
     if not request.objective and (theirs := about["asked"].get("objective")):

@@ -33,7 +33,7 @@ def work(request: SearchRequest, outline: Outline) -> Work:
     request = request.filled(outline.defaults)
     problem = Problem(outline.graph, request, outside_params(outline.configs))
     if not problem.timed:
-        problem.space.check()
+        problem.check()
     sought = _Sought(request, outline, problem, Counts.of(outline, request))
     passes = list(sought.passes())
     itemsize = getattr(torch, request.dtype).itemsize
@@ -92,7 +92,9 @@ class _Sought:
 
     @cached_property
     def n_designs(self) -> int:
-        return len(self.problem.presets) if self.problem.timed else len(self.problem.strategy(0).known_designs())
+        """Those by hand and those that are given."""
+        by_hand = self.problem.presets if self.problem.timed else self.problem.strategy(0).known_designs()
+        return len(by_hand) + len(self.problem.given)
 
     @property
     def n_finals(self) -> int:

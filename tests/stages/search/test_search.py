@@ -175,6 +175,16 @@ def test_tiers_stop_what_is_clearly_worse_and_nothing_else() -> None:
     assert len([1 for _, n in landscape.asked if n == 100]) == len(whole)
 
 
+def test_what_is_given_is_scored_and_chosen_from() -> None:
+    of = space(BLOCKS, "70%params")
+    given = {"least": of.arch(frozenset(of.labels))}
+    found = list(search(study(), Strategy(of, [of], {}, n_exact=2, given=given), Landscape(of).plain, len(BLOCKS) + 9))
+    sources = [e.candidate.source for e in found]
+    assert list(dict.fromkeys(sources)) == ["scan", "exact", "given", "tpe", "near"]
+    assert max(found, key=lambda e: e.loss * e.candidate.fits).candidate.label == "least"
+    assert finalists(found, [of], 1)[1:] == [e.candidate for e in found if e.candidate.source == "given"]
+
+
 def test_a_front_looks_in_every_space() -> None:
     spaces = [space(BLOCKS, f"{p}%params") for p in (80, 65, 55)]
     free = space(BLOCKS)
