@@ -2,7 +2,7 @@
 
     python studies/after_training.py --out runs/after --reports reports/after-training --updates 50 200 600 2000 --seeds 0 1 2 \\
         --only bk-sdm-base "base-guided_mse, linear" bk-sdm-small "small-guided_mse, linear" bk-sdm-tiny "tiny-guided_mse, linear"
-    (the same with "base-feature_distance, linear" "small-feature_distance, linear" "tiny-feature_distance, linear")
+    (the same with "base-feature_distance, linear" "small-feature_distance, linear" "tiny-feature_distance, linear" base-grown)
     python studies/after_training_proof.py --reports reports/after-training
 
 The first takes about two hours on two CPU cores, the second as long; the last reads their rows and writes `proof.md` and
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from after_training_table import CFG_SCALE, TRUTHS, Row, Value, drawn_at, fid_at
+from candidates import BY_IMAGES, GROWN
 from matplotlib.figure import Figure
 
 from blockprune.reports.canvas import new_figure, png, tidy, title
@@ -28,7 +29,8 @@ UPDATES, TABLE_UPDATES = 2000, 600
 BY = {  # how a student was found, and the colour of its curves
     "design": ("by hand", "#d55e00"),
     "search by guided_mse, linear": ("by guided_mse", "#0072b2"),
-    "search by feature_distance, linear": ("by images", "#009e73"),
+    BY_IMAGES: ("by images", "#009e73"),
+    GROWN: ("by images, with the smaller size", "#cc79a7"),
 }
 TEACHER_COLOUR = "#5f6b73"
 
@@ -133,8 +135,8 @@ def figure(rows: Sequence[Row], teacher: Row) -> Figure:
     title(
         drawn,
         f"FID and CLIP score after {UPDATES} updates",
-        "A line for each seed over CFG scales: designs by hand orange, found by guided_mse blue, by images green, the teacher "
-        "grey. Down and right is better.",
+        "A line for each seed over CFG scales: designs by hand orange, found by guided_mse blue, by images green, and with the "
+        "smaller size purple; the teacher grey. Down and right is better.",
     )
     for i, (ax, size) in enumerate(zip(drawn.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True)):
         tidy(ax)

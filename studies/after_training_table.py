@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from candidates import BY_IMAGES, GROWN
 from matplotlib.figure import Figure
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import KFold, cross_val_predict
@@ -30,7 +31,7 @@ Row = Mapping[str, Any]
 Value = Callable[[Row], float]
 N_IMAGES, CFG_SCALE, TOP = 256, 3.0, 5
 UP = ("clip_score", "digits_read")
-LATER = "search by feature_distance, linear"  # found by the score that ranked best, so no part of the ranking
+LATER = (BY_IMAGES, GROWN)  # found by the score that ranked best, so no part of the ranking
 # how `after_training.py` and `predictors.py` score
 N_NOISY, N_FITTED, STEPS, BATCH_SIZE = 256, 256, 6, 16
 
@@ -136,7 +137,7 @@ def between_seeds(pairs: Sequence[tuple[Row, Row]], truth: Value) -> tuple[float
 
 def markdown(rows: Sequence[Row], seconds: Sequence[Row], reference: Sequence[Row]) -> str:
     plain = [row for row in rows if not any("~" in term for term in row["removed"])]
-    ranked = [row for row in plain if row["source"] != LATER]
+    ranked = [row for row in plain if row["source"] not in LATER]
     lines = [
         "# What is a score of an untrained student worth after training?",
         "",
@@ -242,7 +243,7 @@ def main() -> None:
         print(f"table.md and curves.png from {len(files)} rows")
         return
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    others = [row for row in rows if row["source"] == LATER or any("~" in term for term in row["removed"])]
+    others = [row for row in rows if row["source"] in LATER or any("~" in term for term in row["removed"])]
     rows = dearer([row for row in rows if row not in others], args.reports / "predictors") + others
     teacher = args.reports / "teacher.json"
     reference = [json.loads(teacher.read_text(encoding="utf-8"))] if teacher.exists() else []
