@@ -36,7 +36,7 @@ class Candidates(Protocol):
 
 @dataclass
 class Strategy:
-    """First every unit alone; then the exact best sums of those scores, the presets that fit, and what is `given`; then what a
+    """First every unit alone; then what is `given`, the exact best sums of those scores, and the presets that fit; then what a
     sampler proposes and, in turn with it, neighbours of the best.
 
     `space` holds the budgets that every candidate is held against; `spaces` are where candidates are sought: that one alone, or
@@ -63,7 +63,8 @@ class Strategy:
         if (losses := self._losses(evaluations)) is None:
             return []
         if self._second is None:
-            self._second = [*self._exact(losses), *self.known_designs(), *self.given_ones()]
+            given = [self.of(arch, GIVEN, name) for name, arch in self.given.items()]
+            self._second = [*given, *self._exact(losses), *self.known_designs()]
             self._proposers = [Proposer(s, self.sampler, self.seed + i, losses) for i, s in enumerate(self.spaces)]
         if second := [c for c in self._second if c.arch.key not in known]:
             return second
@@ -88,9 +89,6 @@ class Strategy:
         """The presets that fit somewhere."""
         fitting = {name: arch for name, arch in self.presets.items() if any(space.holds(arch) for space in self.spaces)}
         return [self.of(arch, PRESET, name) for name, arch in fitting.items()]
-
-    def given_ones(self) -> list[Candidate]:
-        return [self.of(arch, GIVEN, name) for name, arch in self.given.items()]
 
     def _losses(self, evaluations: Sequence[Evaluation]) -> dict[str, float] | None:
         """What each unit loses alone, above the teacher; None while some are not scored. One that failed loses more than any."""

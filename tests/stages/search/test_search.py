@@ -180,7 +180,7 @@ def test_what_is_given_is_scored_and_chosen_from() -> None:
     given = {"least": of.arch(frozenset(of.labels))}
     found = list(search(study(), Strategy(of, [of], {}, n_exact=2, given=given), Landscape(of).plain, len(BLOCKS) + 9))
     sources = [e.candidate.source for e in found]
-    assert list(dict.fromkeys(sources)) == ["scan", "exact", "given", "tpe", "near"]
+    assert list(dict.fromkeys(sources)) == ["scan", "given", "exact", "tpe", "near"]
     assert max(found, key=lambda e: e.loss * e.candidate.fits).candidate.label == "least"
     assert finalists(found, [of], 1)[1:] == [e.candidate for e in found if e.candidate.source == "given"]
 
