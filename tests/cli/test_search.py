@@ -404,7 +404,20 @@ def test_workers_on_postgresql_two_of_them_killed(postgresql: str, searched: Pat
     """Two hosts of two workers each, as one shared search over the same candidates; two workers die in mid-trial."""
     rows = [row for row in directory.read_rows(searched) if row["kind"] == "search"]
     n = str(len([row for row in rows if row["source"] in ("scan", "exact", "preset")]))
-    args = ["--unit", "stage", "--budget", "75%params", "--trials", n, *SMALL, "--study-name", "shared", "--storage", postgresql]
+    args = [
+        "--unit",
+        "stage",
+        "--budget",
+        "75%params",
+        "--trials",
+        n,
+        *SMALL,
+        *BY_ERROR,
+        "--study-name",
+        "shared",
+        "--storage",
+        postgresql,
+    ]
     command = [sys.executable, "-m", "blockprune", "search", *args, "--workers", "2"]
     outs = [tmp_path / "host-a", tmp_path / "host-b"]
     hosts = [subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for out in outs]
