@@ -12,7 +12,8 @@ a killed run goes on; checkpoints in `--out` let a longer training go on from a 
 bk-sdm-base base-mixed` trains these further, with three seeds.
 `--part` does some of it, `--dry-run` prints the plan. `after_training_table.py` makes the table.
 Expected: scores of students with fits rank better than those of plain ones, and a short training better than both. Measured: the
-first holds for the digits read, the second does not; no score ranks FID (`reports/after-training/table.md`).
+first holds for the digits read; the second only of the same reader's digits after 100 updates; no score ranks FID
+(`reports/after-training/table.md`).
 """
 
 from __future__ import annotations
