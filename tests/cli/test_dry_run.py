@@ -85,7 +85,7 @@ def counted(cli: Cli, *args: str | Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "command", ["scan", *(pytest.param(c, marks=pytest.mark.slow) for c in ("distill", "evaluate", "personalise"))]
+    "command", ["scan", "distill", *(pytest.param(c, marks=pytest.mark.slow) for c in ("evaluate", "personalise"))]
 )
 def test_the_passes_are_those_of_a_real_run(command: str, cli: Cli, subject: list[str | Path], tmp_path: Path) -> None:
     args = [*COMMANDS[command], *(subject if command == "personalise" else [])]

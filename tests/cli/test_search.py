@@ -294,7 +294,6 @@ def test_a_fit_may_stand_in_for_what_goes(tmp_path: Path, cli: Cli) -> None:
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_kept_blocks_stay(tmp_path: Path, cli: Cli) -> None:
     few = ["--trials", "12", "--finalists", "1"]
     assert cli("search", *QUICK, *few, "--keep", "mid_block,down_blocks.1.resnets.1", "--out", tmp_path / "run")[0] == 0
@@ -363,8 +362,7 @@ def test_a_measure_without_its_judge(one_line: Callable[..., str], cli: Cli, tin
     assert "needs a reference: give --reference" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd1-v", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd1-v", marks=pytest.mark.slow), "sdxl"])
 def test_other_families(cli: Cli, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     args = ["--model", tiny_folder(kind), "--unit", "pair", "--budget", "80%params", "--trials", "5", *SMALL]
     code, out, err = cli("search", *args, "--out", tmp_path / "run")

@@ -43,9 +43,8 @@ def scan(
     with run, model.undisturbed():
         if not run.rows():
             begins()
-        share = Share(
-            Scan(model, archs, plan, presets.label_of(request.base) if request.base else ""), run, progress, request.racing
-        )
+        base = presets.label_of(request.base) if request.base else ""
+        share = Share(Scan(model, archs, plan, base), run, progress, request.racing)
         _announce(progress, plan, share.race.wanted, {(row["label"], row["measure"]) for row in run.rows()})
         if request.workers > 1 and out is not None:
             _follow(run, started(request.workers, partial(_share, request, out), progress), progress)

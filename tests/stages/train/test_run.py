@@ -167,7 +167,6 @@ def test_a_recovery_trains_each_finalist_alike_and_leaves_the_model(tiny_folder:
     assert recovery.student(Architecture(), 1).state_dict().keys() == start.keys()
 
 
-@pytest.mark.slow
 def test_a_recovery_goes_on_exactly_from_its_checkpoint(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     model: Model = load_model(str(tiny_folder("sd1")))
     arch, other = preset("bk-sdm-small"), preset("bk-sdm-base")
