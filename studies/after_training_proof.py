@@ -93,7 +93,8 @@ def markdown(rows: Sequence[Row], table: Sequence[Row], teacher: Row) -> str:
         "",
         f"{UPDATES} updates of 16 images; n = 512 at CFG 3 for digits and CLIP score, else 256. Mean, and range over the seeds "
         "of the training in brackets.",
-        "Commands in `studies/after_training_proof.py`.",
+        "Commands in `studies/after_training_proof.py`. `base-grown` is the best of three (`grown` in `studies/candidates.py`); a "
+        "whole search ranks other sets before it (`reports/LOG.md`).",
         "",
         f"| student | found | seeds | parameters | MACs | {' | '.join(SHOWN)} | best CFG | place in the table by digits read |",
         f"| --- | --- | ---: | ---: | ---: |{' ---: |' * (len(SHOWN) + 2)}",
